@@ -1,0 +1,1 @@
+"""The engine pod: pages, batches, models. `core.step()` is schedule → run → commit."""

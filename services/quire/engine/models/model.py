@@ -1,0 +1,45 @@
+"""What a runner and a model say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from quire.engine.models.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's tokens, flat: T tokens of S sequences, N of which want logits. All tensors lie on the model's device."""
+
+    token_ids: Tensor  # int64 [T]
+    positions: Tensor  # int64 [T], each token's index in its sequence
+    slot_mapping: Tensor  # int64 [T], page × PAGE_SIZE + offset: where the token's key and value go
+    query_start: Tensor  # int32 [S + 1], offsets into T
+    context_lens: Tensor  # int32 [S], tokens with keys and values once this step's are written
+    block_tables: Tensor  # int32 [S, P], page numbers; entries past a sequence's length are arbitrary but valid
+    logit_rows: Tensor  # int64 [N], indexes into T
+    max_query_len: int
+    max_context_len: int
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """The pool of pages on the device."""
+
+    keys: tuple[Tensor, ...]  # per layer: [pages, PAGE_SIZE, kv_heads, head_size]
+    values: tuple[Tensor, ...]  # the same
+
+
+class Model(Protocol):
+    """A decoder whose weights are loaded."""
+
+    config: ModelConfig
+
+    def new_kv_cache(self, num_pages: int) -> KVCache:
+        """A pool of `num_pages` pages in this model's KV dtype; raises ModelError if memory does not suffice."""
+
+    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+        """Logits, float32 [N, vocab_size], of the rows asked for; writes the batch's keys and values into `cache`."""

@@ -1,0 +1,110 @@
+"""A gRPC server as every service runs it: with health, reflection and the limits that all share.
+
+Addresses are gRPC's: `127.0.0.1:9000`, `[::]:9000`, `unix:/run/quire/engine.sock`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1.health import aio as health_aio
+from grpc_reflection.v1alpha import reflection
+
+from quire.service.errors import ConfigError, ErrorCode, QuireError
+
+# A cache snapshot of a million pages is 16 MB; a prompt of a million tokens 4 MB.
+MAX_MESSAGE_BYTES = 64 << 20
+
+# The session between two services lives for days and is silent when nobody asks anything: pings keep it from being
+# dropped on the way and notice a peer that vanished without a goodbye.
+CHANNEL_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+
+SERVER_OPTIONS: Sequence[tuple[str, int]] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+STATUS_OF: dict[ErrorCode, grpc.StatusCode] = {
+    ErrorCode.INVALID_ARGUMENT: grpc.StatusCode.INVALID_ARGUMENT,
+    ErrorCode.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    ErrorCode.RESOURCE_EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    ErrorCode.DEADLINE_EXCEEDED: grpc.StatusCode.DEADLINE_EXCEEDED,
+    ErrorCode.UNAVAILABLE: grpc.StatusCode.UNAVAILABLE,
+    ErrorCode.INTERNAL: grpc.StatusCode.INTERNAL,
+    ErrorCode.CANCELLED: grpc.StatusCode.CANCELLED,
+}
+
+
+S = TypeVar("S")
+
+
+class GrpcServer:
+    """One listening address with a set of services, health and reflection.
+
+    `add` registers a servicer under its full name ("quire.v1.GrammarService"); health answers NOT_SERVING for every
+    one of them, and for the empty name, until `set_serving(True)`.
+    """
+
+    def __init__(self, address: str, *, options: Sequence[tuple[str, int]] = ()) -> None:
+        self.server = grpc.aio.server(options=[*SERVER_OPTIONS, *options])
+        self._address = address
+        self._names = [""]
+        self._health = health_aio.HealthServicer()
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+
+    def add(self, name: str, register: Callable[[S, grpc.aio.Server], None], servicer: S) -> None:
+        """Registers `servicer` with the generated `add_…Servicer_to_server` function."""
+        register(servicer, self.server)
+        self._names.append(name)
+
+    async def start(self) -> str:
+        """Listens; returns the address to dial, with the port that was chosen if it was 0. Raises ConfigError."""
+        services = [*self._names[1:], health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
+        reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], self.server)
+        try:
+            port = self.server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"can't listen on {self._address}: choose an address that is free and allowed", field="listen"
+            ) from error
+        await self.set_serving(False)
+        await self.server.start()
+        if self._address.startswith("unix:"):
+            return self._address
+        return f"{self._address.rpartition(':')[0]}:{port}"
+
+    async def set_serving(self, serving: bool) -> None:
+        """What health answers from now on."""
+        status = health_pb2.HealthCheckResponse.SERVING if serving else health_pb2.HealthCheckResponse.NOT_SERVING
+        for name in self._names:
+            await self._health.set(name, status)
+
+    async def stop(self, grace: float = 5.0) -> None:
+        """Ends every call within `grace` seconds and stops listening."""
+        await self.set_serving(False)
+        await self.server.stop(grace)
+
+
+async def abort(context: grpc.aio.ServicerContext[object, object], error: QuireError) -> None:
+    """Ends a call with `error`'s status; the field at fault travels in the trailing metadata `quire-field`."""
+    trailing = (("quire-field", error.field),) if error.field else ()
+    await context.abort(STATUS_OF[error.code], error.message, trailing)
+
+
+def channel(address: str) -> grpc.aio.Channel:
+    """A channel to another service, with the options that all share."""
+    return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))

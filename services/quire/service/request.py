@@ -1,0 +1,157 @@
+"""The transport-free request: what the gateway builds, the router passes on and the engine runs.
+
+Plain frozen dataclasses that import nothing but the standard library, so that the offline API can use them without
+protobuf. Each validates itself when it is made; the error names the field as the contract does.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import Enum
+
+from quire.service.errors import InvalidRequestError, QuireError
+
+MAX_TOKEN_ID = 2**31 - 1
+
+
+class FinishReason(Enum):
+    """How a request ended; the values are the names of `quire.v1.FinishReason` without their prefix."""
+
+    STOP = "STOP"
+    LENGTH = "LENGTH"
+    CANCELLED = "CANCELLED"
+    ERROR = "ERROR"
+
+
+class ConstraintKind(Enum):
+    """The kinds of `quire.v1.Constraint`; the values are its field names."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    LARK = "lark"
+    JSON_OBJECT = "json_object"
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the whole output must match. `source` is the schema, regex or grammar; empty for JSON_OBJECT."""
+
+    kind: ConstraintKind
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 are off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check_range("sampling.temperature", self.temperature, 0.0, 100.0)
+        _check_range("sampling.top_p", self.top_p, 0.0, 1.0, low_open=True)
+        _check_range("sampling.top_k", self.top_k, 0, MAX_TOKEN_ID)
+        _check_range("sampling.seed", self.seed, 0, 2**64 - 1)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is taken, without a draw."""
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StopConditions:
+    """When the output ends, beside the model's own end tokens and the constraint."""
+
+    max_tokens: int
+    stop_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_range("stop.max_tokens", self.max_tokens, 1, MAX_TOKEN_ID)
+        for token in self.stop_token_ids:
+            _check_range("stop.stop_token_ids", token, 0, MAX_TOKEN_ID)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKey:
+    """What else two prefixes must agree in before they share pages: see `quire.service.pages`."""
+
+    salt: str = ""
+    adapter: str = ""
+    image_digests: tuple[bytes, ...] = ()
+
+    def __post_init__(self) -> None:
+        for digest in self.image_digests:
+            if len(digest) != 32:
+                raise InvalidRequestError(
+                    f"cache_key.image_digests holds a digest of {len(digest)} bytes: each must be a SHA-256, 32 bytes",
+                    field="cache_key.image_digests",
+                )
+
+
+@dataclass(frozen=True, slots=True)
+class TraceContext:
+    """W3C trace context, as the headers carry it; empty when nothing is traced."""
+
+    traceparent: str = ""
+    tracestate: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One sequence to generate, in token ids. `output_token_ids` are those it generated before it was moved here."""
+
+    request_id: str
+    model: str
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    stop: StopConditions
+    output_token_ids: tuple[int, ...] = ()
+    constraint: Constraint | None = None
+    cache_key: CacheKey = field(default_factory=CacheKey)
+    priority: int = 0
+    deadline_unix_ms: int | None = None
+    trace: TraceContext = field(default_factory=TraceContext)
+
+    def __post_init__(self) -> None:
+        if not self.request_id:
+            raise InvalidRequestError("request_id is empty: give each request an id of its own", field="request_id")
+        if not self.prompt_token_ids:
+            raise InvalidRequestError("the prompt is empty: send at least one token", field="prompt_token_ids")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A request was scheduled for the first time; `cached_tokens` of its prompt needed no computing."""
+
+    cached_tokens: int
+    engine: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The one terminal event of a request; `error` is set if and only if `reason` is ERROR."""
+
+    reason: FinishReason
+    error: QuireError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What one step did for one request. `key` is whatever the one who submitted it named it."""
+
+    key: int
+    token_ids: tuple[int, ...] = ()
+    started: Started | None = None
+    finished: Finished | None = None
+
+
+def _check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise InvalidRequestError(f"{name} is {value}: it must be a finite number", field=name)
+    if value < low or value > high or (low_open and value == low):
+        interval = f"{'(' if low_open else '['}{low}, {high}]"
+        raise InvalidRequestError(f"{name} is {value}: it must lie in {interval}", field=name)
