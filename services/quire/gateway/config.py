@@ -1,0 +1,49 @@
+"""What a gateway process is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.service.errors import ConfigError
+
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """Addresses are gRPC's except `host` and `port`, where HTTP listens; port 0 picks a free one. Times in seconds."""
+
+    routers: tuple[str, ...]
+    # As `quire.service.checkpoint.locate` takes it.
+    model: str = ""
+    served_model_names: tuple[str, ...] = ()
+    # Tokens of prompt and output, where engines hold less than the model's context; None: the model's.
+    max_model_len: int | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    grpc_listen: str = "127.0.0.1:8001"
+    # A request that no router takes for this long ends with UNAVAILABLE.
+    router_timeout: float = 10.0
+    # What is in flight may finish for this long after the process was asked to stop.
+    grace: float = 30.0
+    max_body_bytes: int = 4 * _MIB
+
+    def __post_init__(self) -> None:
+        if not self.routers or not all(self.routers):
+            raise ConfigError("--routers names no router: give at least one address, such as 127.0.0.1:9000")
+        if len(set(self.routers)) != len(self.routers):
+            raise ConfigError(f"--routers names an address twice: {','.join(self.routers)}")
+        if not all(self.served_model_names):
+            raise ConfigError("--served-model-name holds an empty name: remove it")
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}: it must lie in [0, 65535]")
+        if not self.grpc_listen:
+            raise ConfigError("--grpc-listen is empty: give an address, such as 127.0.0.1:8001")
+        if self.max_model_len is not None and self.max_model_len < 2:
+            raise ConfigError(f"--max-model-len is {self.max_model_len}: it must be at least 2 tokens")
+        if self.router_timeout <= 0:
+            raise ConfigError(f"--router-timeout is {self.router_timeout}: it must be above 0 seconds")
+        if self.grace < 0:
+            raise ConfigError(f"--grace is {self.grace}: it must be at least 0 seconds")
+        if self.max_body_bytes < 1024:
+            raise ConfigError(f"--max-body-bytes is {self.max_body_bytes}: it must be at least 1024")

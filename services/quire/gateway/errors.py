@@ -1,0 +1,28 @@
+"""Errors that only the gateway raises, as leaves of the one tree in `quire.service.errors`.
+
+They are types of their own because OpenAI's clients tell them apart by status or `code` (see `openai.errors`).
+"""
+
+from __future__ import annotations
+
+from quire.service.errors import InvalidRequestError, NotFoundError
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The request's body is longer than the gateway reads."""
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and output together don't fit the model's context."""
+
+
+class ModelNotFoundError(NotFoundError):
+    """The request names a model that this gateway does not serve."""
+
+
+class RouteNotFoundError(NotFoundError):
+    """No such path."""
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    """The path exists, the method does not."""

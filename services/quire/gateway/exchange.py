@@ -1,0 +1,75 @@
+"""One HTTP request and its answer, on bare ASGI: a bounded body in, chunks out, and notice when the client is gone.
+
+Starlette's responses notice a disconnect only while they stream; a generation must stop in every phase.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Mapping
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import Message, Receive, Scope, Send
+
+from quire.gateway.errors import BodyTooLargeError
+from quire.service.errors import CancelledRequestError
+
+
+class Exchange:
+    """`started` and `complete` say how much of the answer is out."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.request = Request(scope, receive)
+        self.started = False
+        self.complete = False
+        self._receive = receive
+        self._send = send
+
+    async def body(self, limit: int) -> bytes:
+        """The request's body; raises BodyTooLargeError beyond `limit` bytes, CancelledRequestError at a disconnect."""
+        too_large = BodyTooLargeError(f"the body is larger than {limit} bytes: shorten it, or raise --max-body-bytes")
+        if int(self.request.headers.get("content-length", "0")) > limit:
+            raise too_large
+        body = bytearray()
+        try:
+            async for chunk in self.request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise too_large
+        except ClientDisconnect as error:
+            raise CancelledRequestError("the client went away") from error
+        return bytes(body)
+
+    async def start(self, status: int, headers: Mapping[str, str]) -> None:
+        """Sends the answer's head."""
+        self.started = True
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def write(self, chunk: bytes) -> None:
+        """Sends a part of the answer's body; waits while the client reads more slowly than we write."""
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+    async def finish(self, chunk: bytes = b"") -> None:
+        """Sends the last part."""
+        self.complete = True
+        await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
+
+    async def while_connected(self, work: Coroutine[None, None, None]) -> None:
+        """Runs `work`; if the client goes away first, cancels it and raises CancelledRequestError."""
+        working = asyncio.ensure_future(work)
+        watching = asyncio.ensure_future(self._disconnected())
+        try:
+            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+            if not working.done() and not self.complete:
+                raise CancelledRequestError("the client went away")
+            await working
+        finally:
+            working.cancel()
+            watching.cancel()
+            await asyncio.gather(working, watching, return_exceptions=True)
+
+    async def _disconnected(self) -> None:
+        message: Message = {"type": ""}
+        while message["type"] != "http.disconnect":
+            message = await self._receive()

@@ -1,0 +1,128 @@
+"""The gateway as a whole: its model, its routers, HTTP and gRPC, from start to clean stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+
+from prometheus_client import CollectorRegistry
+
+from quire.gateway.config import GatewayConfig
+from quire.gateway.core import Core
+from quire.gateway.grpc_api import SERVICE, InferenceServicer
+from quire.gateway.http import application
+from quire.gateway.http_server import HttpServer
+from quire.gateway.metrics import GatewayMetrics
+from quire.gateway.model import ServedModel
+from quire.gateway.observation import Observer
+from quire.gateway.session import RouterSessions
+from quire.service.checkpoint import load_text, locate
+from quire.service.errors import UnavailableError
+from quire.service.grpc_server import GrpcServer
+from quire.service.tracing import Tracing
+from quire.v1 import inference_pb2_grpc
+
+# After the grace period every request is told to end; the servers get this long to send those answers.
+_LAST_WORDS_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+async def serve(config: GatewayConfig, stop: asyncio.Event) -> None:
+    """Runs a gateway until `stop` is set. Raises ConfigError if it can't start."""
+    model = await asyncio.to_thread(load_model, config)
+    tracing = Tracing("gateway", _instance())
+    gateway = Gateway(config, model, tracing)
+    try:
+        await gateway.start()
+        await gateway.run(stop)
+    finally:
+        await gateway.close()
+        tracing.close()
+
+
+def load_model(config: GatewayConfig) -> ServedModel:
+    """The text side of the model that `config` names. Raises ModelError."""
+    checkpoint = locate(config.model, text_only=True)
+    names = config.served_model_names or (checkpoint.name,)
+    return ServedModel(names, load_text(checkpoint), max_model_len=config.max_model_len)
+
+
+class Gateway:
+    """One gateway in this process: `start`, `run` until asked to stop, `close`."""
+
+    def __init__(self, config: GatewayConfig, model: ServedModel, tracing: Tracing) -> None:
+        self._config = config
+        self._changed = asyncio.Event()
+        self._sessions = RouterSessions(
+            config.routers,
+            peer=_instance(),
+            model=model.name,
+            end_token_ids=model.end_token_ids,
+            router_timeout=config.router_timeout,
+            changed=self._changed.set,
+        )
+        core = Core(model, self._sessions)
+        registry = CollectorRegistry()
+        observer = Observer(tracing.tracer, GatewayMetrics(registry))
+        app = application(core, observer, registry, max_body_bytes=config.max_body_bytes)
+        self._model = model
+        self._http = HttpServer(app, config.host, config.port, stop_timeout=config.grace + _LAST_WORDS_SECONDS)
+        self._grpc = GrpcServer(config.grpc_listen)
+        self._grpc.add(
+            SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(core, observer)
+        )
+        self._reporting: asyncio.Task[None] | None = None
+        self.url = ""
+        self.grpc_address = ""
+
+    async def start(self) -> None:
+        """Listens and connects to the routers; `url` and `grpc_address` are set then. Raises ConfigError."""
+        self.url = await self._http.start()
+        self.grpc_address = await self._grpc.start()
+        self._sessions.start()
+        self._reporting = asyncio.create_task(self._report_readiness(), name="readiness")
+        facts = {"url": self.url, "grpc": self.grpc_address, "model": self._model.name}
+        logger.info("gateway listens", extra=facts)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, or the HTTP server ends by itself (and raises why)."""
+        ending = (asyncio.create_task(stop.wait()), asyncio.create_task(self._http.ended()))
+        done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
+        for task in pending:
+            task.cancel()
+        for task in done:
+            task.result()
+
+    async def close(self) -> None:
+        """Takes no more requests, lets those in flight finish within the grace period, ends the rest with an error."""
+        if self._reporting is not None:
+            self._reporting.cancel()
+        self._http.begin_stop()
+        ending = (
+            asyncio.create_task(self._grpc.stop(self._config.grace + _LAST_WORDS_SECONDS)),
+            asyncio.create_task(self._http.ended()),
+        )
+        _, late = await asyncio.wait(ending, timeout=self._config.grace)
+        if late:
+            logger.warning("the grace period is over: ending what is in flight")
+            self._sessions.end_all(UnavailableError("the gateway is shutting down: send the request to another one"))
+        await asyncio.gather(*ending)
+        await self._sessions.close()
+
+    async def _report_readiness(self) -> None:
+        ready = False
+        while True:
+            await self._changed.wait()
+            self._changed.clear()
+            reason = self._sessions.unready_reason
+            if (reason is None) != ready:
+                ready = reason is None
+                await self._grpc.set_serving(ready)
+                logger.info("ready" if ready else "not ready: %s", *([] if ready else [reason]))
+
+
+def _instance() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}"
