@@ -6,7 +6,7 @@ Addresses are gRPC's: `127.0.0.1:9000`, `[::]:9000`, `unix:/run/quire/engine.soc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -99,7 +99,7 @@ class GrpcServer:
         await self.server.stop(grace)
 
 
-async def abort(context: grpc.aio.ServicerContext[object, object], error: QuireError) -> None:
+async def abort(context: grpc.aio.ServicerContext[Any, Any], error: QuireError) -> NoReturn:
     """Ends a call with `error`'s status; the field at fault travels in the trailing metadata `quire-field`."""
     trailing = (("quire-field", error.field),) if error.field else ()
     await context.abort(STATUS_OF[error.code], error.message, trailing)

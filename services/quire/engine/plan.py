@@ -1,0 +1,56 @@
+"""What the host tells the device about one step, and what it hears back: all that crosses between the two.
+
+The scheduler makes plans from the host's state, a runner applies them to the batch that lives on its device. Neither
+reads the other's state. A plan therefore holds only what changed (a sequence joins a slot, gets pages) and how many
+tokens each slot advances: a decode reads its input token where the last step's sampling wrote it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.service.request import SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """A sequence takes over a slot; whatever the slot held is void."""
+
+    slot: int
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class PageGrant:
+    """`pages` become entries `first`, `first + 1`, … of the slot's block table."""
+
+    slot: int
+    first: int
+    pages: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Compute `count` tokens of a slot from position `start`; if `sample`, draw the token after the last of them."""
+
+    slot: int
+    start: int
+    count: int
+    sample: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One step, applied in this order: admissions, grants, work."""
+
+    admissions: tuple[Admission, ...]
+    grants: tuple[PageGrant, ...]
+    work: tuple[Work, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """`token_ids[i]` is what work i drew, -1 if it drew none or its logits were not finite."""
+
+    token_ids: tuple[int, ...]

@@ -1,0 +1,54 @@
+"""The device's side of a step: what the core asks of it, on whatever device it is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+from quire.engine.masks import MaskBatch, MaskTicket
+from quire.engine.plan import StepPlan, StepResult
+
+
+class StepMasks:
+    """The masks of one step, on their way while the forward pass runs.
+
+    Row i of the batch masks the logits of `plan.work[work[i]]`.
+    """
+
+    def __init__(self, work: tuple[int, ...], ticket: MaskTicket) -> None:
+        self.work = work
+        self._ticket = ticket
+
+    @cached_property
+    def batch(self) -> MaskBatch:
+        """Blocks until the rows are filled; ask as late as possible."""
+        return self._ticket.wait()
+
+
+class PendingStep(Protocol):
+    """A step that was launched."""
+
+    def wait(self) -> StepResult:
+        """Blocks until its tokens are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """Where and how a runner computes, for status and logs."""
+
+    device: str
+    dtype: str
+    threads: int
+
+
+class Runner(Protocol):
+    """Owns the batch's state on a device: tokens, block tables, sampling parameters, pages.
+
+    The host may launch a step before it has read the last one's tokens: a plan never names them.
+    """
+
+    info: DeviceInfo
+
+    def launch(self, plan: StepPlan, masks: StepMasks | None) -> PendingStep:
+        """Starts a step. Steps run in the order of their launches."""

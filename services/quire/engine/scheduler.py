@@ -1,0 +1,291 @@
+"""One scheduler for all tokens: prefill chunks and decodes share a step under one token budget.
+
+Called by the core: `schedule()` decides a step, `commit()` books what it computed. The scheduler owns the host's state
+(sequences, pages, slots) and knows nothing of tensors.
+
+- Sequences that decode go first, so a long prompt never stalls them; prompts fill the rest of the budget in chunks.
+- Waiting sequences join in order (priority, then arrival) and the first that does not fit stops the rest: a long
+  prompt can't be starved by short ones behind it.
+- When pages run out, the running sequence that loses least computed work among those of the lowest priority gives
+  its own back and waits for its old place. The one with most work is therefore never chosen while there is another:
+  every full cache still makes progress.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import count
+
+from quire.engine.page_pool import PagePool
+from quire.engine.plan import Admission, PageGrant, StepPlan, Work
+from quire.engine.sequence import Sequence, SequenceState, pages_for
+from quire.service.errors import ConfigError, InvalidRequestError, OverloadedError
+from quire.service.pages import PAGE_SIZE
+from quire.service.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """The limits of a batch. Lengths and budgets are in tokens."""
+
+    max_num_seqs: int = 64
+    max_num_batched_tokens: int = 512
+    max_model_len: int = 8192
+    max_waiting: int = 1024
+    enable_prefix_caching: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must be at least 1", field=name)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens {self.max_num_batched_tokens} is less than max_num_seqs {self.max_num_seqs}: "
+                "raise it, so that a full batch can decode in one step",
+                field="max_num_batched_tokens",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """A step: the plan for the device, and for the host the sequences of `plan.work`, in the same order."""
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+    started: tuple[tuple[Sequence, int], ...]  # scheduled for the first time, with their cached prompt tokens
+
+
+class Scheduler:
+    """Decides which sequence computes how many tokens in each step."""
+
+    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+        if pages_for(config.max_model_len) > pool.num_pages:
+            raise ConfigError(
+                f"{pool.num_pages} pages hold {pool.num_pages * PAGE_SIZE} tokens, less than max_model_len "
+                f"{config.max_model_len}: raise num_pages or lower max_model_len",
+                field="num_pages",
+            )
+        self.config = config
+        self.pool = pool
+        self.num_preemptions = 0
+        self._arrivals = count()
+        self._sequences: dict[int, Sequence] = {}
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; entries of ended sequences are stale
+        self._num_waiting = 0
+        self._running: list[Sequence] = []
+        self._slots = list(range(config.max_num_seqs - 1, -1, -1))
+        self._deadlines: list[tuple[int, int]] = []  # a heap of (unix ms, key); entries of ended sequences are stale
+
+    @property
+    def num_running(self) -> int:
+        """Sequences that hold a slot."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a slot, preempted ones included."""
+        return self._num_waiting
+
+    @property
+    def num_pending_prefill_tokens(self) -> int:
+        """Prompt tokens still to be computed, of waiting and running sequences."""
+        return sum(sequence.num_pending for sequence in self._sequences.values() if sequence.num_pending > 1)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """All sequences that have not ended."""
+        return iter(self._sequences.values())
+
+    def get(self, key: int) -> Sequence | None:
+        """The sequence under `key`, if it has not ended."""
+        return self._sequences.get(key)
+
+    def add(self, key: int, request: Request) -> Sequence:
+        """Queues a request; raises InvalidRequestError if it can never run, OverloadedError if the queue is full."""
+        if key in self._sequences:
+            raise InvalidRequestError(f"key {key} is in use: choose another", field="key")
+        num_tokens = len(request.prompt_token_ids) + len(request.output_token_ids)
+        if num_tokens >= self.config.max_model_len:
+            raise InvalidRequestError(
+                f"the prompt has {num_tokens} tokens and the model's context {self.config.max_model_len}: "
+                "shorten it so that at least one token can follow",
+                field="prompt_token_ids",
+            )
+        if len(request.output_token_ids) >= request.stop.max_tokens:
+            raise InvalidRequestError(
+                f"output_token_ids already holds {len(request.output_token_ids)} of max_tokens "
+                f"{request.stop.max_tokens}: nothing is left to generate",
+                field="output_token_ids",
+            )
+        if self._num_waiting >= self.config.max_waiting:
+            raise OverloadedError(f"{self._num_waiting} requests are waiting already: try again later")
+        sequence = Sequence(key, request, next(self._arrivals))
+        self._sequences[key] = sequence
+        self._wait(sequence)
+        if request.deadline_unix_ms is not None:
+            heapq.heappush(self._deadlines, (request.deadline_unix_ms, key))
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """Ends a sequence and gives back all that it holds."""
+        if sequence.state is SequenceState.RUNNING:
+            self._leave_batch(sequence)
+        else:
+            self._num_waiting -= 1
+        sequence.state = SequenceState.FINISHED
+        del self._sequences[sequence.key]
+
+    def expired(self, now_ms: int) -> list[Sequence]:
+        """Sequences whose deadline has passed, each told once."""
+        expired = []
+        while self._deadlines and self._deadlines[0][0] <= now_ms:
+            sequence = self._sequences.get(heapq.heappop(self._deadlines)[1])
+            if sequence is not None:
+                expired.append(sequence)
+        return expired
+
+    def schedule(self) -> Schedule:
+        """The next step; its plan has no work if there is nothing to do."""
+        step = _Step(self.config.max_num_batched_tokens)
+        preempted = self._schedule_running(step)
+        # Pages that a preemption freed belong to those who needed them, not to newcomers who would need more soon.
+        if not preempted:
+            self._schedule_waiting(step)
+        return step.schedule()
+
+    def commit(self, sequence: Sequence, work: Work) -> None:
+        """Books the tokens that `work` computed: their full pages can be found from now on."""
+        sequence.num_computed = work.start + work.count
+        if not self.config.enable_prefix_caching:
+            return
+        for index in range(sequence.num_published, sequence.num_computed // PAGE_SIZE):
+            self.pool.publish(sequence.block_table[index], sequence.page_hashes[index])
+            sequence.num_published = index + 1
+
+    def _schedule_running(self, step: _Step) -> bool:
+        """Gives each running sequence its share; returns whether one had to be preempted for it."""
+        preemptions = self.num_preemptions
+        for sequence in sorted(self._running, key=lambda sequence: (sequence.num_pending > 1, sequence.order)):
+            if step.budget == 0:
+                break
+            if sequence.state is not SequenceState.RUNNING:
+                continue  # preempted above
+            num_tokens = min(sequence.num_pending, step.budget)
+            if self._make_room(sequence, num_tokens, step):
+                step.add(sequence, num_tokens, self._grow(sequence, num_tokens))
+        return self.num_preemptions > preemptions
+
+    def _schedule_waiting(self, step: _Step) -> None:
+        while self._waiting and step.budget > 0 and self._slots:
+            sequence = self._waiting[0][1]
+            if sequence.state is not SequenceState.WAITING:
+                heapq.heappop(self._waiting)
+                continue
+            cached = self._cached_pages(sequence)
+            # `cached` pages that nobody references count as available now and will not once they are shared.
+            idle = sum(1 for page in cached if self.pool.references(page) == 0)
+            if pages_for(len(sequence.token_ids) + 1) - len(cached) > self.pool.available - idle:
+                return
+            heapq.heappop(self._waiting)
+            self._num_waiting -= 1
+            self._join_batch(sequence, cached)
+            first, pages = 0, tuple(cached)
+            num_tokens = min(sequence.num_pending, step.budget)
+            grant = self._grow(sequence, num_tokens)
+            step.admit(sequence, PageGrant(sequence.slot, first, pages + (grant.pages if grant else ())))
+            step.add(sequence, num_tokens, None)
+
+    def _cached_pages(self, sequence: Sequence) -> list[int]:
+        if not self.config.enable_prefix_caching:
+            return []
+        # The last token is computed in any case: its logits are needed.
+        return self.pool.match(sequence.page_hashes[: (len(sequence.token_ids) - 1) // PAGE_SIZE])
+
+    def _join_batch(self, sequence: Sequence, cached: list[int]) -> None:
+        self.pool.share(cached)
+        sequence.block_table = list(cached)
+        sequence.num_computed = len(cached) * PAGE_SIZE
+        sequence.num_published = len(cached)
+        sequence.slot = self._slots.pop()
+        sequence.state = SequenceState.RUNNING
+        self._running.append(sequence)
+
+    def _leave_batch(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = sequence.num_published = 0
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
+        self._running.remove(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        sequence.state = SequenceState.WAITING
+        self._num_waiting += 1
+        heapq.heappush(self._waiting, (sequence.order, sequence))
+
+    def _grow(self, sequence: Sequence, num_tokens: int) -> PageGrant | None:
+        first = len(sequence.block_table)
+        missing = pages_for(sequence.num_computed + num_tokens) - first
+        if missing <= 0:
+            return None
+        pages = self.pool.allocate(missing)
+        sequence.block_table.extend(pages)
+        return PageGrant(sequence.slot, first, tuple(pages))
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: _Step) -> bool:
+        """Preempts until `sequence` can grow; returns False if it was itself the one to give way."""
+        missing = pages_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
+        while missing > self.pool.available:
+            victim = min(self._running, key=self._loss)
+            step.remove(victim)
+            self._leave_batch(victim)
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            self._wait(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _loss(self, sequence: Sequence) -> tuple[int, int, int]:
+        """What preempting costs: lower priorities first, then computed tokens in pages that nobody else keeps alive."""
+        shared = sum(1 for page in sequence.block_table if self.pool.references(page) > 1)
+        return (sequence.request.priority, sequence.num_computed - shared * PAGE_SIZE, -sequence.arrival)
+
+
+class _Step:
+    """A schedule in the making."""
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self._admissions: dict[Sequence, Admission] = {}
+        self._grants: dict[Sequence, PageGrant] = {}
+        self._work: dict[Sequence, Work] = {}
+        self._started: list[tuple[Sequence, int]] = []
+
+    def admit(self, sequence: Sequence, grant: PageGrant) -> None:
+        """A waiting sequence joins with `grant` as its whole block table."""
+        self._admissions[sequence] = Admission(sequence.slot, tuple(sequence.token_ids), sequence.request.sampling)
+        self._grants[sequence] = grant
+        if not sequence.started:
+            sequence.started = True
+            self._started.append((sequence, min(sequence.num_computed, sequence.num_prompt_tokens)))
+
+    def add(self, sequence: Sequence, num_tokens: int, grant: PageGrant | None) -> None:
+        """A sequence in the batch computes `num_tokens`."""
+        self.budget -= num_tokens
+        sample = num_tokens == sequence.num_pending
+        self._work[sequence] = Work(sequence.slot, sequence.num_computed, num_tokens, sample)
+        if grant is not None:
+            self._grants[sequence] = grant
+
+    def remove(self, sequence: Sequence) -> None:
+        """Takes back what `add` decided for a sequence that is preempted later in the same step."""
+        work = self._work.pop(sequence, None)
+        if work is not None:
+            self.budget += work.count
+        self._grants.pop(sequence, None)
+
+    def schedule(self) -> Schedule:
+        plan = StepPlan(tuple(self._admissions.values()), tuple(self._grants.values()), tuple(self._work.values()))
+        return Schedule(plan, tuple(self._work), tuple(self._started))

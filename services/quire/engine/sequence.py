@@ -1,0 +1,80 @@
+"""A request inside the engine: its tokens, its block table, how far it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from quire.service.pages import PAGE_SIZE, next_hash, prefix_hashes, root_hash
+from quire.service.request import FinishReason, Request
+
+
+class SequenceState(Enum):
+    """Where a sequence is. A preempted one is WAITING again, at its old place in the order."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    FINISHED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`token_ids` is prompt and output; the keys and values of the first `num_computed` lie in `block_table`'s pages.
+
+    `page_hashes` has a hash for every full page of `token_ids`; the first `num_published` of them are in the pool.
+    """
+
+    key: int
+    request: Request
+    arrival: int
+    token_ids: list[int] = field(init=False)
+    num_prompt_tokens: int = field(init=False)
+    state: SequenceState = SequenceState.WAITING
+    slot: int = -1
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    page_hashes: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    started: bool = False
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
+        self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.page_hashes = prefix_hashes(self.request.cache_key, self.token_ids)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Who goes first: higher priority, then earlier arrival."""
+        return (-self.request.priority, self.arrival)
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens still to be computed before the next one can be sampled; 1 while decoding."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def output_token_ids(self) -> list[int]:
+        """What was generated so far, elsewhere included."""
+        return self.token_ids[self.num_prompt_tokens :]
+
+    def append(self, token_id: int) -> None:
+        """Adds a sampled token, and the hash of the page that it fills."""
+        self.token_ids.append(token_id)
+        if len(self.token_ids) % PAGE_SIZE == 0:
+            parent = self.page_hashes[-1] if self.page_hashes else root_hash(self.request.cache_key)
+            self.page_hashes.append(next_hash(parent, self.token_ids[-PAGE_SIZE:]))
+
+    def finish_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
+        """Whether the last token ended the output, and how."""
+        if self.token_ids[-1] in eos_token_ids or self.token_ids[-1] in self.request.stop.stop_token_ids:
+            return FinishReason.STOP
+        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
+        if num_output_tokens >= self.request.stop.max_tokens or len(self.token_ids) >= max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+
+def pages_for(num_tokens: int) -> int:
+    """How many pages hold `num_tokens` tokens."""
+    return -(-num_tokens // PAGE_SIZE)

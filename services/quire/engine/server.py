@@ -1,0 +1,307 @@
+"""The engine's gRPC side: sessions, cache events, load, status, drain. Translates; `hub` and the core do the work."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import grpc
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+
+from quire.engine.hub import Client, Hub
+from quire.engine.messages import Load
+from quire.engine.phase import Phase, PhaseState
+from quire.engine.sidecar_client import SidecarClient
+from quire.service.errors import InvalidRequestError, NotFoundError, QuireError, UnavailableError
+from quire.service.grpc_server import abort
+from quire.service.pages import PAGE_SIZE
+from quire.service.request import Finished, FinishReason, Request, Update
+from quire.service.tracing import parent_context, trace_context
+from quire.service.wire import request_from_proto, update_to_proto
+from quire.v1 import engine_pb2, engine_pb2_grpc, session_pb2, session_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+
+class SessionServicer(session_pb2_grpc.SessionServiceServicer):
+    """One `Session` call per router."""
+
+    def __init__(self, name: str, phase: PhaseState, hub: Hub, sidecar: SidecarClient | None, tracer: Tracer) -> None:
+        self._name = name
+        self._phase = phase
+        self._hub = hub
+        self._sidecar = sidecar
+        self._tracer = tracer
+
+    async def Session(  # noqa: N802
+        self,
+        request_iterator: AsyncIterator[session_pb2.SessionRequest],
+        context: grpc.aio.ServicerContext[session_pb2.SessionRequest, session_pb2.SessionResponse],
+    ) -> AsyncIterator[session_pb2.SessionResponse]:
+        """Reads frames in the background and yields what the hub deals to this session."""
+        if self._phase.phase is not Phase.READY:
+            await abort(context, UnavailableError(f"the engine is {self._phase.phase.name.lower()}: try another"))
+        session = _Session(self._name, self._hub, self._sidecar, self._tracer)
+        reader = asyncio.create_task(session.read(request_iterator))
+        draining = asyncio.create_task(session.announce(self._phase))
+        try:
+            welcome = session_pb2.Welcome(server=self._name, model=self._phase.model)
+            yield session_pb2.SessionResponse(welcome=welcome)
+            while (frame := await session.frames.get()) is not None:
+                yield frame
+        finally:
+            reader.cancel()
+            draining.cancel()
+            session.close()
+
+
+class _Session:
+    """A router's requests on this engine."""
+
+    def __init__(self, name: str, hub: Hub, sidecar: SidecarClient | None, tracer: Tracer) -> None:
+        self.frames: asyncio.Queue[session_pb2.SessionResponse | None] = asyncio.Queue()
+        self._name = name
+        self._hub = hub
+        self._sidecar = sidecar
+        self._tracer = tracer
+        self._client = Client(self._deliver)
+        self._spans: dict[int, Span] = {}
+        self._output_tokens: dict[int, int] = {}
+        self._compiling: dict[int, asyncio.Task[None]] = {}
+
+    async def read(self, frames: AsyncIterator[session_pb2.SessionRequest]) -> None:
+        """Takes the router's frames until it hangs up."""
+        try:
+            async for frame in frames:
+                match frame.WhichOneof("frame"):
+                    case "submit":
+                        self._submit(frame.submit)
+                    case "cancel":
+                        self._cancel(frame.cancel.key)
+                    case "hello":
+                        logger.info("session opened", extra={"peer": frame.hello.peer})
+                    case unknown:
+                        raise InvalidRequestError(f"a session frame holds {unknown}: upgrade this engine")
+        finally:
+            self.frames.put_nowait(None)
+
+    async def announce(self, phase: PhaseState) -> None:
+        """Tells the router when the engine begins to drain."""
+        await phase.until(Phase.DRAINING)
+        self.frames.put_nowait(session_pb2.SessionResponse(draining=session_pb2.Draining()))
+
+    def close(self) -> None:
+        """The stream is over: everything still in flight on it is cancelled."""
+        for task in self._compiling.values():
+            task.cancel()
+        self._hub.leave(self._client)
+        for span in self._spans.values():
+            span.set_status(StatusCode.ERROR, "the session ended first")
+            span.end()
+
+    def _submit(self, submit: session_pb2.Submit) -> None:
+        key = submit.key
+        if key in self._spans:
+            self._refuse(key, InvalidRequestError(f"key {key} is in use: choose another", field="key"))
+            return
+        try:
+            request = request_from_proto(submit.request)
+            self._check(request)
+        except QuireError as error:
+            self._refuse(key, error)
+            return
+        span = self._tracer.start_span(
+            f"generate {request.model}",
+            context=parent_context(request.trace),
+            kind=SpanKind.SERVER,
+            attributes={
+                "gen_ai.operation.name": "text_completion",
+                "gen_ai.request.model": request.model,
+                "gen_ai.request.max_tokens": request.stop.max_tokens,
+                "gen_ai.request.temperature": request.sampling.temperature,
+                "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
+                "quire.engine": self._name,
+                "quire.request_id": request.request_id,
+            },
+        )
+        self._spans[key] = span
+        self._output_tokens[key] = 0
+        if request.constraint is None:
+            self._hub.submit(self._client, key, request)
+        else:
+            self._compiling[key] = asyncio.create_task(self._compile_and_submit(key, request, span))
+
+    def _check(self, request: Request) -> None:
+        model = self._hub.ready.model if self._hub.ready else ""
+        if request.model != model:
+            raise NotFoundError(f"model {request.model} is not served here: this engine runs {model}", field="model")
+        if request.constraint is not None and self._sidecar is None:
+            raise InvalidRequestError(
+                "constraint is set and this engine has no sidecar: start one and name it with --sidecar",
+                field="constraint",
+            )
+
+    async def _compile_and_submit(self, key: int, request: Request, span: Span) -> None:
+        """Has the sidecar compile the grammar before the core hears of the request, so that no step waits for it."""
+        if request.constraint is None or self._sidecar is None:
+            return
+        try:
+            await self._sidecar.compile(request.constraint, trace_context(span))
+        except QuireError as error:
+            self._deliver([Update(key, finished=Finished(FinishReason.ERROR, error))])
+        else:
+            span.add_event("grammar compiled")
+            self._hub.submit(self._client, key, request)
+        finally:
+            self._compiling.pop(key, None)
+
+    def _cancel(self, key: int) -> None:
+        compiling = self._compiling.pop(key, None)
+        if compiling is None:
+            self._hub.cancel(self._client, key)
+        else:
+            compiling.cancel()
+            self._deliver([Update(key, finished=Finished(FinishReason.CANCELLED))])
+
+    def _refuse(self, key: int, error: QuireError) -> None:
+        update = Update(key, finished=Finished(FinishReason.ERROR, error))
+        self._send([update])
+
+    def _deliver(self, updates: list[Update]) -> None:
+        for update in updates:
+            self._trace(update)
+        self._send(updates)
+
+    def _send(self, updates: list[Update]) -> None:
+        frame = session_pb2.StepFrame(updates=[update_to_proto(update) for update in updates])
+        for update in frame.updates:
+            if update.HasField("started"):
+                update.started.engine = self._name
+        self.frames.put_nowait(session_pb2.SessionResponse(step=frame))
+
+    def _trace(self, update: Update) -> None:
+        span = self._spans[update.key]
+        if update.started is not None:
+            span.add_event("started")
+            span.set_attribute("gen_ai.usage.cache_read.input_tokens", update.started.cached_tokens)
+        if update.token_ids:
+            if self._output_tokens[update.key] == 0:
+                span.add_event("first token")
+            self._output_tokens[update.key] += len(update.token_ids)
+        if update.finished is not None:
+            span.set_attribute("gen_ai.usage.output_tokens", self._output_tokens.pop(update.key))
+            span.set_attribute("gen_ai.response.finish_reasons", [update.finished.reason.value.lower()])
+            if update.finished.error is not None:
+                span.set_attribute("error.type", update.finished.error.code.value)
+                span.set_status(StatusCode.ERROR, update.finished.error.message)
+            self._spans.pop(update.key).end()
+
+
+class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
+    """What routers and the operator ask beside the tokens."""
+
+    def __init__(self, name: str, phase: PhaseState, hub: Hub) -> None:
+        self._name = name
+        self._phase = phase
+        self._hub = hub
+
+    async def WatchCache(  # noqa: N802
+        self,
+        request: engine_pb2.WatchCacheRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.WatchCacheRequest, engine_pb2.WatchCacheResponse],
+    ) -> AsyncIterator[engine_pb2.WatchCacheResponse]:
+        """A snapshot, then each change; ends with UNAVAILABLE if the subscriber falls too far behind."""
+        feed = self._hub.subscribe()
+        try:
+            while (event := await feed.next()) is not None:
+                response = engine_pb2.WatchCacheResponse(epoch=self._hub.epoch, sequence=event.sequence)
+                if event.snapshot:
+                    response.snapshot.stored = b"".join(event.stored)
+                else:
+                    response.delta.stored = b"".join(event.stored)
+                    response.delta.removed = b"".join(event.removed)
+                yield response
+        finally:
+            self._hub.unsubscribe(feed)
+        await abort(context, UnavailableError("the subscriber fell behind: subscribe again for a snapshot"))
+
+    async def WatchLoad(  # noqa: N802
+        self,
+        request: engine_pb2.WatchLoadRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.WatchLoadRequest, engine_pb2.WatchLoadResponse],
+    ) -> AsyncIterator[engine_pb2.WatchLoadResponse]:
+        """The load at once, then whenever it changed, at most once per interval."""
+        if not request.HasField("interval_ms"):
+            await abort(context, InvalidRequestError("interval_ms is missing: set it", field="interval_ms"))
+        loop = asyncio.get_running_loop()
+        while True:
+            sent, reported_at = self._report(), loop.time()
+            yield sent
+            async with self._hub.load_changed:
+                while self._report() == sent:
+                    await self._hub.load_changed.wait()
+            # Not a wait for something to happen, but the interval that the subscriber asked for.
+            await asyncio.sleep(max(0.0, reported_at + request.interval_ms / 1000 - loop.time()))
+
+    async def GetStatus(  # noqa: N802
+        self,
+        request: engine_pb2.GetStatusRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.GetStatusRequest, engine_pb2.GetStatusResponse],
+    ) -> engine_pb2.GetStatusResponse:
+        """The phase and what is served."""
+        response = engine_pb2.GetStatusResponse(
+            engine=self._name,
+            phase=_phase_to_proto(self._phase.phase),
+            activity=self._phase.activity,
+            progress=self._phase.progress,
+            epoch=self._hub.epoch,
+            page_size=PAGE_SIZE,
+            load=self._report(),
+            failure=self._phase.failure,
+        )
+        if (ready := self._hub.ready) is not None:
+            response.model = ready.model
+            response.device, response.dtype = ready.device.device, ready.device.dtype
+            response.max_model_len, response.max_num_seqs = ready.max_model_len, ready.max_num_seqs
+        return response
+
+    async def Drain(  # noqa: N802
+        self,
+        request: engine_pb2.DrainRequest,
+        context: grpc.aio.ServicerContext[engine_pb2.DrainRequest, engine_pb2.DrainResponse],
+    ) -> engine_pb2.DrainResponse:
+        """Stops taking requests and answers when those in flight are done or cut off."""
+        if not request.HasField("grace_ms"):
+            await abort(context, InvalidRequestError("grace_ms is missing: set it", field="grace_ms"))
+        return engine_pb2.DrainResponse(cut_off=await drain(self._phase, self._hub, request.grace_ms / 1000))
+
+    def _report(self) -> engine_pb2.WatchLoadResponse:
+        report = engine_pb2.WatchLoadResponse(phase=_phase_to_proto(self._phase.phase))
+        load: Load | None = self._hub.load
+        if load is not None:
+            report.running, report.waiting = load.running, load.waiting
+            report.pending_prefill_tokens = load.pending_prefill_tokens
+            report.pages_total, report.pages_available = load.pages_total, load.pages_available
+            report.prefill_tokens_per_second = load.stats.prefill_tokens_per_second
+            report.decode_step_seconds = load.stats.decode_step_seconds
+            report.steps = load.stats.steps
+        elif self._hub.ready is not None:
+            report.pages_total = report.pages_available = self._hub.ready.num_pages
+        return report
+
+
+async def drain(phase: PhaseState, hub: Hub, grace_s: float) -> int:
+    """Ends the engine's work in order; returns how many requests the end of the grace period cut off."""
+    phase.advance(Phase.DRAINING)
+    async with hub.load_changed:
+        hub.load_changed.notify_all()
+    try:
+        await asyncio.wait_for(hub.until_idle(), grace_s)
+    except TimeoutError:
+        return hub.cut_off()
+    return 0
+
+
+def _phase_to_proto(phase: Phase) -> engine_pb2.EnginePhase.ValueType:
+    return engine_pb2.EnginePhase.Value(f"ENGINE_PHASE_{phase.name}")

@@ -1,0 +1,93 @@
+"""The engine service as a whole: the gRPC server around one core process, from start to drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import asdict
+
+from quire.engine.config import EngineConfig
+from quire.engine.core_client import CoreClient
+from quire.engine.hub import Hub
+from quire.engine.messages import Failed, Loading, Ready, StartCore, Stepped
+from quire.engine.metrics import EngineMetrics
+from quire.engine.phase import Phase, PhaseState
+from quire.engine.server import EngineServicer, SessionServicer, drain
+from quire.engine.sidecar_client import SidecarClient
+from quire.service.errors import ConfigError, UnavailableError
+from quire.service.grpc_server import GrpcServer
+from quire.service.tracing import Tracing
+from quire.v1 import engine_pb2_grpc, session_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+
+class EngineService:
+    """Listens at once, so that status can tell of the loading; health is SERVING while requests are taken."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._phase = PhaseState()
+        self._tracing = Tracing("engine", config.name)
+        self._metrics = EngineMetrics(config.name)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, then drains. Raises ConfigError if the core can't load or dies."""
+        config = self._config
+        core = await CoreClient.start(StartCore(config.core, config.name, config.log_level, config.log_format))
+        # Nanoseconds of the wall clock: later starts have other, larger epochs.
+        hub = Hub(core.send, epoch=time.time_ns())
+        sidecar = SidecarClient(config.core.sidecar, config.core.sidecar_deadline_s) if config.core.sidecar else None
+        server = GrpcServer(config.listen)
+        session = SessionServicer(config.name, self._phase, hub, sidecar, self._tracing.tracer)
+        server.add("quire.v1.SessionService", session_pb2_grpc.add_SessionServiceServicer_to_server, session)
+        engine = EngineServicer(config.name, self._phase, hub)
+        server.add("quire.v1.EngineService", engine_pb2_grpc.add_EngineServiceServicer_to_server, engine)
+        try:
+            await server.start()
+            self._metrics.serve(config.metrics_port)
+            follower = asyncio.create_task(self._follow(core, hub, server))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((follower, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if stopped.done() and self._phase.phase is Phase.READY:
+                await self._drain(hub, server, follower)
+            stopped.cancel()
+            if self._phase.phase is Phase.FAILED:
+                raise ConfigError(self._phase.failure)
+        finally:
+            await core.close()
+            await server.stop(grace=1.0)
+            if sidecar is not None:
+                await sidecar.close()
+            self._tracing.close()
+
+    async def _drain(self, hub: Hub, server: GrpcServer, follower: asyncio.Task[None]) -> None:
+        await server.set_serving(False)
+        draining = asyncio.create_task(drain(self._phase, hub, self._config.grace_s))
+        await asyncio.wait((draining, follower), return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+
+    async def _follow(self, core: CoreClient, hub: Hub, server: GrpcServer) -> None:
+        """Takes the core's messages until it ends, which it should not while the service runs."""
+        async for message in core.messages():
+            match message:
+                case Stepped():
+                    self._metrics.record(message)
+                    await hub.stepped(message)
+                case Loading(activity, progress):
+                    self._phase.activity, self._phase.progress = activity, progress
+                case Ready():
+                    hub.ready = message
+                    self._phase.model, self._phase.progress = message.model, 1.0
+                    self._phase.advance(Phase.READY)
+                    self._metrics.record_start(message)
+                    await server.set_serving(True)
+                    times = {f"{name}_s": round(seconds, 2) for name, seconds in message.start_seconds.items()}
+                    facts = {"model": message.model, **asdict(message.device), "pages": message.num_pages, **times}
+                    logger.info("ready", extra=facts)
+                case Failed(failure):
+                    self._phase.advance(Phase.FAILED, failure=failure)
+        self._phase.advance(Phase.FAILED, failure="the engine's core process died: see the log above")
+        await server.set_serving(False)
+        hub.fail_all(UnavailableError("the engine failed: send the request to another"))

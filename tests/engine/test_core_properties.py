@@ -1,0 +1,173 @@
+"""The engine's core under random arrivals, cancellations, deadlines, full caches and shared prefixes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hypothesis.strategies as st
+from hypothesis import HealthCheck, settings
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from page_machine import EOS, VOCAB_SIZE, PageMachine, run_alone
+
+from quire.engine.core import EngineCore
+from quire.engine.page_pool import PagePool
+from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.engine.sequence import SequenceState, pages_for
+from quire.service.errors import OverloadedError
+from quire.service.pages import PAGE_SIZE, prefix_hashes
+from quire.service.request import CacheKey, FinishReason, Request, SamplingParams, StopConditions, Update
+
+PREFIXES = [[(7 * i + k) % VOCAB_SIZE for i in range(PAGE_SIZE * 3)] for k in range(3)]
+
+
+class EngineMachine(RuleBasedStateMachine):
+    """Drives an EngineCore over a PageMachine and checks its books after every step.
+
+    Without it a leaked or doubly owned page, a lost terminal event or a stale prefix would show only under load.
+    """
+
+    @initialize(
+        extra_pages=st.integers(0, 4),
+        max_num_seqs=st.integers(2, 5),
+        budget=st.integers(5, 40),
+        max_model_len=st.integers(20, 90),
+        caching=st.booleans(),
+    )
+    def start(self, extra_pages: int, max_num_seqs: int, budget: int, max_model_len: int, caching: bool) -> None:
+        num_pages = pages_for(max_model_len) + extra_pages
+        self.pool = PagePool(num_pages)
+        config = SchedulerConfig(max_num_seqs, budget, max_model_len, max_waiting=6, enable_prefix_caching=caching)
+        self.scheduler = Scheduler(config, self.pool)
+        self.now = 1000.0
+        self.runner = PageMachine(num_pages, max_num_seqs, max_model_len)
+        self.core = EngineCore(self.runner, self.scheduler, None, frozenset({EOS}), VOCAB_SIZE, clock=lambda: self.now)
+        self.requests: dict[int, Request] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.started: set[int] = set()
+        self.finished: dict[int, FinishReason] = {}
+        self.known_pages: set[bytes] = set()
+
+    @rule(
+        prefix=st.integers(-1, 2),
+        cut=st.sampled_from([PAGE_SIZE, 2 * PAGE_SIZE, 3 * PAGE_SIZE, 5, 40]),
+        tail=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=20) | st.just([]),
+        max_tokens=st.integers(1, 60),
+        copies=st.integers(1, 3),
+        salt=st.sampled_from(["", "", "other"]),
+        priority=st.sampled_from([0, 0, 0, 1, -1]),
+        timeout=st.none() | st.none() | st.integers(0, 30),
+        resumed=st.integers(0, 10),
+        stop=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=1),
+    )
+    def arrive(self, copies: int, **kwargs: Any) -> None:
+        for _ in range(copies):
+            self.submit(**kwargs)
+
+    def submit(self, prefix, cut, tail, max_tokens, salt, priority, timeout, resumed, stop) -> None:
+        prompt = [*(PREFIXES[prefix][:cut] if prefix >= 0 else []), *tail] or [1]
+        prompt = prompt[: self.scheduler.config.max_model_len - 1]
+        whole = run_alone(prompt, max_tokens, self.scheduler.config.max_model_len, tuple(stop))
+        key = len(self.requests)
+        request = Request(
+            request_id=str(key),
+            model="m",
+            prompt_token_ids=tuple(prompt),
+            # As if it had been moved here after some of its tokens.
+            output_token_ids=tuple(whole[: min(resumed, len(whole) - 1)]),
+            sampling=SamplingParams(temperature=0.0),
+            stop=StopConditions(max_tokens, tuple(stop)),
+            cache_key=CacheKey(salt),
+            priority=priority,
+            deadline_unix_ms=None if timeout is None else int(self.now * 1000) + timeout * 1000,
+        )
+        try:
+            self.core.submit(key, request)
+        except OverloadedError:
+            assert self.scheduler.num_waiting >= 6
+            return
+        self.requests[key] = request
+        self.outputs[key] = list(request.output_token_ids)
+
+    @rule(which=st.integers(0, 50), really=st.sampled_from([True, False, False]))
+    def cancel(self, which: int, really: bool) -> None:
+        if self.requests and really:
+            self.core.cancel(which % len(self.requests))
+
+    @rule(seconds=st.integers(0, 8), steps=st.integers(1, 12))
+    def step(self, seconds: int, steps: int) -> None:
+        self.now += seconds
+        for _ in range(steps):
+            self.take(self.core.step())
+            self.check_pages()
+
+    def take(self, updates: list[Update]) -> None:
+        for update in updates:
+            assert update.key not in self.finished, "an event after the terminal one"
+            if update.started is not None:
+                assert update.key not in self.started
+                self.started.add(update.key)
+            self.outputs[update.key].extend(update.token_ids)
+            if update.finished is not None:
+                self.finished[update.key] = update.finished.reason
+        stored, removed = self.pool.drain_events()
+        assert self.known_pages.issuperset(removed) and self.known_pages.isdisjoint(stored)
+        self.known_pages -= set(removed)
+        self.known_pages |= set(stored)
+
+    def check_pages(self) -> None:
+        pool, held = self.pool, [0] * self.pool.num_pages
+        for sequence in self.scheduler:
+            if sequence.state is not SequenceState.RUNNING:
+                assert not sequence.block_table and sequence.slot == -1
+                continue
+            assert len(set(sequence.block_table)) == len(sequence.block_table)
+            assert len(sequence.block_table) == pages_for(sequence.num_computed)
+            for page in sequence.block_table:
+                held[page] += 1
+        assert held == [pool.references(page) for page in range(pool.num_pages)]
+        assert pool.available == held.count(0)
+        slots = [sequence.slot for sequence in self.scheduler if sequence.state is SequenceState.RUNNING]
+        assert len(set(slots)) == len(slots) == self.scheduler.num_running
+        # What is findable holds the tokens that its hash says.
+        assert set(pool._page_of) == self.known_pages
+        for sequence in self.scheduler:
+            for index in range(sequence.num_published):
+                tokens = sequence.token_ids[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
+                assert list(self.runner.memory[sequence.block_table[index]]) == tokens
+
+    @invariant()
+    def hashes_match(self) -> None:
+        for sequence in getattr(self, "scheduler", ()):
+            assert sequence.page_hashes == prefix_hashes(sequence.request.cache_key, sequence.token_ids)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        for _ in range(5000):
+            if not self.core.has_work:
+                break
+            self.take(self.core.step())
+            self.check_pages()
+        assert not self.core.has_work, "the engine does not come to an end"
+        assert set(self.finished) == set(self.requests)
+        assert self.pool.available == self.pool.num_pages
+        for key, request in self.requests.items():
+            alone = run_alone(
+                list(request.prompt_token_ids),
+                request.stop.max_tokens,
+                self.scheduler.config.max_model_len,
+                request.stop.stop_token_ids,
+            )
+            if self.finished[key] in (FinishReason.STOP, FinishReason.LENGTH):
+                assert self.outputs[key] == alone
+            else:
+                assert self.outputs[key] == alone[: len(self.outputs[key])]
+
+
+TestEngineCore = EngineMachine.TestCase
+TestEngineCore.settings = settings(
+    max_examples=250,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
