@@ -42,14 +42,17 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
         """Reads frames in the background and yields what the hub deals to this session."""
         if self._phase.phase is not Phase.READY:
             await abort(context, UnavailableError(f"the engine is {self._phase.phase.name.lower()}: try another"))
-        session = _Session(self._name, self._hub, self._sidecar, self._tracer)
+        session = _Session(self._name, self._phase, self._hub, self._sidecar, self._tracer)
         reader = asyncio.create_task(session.read(request_iterator))
-        draining = asyncio.create_task(session.announce(self._phase))
+        draining = asyncio.create_task(session.announce_drain())
         try:
             welcome = session_pb2.Welcome(server=self._name, model=self._phase.model)
             yield session_pb2.SessionResponse(welcome=welcome)
             while (frame := await session.frames.get()) is not None:
                 yield frame
+            await reader
+        except InvalidRequestError as error:
+            await abort(context, error)
         finally:
             reader.cancel()
             draining.cancel()
@@ -59,9 +62,10 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
 class _Session:
     """A router's requests on this engine."""
 
-    def __init__(self, name: str, hub: Hub, sidecar: SidecarClient | None, tracer: Tracer) -> None:
+    def __init__(self, name: str, phase: PhaseState, hub: Hub, sidecar: SidecarClient | None, tracer: Tracer) -> None:
         self.frames: asyncio.Queue[session_pb2.SessionResponse | None] = asyncio.Queue()
         self._name = name
+        self._phase = phase
         self._hub = hub
         self._sidecar = sidecar
         self._tracer = tracer
@@ -71,7 +75,7 @@ class _Session:
         self._compiling: dict[int, asyncio.Task[None]] = {}
 
     async def read(self, frames: AsyncIterator[session_pb2.SessionRequest]) -> None:
-        """Takes the router's frames until it hangs up."""
+        """Takes the router's frames until it hangs up; raises InvalidRequestError if it breaks the protocol."""
         try:
             async for frame in frames:
                 match frame.WhichOneof("frame"):
@@ -86,9 +90,9 @@ class _Session:
         finally:
             self.frames.put_nowait(None)
 
-    async def announce(self, phase: PhaseState) -> None:
+    async def announce_drain(self) -> None:
         """Tells the router when the engine begins to drain."""
-        await phase.until(Phase.DRAINING)
+        await self._phase.until(Phase.DRAINING)
         self.frames.put_nowait(session_pb2.SessionResponse(draining=session_pb2.Draining()))
 
     def close(self) -> None:
@@ -103,8 +107,7 @@ class _Session:
     def _submit(self, submit: session_pb2.Submit) -> None:
         key = submit.key
         if key in self._spans:
-            self._refuse(key, InvalidRequestError(f"key {key} is in use: choose another", field="key"))
-            return
+            raise InvalidRequestError(f"key {key} is in use: a session's keys are unique", field="key")
         try:
             request = request_from_proto(submit.request)
             self._check(request)
@@ -133,6 +136,8 @@ class _Session:
             self._compiling[key] = asyncio.create_task(self._compile_and_submit(key, request, span))
 
     def _check(self, request: Request) -> None:
+        if self._phase.phase is not Phase.READY:
+            raise UnavailableError(f"the engine is {self._phase.phase.name.lower()}: try another")
         model = self._hub.ready.model if self._hub.ready else ""
         if request.model != model:
             raise NotFoundError(f"model {request.model} is not served here: this engine runs {model}", field="model")
