@@ -1,0 +1,97 @@
+"""The trial processes and who waits for them: at most `workers` constraints are tried at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from asyncio.subprocess import PIPE, Process
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from quire.service.errors import ConfigError, InternalError, OverloadedError
+from quire.service.request import Constraint
+from quire.sidecar.config import GrammarLimits
+from quire.sidecar.grammar.compile import refusal
+
+# Beyond the constraint's own time: the fork and the answer, on a busy machine.
+_GRACE_S = 5.0
+
+
+class Trials:
+    """Compiles constraints in processes that may be lost: see `trial`."""
+
+    def __init__(self, model: Path, limits: GrammarLimits, workers: int) -> None:
+        self._limits = limits
+        self._command = (
+            *(sys.executable, "-m", "quire.sidecar.grammar.trial"),
+            *(str(model), str(limits.compile_seconds), str(limits.compile_mib)),
+        )
+        self._workers = workers
+        self._processes: set[Process] = set()
+        self._idle: asyncio.Queue[Process] = asyncio.Queue()
+
+    async def start(self) -> None:
+        """Starts the processes; returns when each has read the tokenizer."""
+        for process in await asyncio.gather(*(self._start() for _ in range(self._workers))):
+            self._idle.put_nowait(process)
+
+    async def run(self, constraint: Constraint) -> int:
+        """The bytes that compiling `constraint` takes.
+
+        Raises InvalidRequestError if it fails or exceeds the limits, OverloadedError if no process becomes free
+        within the time that a constraint may take.
+        """
+        try:
+            process = await asyncio.wait_for(self._idle.get(), self._limits.compile_seconds)
+        except TimeoutError as error:
+            raise OverloadedError("too many grammars are being compiled: try again later") from error
+        try:
+            reply = await self._ask(process, constraint)
+        except BaseException:
+            # Its answer may still come, to a question that nobody asks any more.
+            await self._replace(process)
+            raise
+        self._idle.put_nowait(process)
+        if "error" in reply:
+            raise refusal(constraint.kind, reply["error"])
+        return int(reply["bytes"])
+
+    async def close(self) -> None:
+        """Ends the processes, whatever they do."""
+        for process in list(self._processes):
+            await self._end(process)
+
+    async def _start(self) -> Process:
+        process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
+        self._processes.add(process)
+        if await self._read(process) is None:
+            raise ConfigError("the process that tries grammars ended at its start: its message stands above")
+        return process
+
+    async def _ask(self, process: Process, constraint: Constraint) -> dict[str, Any]:
+        question = json.dumps({"kind": constraint.kind.value, "source": constraint.source})
+        if process.stdin is None:
+            raise InternalError("the process that tries grammars has no standard input")
+        process.stdin.write(question.encode() + b"\n")
+        with suppress(BrokenPipeError, ConnectionResetError):
+            await process.stdin.drain()
+        reply = await asyncio.wait_for(self._read(process), self._limits.compile_seconds + _GRACE_S)
+        if reply is None:
+            raise InternalError("the process that tries grammars ended: send the request again")
+        return reply
+
+    async def _read(self, process: Process) -> dict[str, Any] | None:
+        line = await process.stdout.readline() if process.stdout is not None else b""
+        return dict(json.loads(line)) if line else None
+
+    async def _replace(self, process: Process) -> None:
+        await self._end(process)
+        self._idle.put_nowait(await self._start())
+
+    async def _end(self, process: Process) -> None:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+        self._processes.discard(process)

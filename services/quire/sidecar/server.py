@@ -1,0 +1,105 @@
+"""quire.v1.GrammarService over the core: translates, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+from opentelemetry.trace import SpanKind, StatusCode, Tracer
+
+from quire.service.errors import InvalidRequestError, QuireError
+from quire.service.grpc_server import abort
+from quire.service.request import Constraint, TraceContext
+from quire.service.tracing import parent_context
+from quire.service.wire import constraint_from_proto, error_to_proto
+from quire.sidecar.core import GrammarCore, MaskStream, RowRequest
+from quire.v1 import grammar_pb2, grammar_pb2_grpc
+
+SERVICE = grammar_pb2.DESCRIPTOR.services_by_name["GrammarService"].full_name
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class GrammarServicer(grammar_pb2_grpc.GrammarServiceServicer):
+    """Compile and Step."""
+
+    def __init__(self, core: GrammarCore, tracer: Tracer) -> None:
+        self._core = core
+        self._tracer = tracer
+
+    async def Compile(  # noqa: N802
+        self, request: grammar_pb2.CompileRequest, context: _Context
+    ) -> grammar_pb2.CompileResponse:
+        """Compiles into the cache; a span of the caller's trace shows how long it took."""
+        span = self._tracer.start_span("compile_grammar", parent_context(_trace(context)), SpanKind.SERVER)
+        try:
+            constraint = _constraint(request)
+            span.set_attribute("quire.constraint.kind", constraint.kind.value)
+            span.set_attribute("quire.constraint.bytes", len(constraint.source.encode()))
+            grammar, cached = await self._core.compile(constraint)
+            span.set_attribute("quire.constraint.cached", cached)
+            return grammar_pb2.CompileResponse(cached=cached, compile_seconds=grammar.seconds)
+        except QuireError as error:
+            span.set_status(StatusCode.ERROR, error.message)
+            await abort(context, error)
+        finally:
+            span.end()
+
+    async def Step(  # noqa: N802
+        self, requests: AsyncIterator[grammar_pb2.StepRequest], context: _Context
+    ) -> AsyncIterator[grammar_pb2.StepResponse]:
+        """One engine core's masks; the stream's end frees all that it held."""
+        stream: MaskStream | None = None
+        try:
+            async for request in requests:
+                if stream is None:
+                    stream = self._open(request)
+                    yield grammar_pb2.StepResponse(opened=grammar_pb2.MasksOpened())
+                else:
+                    yield await _fill(stream, request)
+        except QuireError as error:
+            await abort(context, error)
+        finally:
+            if stream is not None:
+                stream.close()
+
+    def _open(self, request: grammar_pb2.StepRequest) -> MaskStream:
+        if request.WhichOneof("request") != "open":
+            raise InvalidRequestError("the stream's first request must be open", field="open")
+        return self._core.open(request.open.path, request.open.rows, request.open.vocab_size)
+
+
+async def _fill(stream: MaskStream, request: grammar_pb2.StepRequest) -> grammar_pb2.StepResponse:
+    if request.WhichOneof("request") != "fill":
+        raise InvalidRequestError("every request after the first must be fill", field="fill")
+    rows = [
+        RowRequest(
+            row.sequence,
+            row.row,
+            constraint_from_proto(row.constraint) if row.HasField("constraint") else None,
+            list(row.accepted),
+        )
+        for row in request.fill.rows
+    ]
+    errors = await stream.fill(rows, request.fill.released)
+    return grammar_pb2.StepResponse(
+        filled=grammar_pb2.MasksFilled(
+            step=request.fill.step,
+            errors=[
+                grammar_pb2.RowError(sequence=sequence, error=error_to_proto(error))
+                for sequence, error in errors.items()
+            ],
+        )
+    )
+
+
+def _constraint(request: grammar_pb2.CompileRequest) -> Constraint:
+    if not request.HasField("constraint"):
+        raise InvalidRequestError("constraint is missing: the contract requires it", field="constraint")
+    return constraint_from_proto(request.constraint)
+
+
+def _trace(context: _Context) -> TraceContext:
+    metadata = dict(context.invocation_metadata() or ())
+    return TraceContext(str(metadata.get("traceparent", "")), str(metadata.get("tracestate", "")))
