@@ -1,0 +1,299 @@
+"""Token masks from the sidecar: a stream of small messages, masks in memory that both sides map.
+
+The core's thread calls `begin` and `wait`; one thread beside it keeps a stream to the sidecar open and hears its
+answers. What the sidecar was told is known per stream, so when the sidecar is started again everything that is still
+asked for is told again: the core never notices, unless the deadline passes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import queue
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+
+from quire.engine.masks import MaskBatch, MaskRequest, MaskTicket
+from quire.service.errors import InternalError, QuireError, UnavailableError
+from quire.service.grpc_server import CHANNEL_OPTIONS
+from quire.service.request import Constraint
+from quire.service.wire import constraint_to_proto, error_from_proto
+from quire.v1 import grammar_pb2, grammar_pb2_grpc
+
+logger = logging.getLogger(__name__)
+
+_Masks = npt.NDArray[np.uint32]
+
+# The file holds a batch's rows twice: a second step may be asked for while the first one's masks are read.
+_IN_FLIGHT = 2
+# The sidecar is on this machine: look for it often. One that refuses the stream will do so again.
+_CHANNEL_OPTIONS = [*({**dict(CHANNEL_OPTIONS), "grpc.max_reconnect_backoff_ms": 500}).items()]
+_RETRY_S = 0.05
+_RETRY_REFUSED_S = 1.0
+# The step of a message that only releases.
+_NOBODY_WAITS = 0
+_SHARED_MEMORY = Path("/dev/shm")
+# An errored row: its token is dropped, but it must still be possible to draw one.
+_ALL_TOKENS = np.uint32(0xFFFFFFFF)
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """A row as it was asked for. The core goes on appending to `output_token_ids`; `count` were there then."""
+
+    sequence: int
+    constraint: Constraint
+    output_token_ids: Sequence[int]
+    count: int
+
+
+@dataclass(slots=True)
+class _Ticket:
+    """Masks on their way: see quire.engine.masks.MaskTicket. `masks` stays None if they never came."""
+
+    step: int
+    rows: list[_Row]
+    released: list[int]
+    deadline: float
+    words: int
+    done: threading.Event = field(default_factory=threading.Event)
+    masks: _Masks | None = None
+    errors: dict[int, QuireError] = field(default_factory=dict)
+
+    def wait(self) -> MaskBatch:
+        """Blocks until the rows are filled, or until the deadline; then all rows are errors."""
+        in_time = self.done.wait(max(0.0, self.deadline - time.monotonic()))
+        if in_time and self.masks is not None:
+            for index, row in enumerate(self.rows):
+                if row.sequence in self.errors:
+                    self.masks[index] = _ALL_TOKENS
+            return MaskBatch(self.masks, self.errors)
+        errors = self.errors
+        if not in_time:
+            errors = self._all(UnavailableError("the grammar sidecar does not answer: send the request again"))
+        # Memory of its own: an answer that comes too late must not change rows that are being read.
+        return MaskBatch(np.full((len(self.rows), self.words), _ALL_TOKENS, np.uint32), errors)
+
+    def fail(self, error: QuireError) -> None:
+        """Ends the wait with `error` for every row."""
+        self.errors = self._all(error)
+        self.done.set()
+
+    def _all(self, error: QuireError) -> dict[int, QuireError]:
+        return {row.sequence: error for row in self.rows}
+
+
+class SidecarMasks:
+    """The engine core's MaskSource. Up to two steps may be asked for before the first is waited for.
+
+    A batch's rows stay valid until the second `begin` after its own. `deadline_s` counts from `begin`. The shared
+    file is made in `folder`, which the sidecar must see under the same path; by default the machine's shared memory.
+    """
+
+    def __init__(
+        self, address: str, vocab_size: int, max_rows: int, deadline_s: float, folder: Path | None = None
+    ) -> None:
+        self._vocab_size = vocab_size
+        self._max_rows = max_rows
+        self._deadline_s = deadline_s
+        self._folder = folder or (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir()))
+        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
+        self._stub = grammar_pb2_grpc.GrammarServiceStub(self._channel)
+        self._closed = threading.Event()
+        # Guards what follows; the core's thread and the stream's share it.
+        self._lock = threading.Lock()
+        self._step = 0
+        self._pending: list[_Ticket] = []
+        self._stream: _Stream | None = None
+        self._cancel: Callable[[], object] = lambda: None
+        self._thread = threading.Thread(target=self._run, name="sidecar-masks", daemon=True)
+        self._thread.start()
+
+    def begin(self, requests: Sequence[MaskRequest], released: Sequence[int]) -> MaskTicket:
+        """Asks for row i to be filled for `requests[i]` and returns at once. Raises InternalError on misuse."""
+        if len(requests) > self._max_rows:
+            raise InternalError(f"{len(requests)} mask rows were asked for: the shared file has {self._max_rows}")
+        now = time.monotonic()
+        rows = [
+            _Row(request.sequence, request.constraint, request.output_token_ids, len(request.output_token_ids))
+            for request in requests
+        ]
+        with self._lock:
+            ticket = _Ticket(
+                self._step + 1 if rows else _NOBODY_WAITS,
+                rows,
+                list(released),
+                now + self._deadline_s,
+                -(-self._vocab_size // 32),
+            )
+            self._pending = [pending for pending in self._pending if pending.deadline > now]
+            if rows:
+                if len(self._pending) == _IN_FLIGHT:
+                    raise InternalError(f"the masks of {_IN_FLIGHT} steps are in flight: wait for the first one's")
+                self._step += 1
+                self._pending.append(ticket)
+            else:
+                ticket.masks = np.empty((0, ticket.words), np.uint32)
+                ticket.done.set()
+            if self._stream is not None:
+                self._stream.ask(ticket)
+        return ticket
+
+    def close(self) -> None:
+        """Ends the stream, which frees the sidecar's side too; what is still waited for ends in an error."""
+        with self._lock:
+            self._closed.set()
+            cancel = self._cancel
+        cancel()
+        self._thread.join()
+        self._channel.close()
+
+    def _run(self) -> None:
+        while not self._closed.is_set():
+            retry = _RETRY_S
+            try:
+                self._wait_for_sidecar()
+                self._talk()
+            except grpc.FutureCancelledError:
+                break
+            except (grpc.RpcError, OSError) as error:
+                retry = self._lost(error)
+            self._closed.wait(retry)
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for ticket in pending:
+            ticket.fail(UnavailableError("the engine is shutting down: send the request again"))
+
+    def _wait_for_sidecar(self) -> None:
+        """Blocks until a connection stands, so that no file is made for a sidecar that is not there."""
+        ready = grpc.channel_ready_future(self._channel)
+        self._set_cancel(ready.cancel)
+        ready.result()
+
+    def _talk(self) -> None:
+        """Opens a stream and hears its answers until it ends."""
+        stream = _Stream(self._folder, self._max_rows, self._vocab_size)
+        try:
+            call = self._stub.Step(stream.requests())
+            self._set_cancel(call.cancel)
+            for response in call:
+                self._hear(stream, response)
+        finally:
+            with self._lock:
+                self._stream = None
+            stream.end()
+
+    def _set_cancel(self, cancel: Callable[[], object]) -> None:
+        with self._lock:
+            self._cancel = cancel
+            closed = self._closed.is_set()
+        if closed:
+            cancel()
+
+    def _hear(self, stream: _Stream, response: grammar_pb2.StepResponse) -> None:
+        if response.WhichOneof("response") == "opened":
+            stream.unlink()
+            with self._lock:
+                self._stream = stream
+                for ticket in self._pending:
+                    stream.ask(ticket)
+            return
+        filled = response.filled
+        errors = {row.sequence: error_from_proto(row.error) for row in filled.errors}
+        with self._lock:
+            stream.forget(errors)
+            answered = [ticket for ticket in self._pending if ticket.step == filled.step]
+            self._pending = [ticket for ticket in self._pending if ticket.step != filled.step]
+        for ticket in answered:
+            ticket.masks, ticket.errors = stream.rows_of(ticket), errors
+            ticket.done.set()
+
+    def _lost(self, error: grpc.RpcError | OSError) -> float:
+        """Says what happened; returns how long to wait before the next try."""
+        if self._closed.is_set():
+            return 0.0
+        if isinstance(error, grpc.Call) and error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
+            logger.warning("lost the sidecar", extra={"code": str(error.code()), "details": error.details()})
+            return _RETRY_S
+        reason = error.details() if isinstance(error, grpc.Call) else str(error)
+        logger.error("can't share masks with the sidecar", extra={"reason": reason})
+        with self._lock:
+            pending, self._pending = self._pending, []
+        for ticket in pending:
+            ticket.fail(InternalError(f"the engine can't share masks with its grammar sidecar: {reason}"))
+        return _RETRY_REFUSED_S
+
+
+class _Stream:
+    """One stream to the sidecar: its shared file, what goes out, and how much of each sequence was told on it."""
+
+    def __init__(self, folder: Path, max_rows: int, vocab_size: int) -> None:
+        self._max_rows = max_rows
+        rows, words = _IN_FLIGHT * max_rows, -(-vocab_size // 32)
+        descriptor, name = tempfile.mkstemp(prefix="quire-masks-", dir=folder)
+        self._path = Path(name)
+        try:
+            # Reserves the memory: a full file system is an error here instead of a signal later.
+            os.posix_fallocate(descriptor, 0, rows * words * 4)
+            memory = mmap.mmap(descriptor, rows * words * 4)
+        except OSError:
+            self.unlink()
+            raise
+        finally:
+            os.close(descriptor)
+        self._masks: _Masks = np.frombuffer(memory, dtype="<u4").reshape(rows, words)
+        self._told: dict[int, int] = {}
+        self._outgoing: queue.SimpleQueue[grammar_pb2.StepRequest | None] = queue.SimpleQueue()
+        opening = grammar_pb2.OpenMasks(path=name, rows=rows, vocab_size=vocab_size)
+        self._outgoing.put(grammar_pb2.StepRequest(open=opening))
+
+    def requests(self) -> Iterator[grammar_pb2.StepRequest]:
+        """What gRPC sends, until `end`."""
+        while (request := self._outgoing.get()) is not None:
+            yield request
+
+    def ask(self, ticket: _Ticket) -> None:
+        """Asks for a ticket's rows, and tells what the sidecar does not know yet."""
+        fill = grammar_pb2.FillMasks(step=ticket.step)
+        fill.released.extend(sequence for sequence in ticket.released if self._told.pop(sequence, None) is not None)
+        for number, row in enumerate(ticket.rows, self._first_row(ticket)):
+            message = fill.rows.add(sequence=row.sequence, row=number)
+            told = self._told.get(row.sequence)
+            if told is None or told > row.count:
+                message.constraint.CopyFrom(constraint_to_proto(row.constraint))
+                told = 0
+            message.accepted.extend(row.output_token_ids[told : row.count])
+            self._told[row.sequence] = row.count
+        if fill.rows or fill.released:
+            self._outgoing.put(grammar_pb2.StepRequest(fill=fill))
+
+    def rows_of(self, ticket: _Ticket) -> _Masks:
+        """The shared rows that `ticket` asked for."""
+        first = self._first_row(ticket)
+        return self._masks[first : first + len(ticket.rows)]
+
+    def forget(self, sequences: Iterable[int]) -> None:
+        """The sidecar dropped these: asked for again, they start over."""
+        for sequence in sequences:
+            self._told.pop(sequence, None)
+
+    def unlink(self) -> None:
+        """Takes the file's name away; the memory lasts until both sides let go of it."""
+        self._path.unlink(missing_ok=True)
+
+    def end(self) -> None:
+        """Ends the outgoing messages."""
+        self._outgoing.put(None)
+        self.unlink()
+
+    def _first_row(self, ticket: _Ticket) -> int:
+        return ticket.step % _IN_FLIGHT * self._max_rows
