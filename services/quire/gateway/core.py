@@ -119,9 +119,14 @@ class Core:
         self._sessions = sessions
 
     @property
-    def unready_reason(self) -> str | None:
-        """Why a request would have to wait or fail now; None if it would not."""
-        return self._sessions.unready_reason
+    def ready(self) -> bool:
+        """Whether a request would be taken now, and not have to wait for a router."""
+        return self._sessions.ready
+
+    @property
+    def router_states(self) -> dict[str, str]:
+        """For each router's address "ready", or why it can't take a request now."""
+        return self._sessions.states
 
     async def prepare(
         self,

@@ -56,10 +56,8 @@ def application(core: Core, observer: Observer, registry: CollectorRegistry, *, 
         return _json({"status": "ok"})
 
     async def ready(request: Request) -> Response:
-        reason = core.unready_reason
-        if reason is not None:
-            return _json({"status": "not ready", "reason": reason}, 503)
-        return _json({"status": "ready"})
+        status = "ready" if core.ready else "not ready"
+        return _json({"status": status, "routers": core.router_states}, 200 if core.ready else 503)
 
     async def metrics(request: Request) -> Response:
         return Response(exposition(registry), headers={"content-type": CONTENT_TYPE_LATEST})

@@ -106,8 +106,8 @@ class Gateway:
             asyncio.create_task(self._http.ended()),
         )
         _, late = await asyncio.wait(ending, timeout=self._config.grace)
-        if late:
-            logger.warning("the grace period is over: ending what is in flight")
+        if late and self._sessions.in_flight:
+            logger.warning("the grace period is over", extra={"in_flight": self._sessions.in_flight})
             self._sessions.end_all(UnavailableError("the gateway is shutting down: send the request to another one"))
         await asyncio.gather(*ending)
         await self._sessions.close()
@@ -117,11 +117,10 @@ class Gateway:
         while True:
             await self._changed.wait()
             self._changed.clear()
-            reason = self._sessions.unready_reason
-            if (reason is None) != ready:
-                ready = reason is None
+            if self._sessions.ready != ready:
+                ready = self._sessions.ready
                 await self._grpc.set_serving(ready)
-                logger.info("ready" if ready else "not ready: %s", *([] if ready else [reason]))
+                logger.info("ready" if ready else "not ready", extra=self._sessions.states)
 
 
 def _instance() -> str:

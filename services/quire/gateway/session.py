@@ -80,7 +80,7 @@ class RouterSessions:
     """The sessions to all routers: picks the one with the fewest requests in flight, and moves what a lost one held.
 
     `model` is the name that the routers must serve. `end_token_ids` are the model's own end tokens. `changed` is
-    called whenever `unready_reason` may have.
+    called whenever `states` may have.
     """
 
     def __init__(
@@ -114,11 +114,19 @@ class RouterSessions:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     @property
-    def unready_reason(self) -> str | None:
-        """Why no router can take a request now; None if one can."""
-        if any(link.available for link in self._links):
-            return None
-        return "; ".join(f"router {link.address}: {link.reason}" for link in self._links)
+    def ready(self) -> bool:
+        """Whether a router can take a request now."""
+        return any(link.available for link in self._links)
+
+    @property
+    def states(self) -> dict[str, str]:
+        """For each router's address "ready", or why it can't take a request now."""
+        return {link.address: "ready" if link.available else link.reason for link in self._links}
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._waiting) + sum(link.in_flight for link in self._links)
 
     def submit(self, request: Request, wake: asyncio.Event) -> Call:
         """Sends `request` to a router, as soon as one is there; `wake` is set whenever the call has changed."""
@@ -157,12 +165,11 @@ class RouterSessions:
 
     def _expire(self, call: Call) -> None:
         self._waiting.pop(call, None)
-        call._fail(
-            UnavailableError(f"no router took the request within {self._router_timeout:g} s ({self.unready_reason})")
-        )
+        states = "; ".join(f"{address}: {state}" for address, state in self.states.items())
+        call._fail(UnavailableError(f"no router took the request within {self._router_timeout:g} s ({states})"))
 
     def _link_changed(self) -> None:
-        if any(link.available for link in self._links):
+        if self.ready:
             waiting, self._waiting = self._waiting, {}
             for call in waiting:
                 if call._timer is not None:
