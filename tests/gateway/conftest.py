@@ -77,17 +77,20 @@ StartGateway = Callable[..., Awaitable[Gateway]]
 @pytest.fixture
 async def start_gateway(tmp_path: Path, served_model: ServedModel, tracing: Tracing) -> AsyncIterator[StartGateway]:
     """Starts gateways with the given config fields; closes them at the end."""
-    started: list[Gateway] = []
+    started: list[tuple[Gateway, asyncio.Event, asyncio.Task[None]]] = []
 
     async def start(*routers: str, **config: Any) -> Gateway:
         fields = {"port": 0, "grpc_listen": f"unix:{tmp_path}/gateway-{len(started)}.sock", "grace": 0.0} | config
         gateway = Gateway(GatewayConfig(routers=routers, **fields), served_model, tracing)
-        started.append(gateway)
         await gateway.start()
+        stop = asyncio.Event()
+        started.append((gateway, stop, asyncio.create_task(gateway.run(stop))))
         return gateway
 
     yield start
-    for gateway in started:
+    for gateway, stop, running in started:
+        stop.set()
+        await running
         await gateway.close()
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import shlex
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -19,6 +21,15 @@ from fake_router import FakeRouter, scripted
 from quire.gateway.__main__ import build_config, build_parser, main
 from quire.gateway.config import GatewayConfig
 from quire.service.errors import ConfigError
+
+
+@pytest.fixture
+def process_logging() -> Iterator[None]:
+    """`main` sends the process's log to its standard error; the next test's is another."""
+    handlers, level = list(logging.root.handlers), logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
 
 
 def config_of(*argv: str) -> GatewayConfig:
@@ -72,6 +83,7 @@ def test_wrong_flags_are_named(argv: list[str]) -> None:
         config_of(*argv)
 
 
+@pytest.mark.usefixtures("process_logging")
 def test_wrong_flag_and_wrong_model_end_with_status_2(capsys: pytest.CaptureFixture[str]) -> None:
     """Without it a start that can't succeed would be a traceback."""
     assert main(["--routers", "a:1", "--port", "-1"]) == 2
@@ -79,6 +91,7 @@ def test_wrong_flag_and_wrong_model_end_with_status_2(capsys: pytest.CaptureFixt
     assert "/nowhere/at/all" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("process_logging")
 def test_occupied_port_is_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Without it a second gateway on one port would fail without a word that helps."""
     with socket.socket() as taken:

@@ -149,6 +149,14 @@ async def test_bad_requests(
     assert dict(caught.value.trailing_metadata() or ())["quire-field"] == field
 
 
+async def test_message_limit(stub: inference_pb2_grpc.InferenceServiceAsyncStub, router: FakeRouter) -> None:
+    """Without it one call could fill the memory, though HTTP's bodies are limited."""
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await stub.Generate(inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="x " * (3 << 20))))
+    assert caught.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert router.submitted.empty()
+
+
 async def test_health_and_reflection(dialed: grpc.aio.Channel, gateway: Gateway, router: FakeRouter) -> None:
     """Without it Kubernetes and grpcurl would not know what to make of the port."""
     health = health_pb2_grpc.HealthStub(dialed)

@@ -14,6 +14,8 @@ from starlette.types import ASGIApp
 from quire.service.errors import ConfigError
 
 _BACKLOG = 2048
+# Longer than load balancers keep idle connections: the side that may send a request should be the one to close.
+_KEEP_ALIVE_SECONDS = 75
 
 
 class _Server(uvicorn.Server):
@@ -39,6 +41,7 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             backlog=_BACKLOG,
+            timeout_keep_alive=_KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=math.ceil(stop_timeout),
         )
         self._server = _Server(config)

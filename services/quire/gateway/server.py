@@ -70,11 +70,11 @@ class Gateway:
         app = application(core, observer, registry, max_body_bytes=config.max_body_bytes)
         self._model = model
         self._http = HttpServer(app, config.host, config.port, stop_timeout=config.grace + _LAST_WORDS_SECONDS)
-        self._grpc = GrpcServer(config.grpc_listen)
+        limit = ("grpc.max_receive_message_length", config.max_body_bytes)
+        self._grpc = GrpcServer(config.grpc_listen, options=[limit])
         self._grpc.add(
             SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(core, observer)
         )
-        self._reporting: asyncio.Task[None] | None = None
         self.url = ""
         self.grpc_address = ""
 
@@ -83,23 +83,23 @@ class Gateway:
         self.url = await self._http.start()
         self.grpc_address = await self._grpc.start()
         self._sessions.start()
-        self._reporting = asyncio.create_task(self._report_readiness(), name="readiness")
         facts = {"url": self.url, "grpc": self.grpc_address, "model": self._model.name}
         logger.info("gateway listens", extra=facts)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serves until `stop` is set, or the HTTP server ends by itself (and raises why)."""
-        ending = (asyncio.create_task(stop.wait()), asyncio.create_task(self._http.ended()))
-        done, pending = await asyncio.wait(ending, return_when=asyncio.FIRST_COMPLETED)
-        for task in pending:
-            task.cancel()
-        for task in done:
-            task.result()
+        """Serves until `stop` is set; raises what made a part of the gateway fail before."""
+        parts = (stop.wait(), self._http.ended(), self._sessions.failed(), self._report_readiness())
+        tasks = [asyncio.ensure_future(part) for part in parts]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
 
     async def close(self) -> None:
         """Takes no more requests, lets those in flight finish within the grace period, ends the rest with an error."""
-        if self._reporting is not None:
-            self._reporting.cancel()
         self._http.begin_stop()
         ending = (
             asyncio.create_task(self._grpc.stop(self._config.grace + _LAST_WORDS_SECONDS)),

@@ -105,6 +105,12 @@ class RouterSessions:
         """Connects to every router and keeps connected, until `close`."""
         self._tasks = [asyncio.create_task(link.run(), name=f"router {link.address}") for link in self._links]
 
+    async def failed(self) -> None:
+        """Raises what made the care of a router fail: a bug, for routers may come and go."""
+        done, _ = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_EXCEPTION)
+        for task in done:
+            task.result()
+
     async def close(self) -> None:
         """Ends what is still in flight with UNAVAILABLE and hangs up."""
         self.end_all(UnavailableError("the gateway is shutting down: send the request to another one"))
@@ -264,12 +270,9 @@ class _RouterLink:
 
     async def run(self) -> None:
         """Connects and reconnects until it is cancelled."""
-        async with channel(self.address) as router:
-            health = asyncio.create_task(self._watch_health(router), name=f"health of router {self.address}")
-            try:
-                await self._keep_session(session_pb2_grpc.SessionServiceStub(router))
-            finally:
-                health.cancel()
+        async with channel(self.address) as router, asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_health(router))
+            tasks.create_task(self._keep_session(session_pb2_grpc.SessionServiceStub(router)))
 
     async def _keep_session(self, stub: session_pb2_grpc.SessionServiceAsyncStub) -> None:
         delay = _FIRST_RETRY

@@ -60,7 +60,8 @@ class GrpcServer:
     """
 
     def __init__(self, address: str, *, options: Sequence[tuple[str, int]] = ()) -> None:
-        self.server = grpc.aio.server(options=[*SERVER_OPTIONS, *options])
+        # Of an option that is given twice, gRPC takes the first.
+        self.server = grpc.aio.server(options=list({**dict(SERVER_OPTIONS), **dict(options)}.items()))
         self._address = address
         self._names = [""]
         self._health = health_aio.HealthServicer()
