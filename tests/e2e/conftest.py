@@ -1,0 +1,32 @@
+"""One `quire serve` with two exact engines for the whole of e2e, its traces sent to a real receiver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from openai import OpenAI
+from otlp_receiver import OtlpReceiver
+from served import Served, serve
+
+MODEL = "SmolLM2-135M-Instruct"
+
+
+@pytest.fixture(scope="session")
+def receiver() -> Iterator[OtlpReceiver]:
+    receiver = OtlpReceiver()
+    yield receiver
+    receiver.stop()
+
+
+@pytest.fixture(scope="session")
+def served(receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    environment = {"OTEL_EXPORTER_OTLP_ENDPOINT": receiver.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "100"}
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with serve(log, "--engines", "2", "--dtype", "float32", environment=environment) as served:
+        yield served
+
+
+@pytest.fixture(scope="session")
+def client(served: Served) -> OpenAI:
+    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)

@@ -1,0 +1,96 @@
+"""`quire serve` as a process of its own, and a look at the processes behind it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+
+@dataclass(frozen=True)
+class Served:
+    process: subprocess.Popen[bytes]
+    url: str
+    grpc_address: str
+    log: Path
+    seconds_to_ready: float
+
+    def pid_of(self, *words: str) -> int:
+        """The one process behind this server whose command line holds all of `words`."""
+        found = [pid for pid, command in descendants(self.process.pid).items() if all(w in command for w in words)]
+        assert len(found) == 1, f"{words}: {found}"
+        return found[0]
+
+
+def descendants(pid: int) -> dict[int, list[str]]:
+    """All processes that `pid` started, directly or not, with their command lines."""
+    found: dict[int, list[str]] = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found[int(child)] = Path(f"/proc/{child}/cmdline").read_text().split("\0")
+            found |= descendants(int(child))
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def serve(
+    log: Path, *flags: str, environment: dict[str, str] | None = None, deadline: float = 90.0
+) -> Iterator[Served]:
+    """Runs `quire serve` until the block ends, ready when it is entered."""
+    port, grpc_port = free_port(), free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "quire.cli.main",
+        "serve",
+        "--port",
+        str(port),
+        "--grpc-port",
+        str(grpc_port),
+        *flags,
+    ]
+    began = time.monotonic()
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            env=os.environ | (environment or {}), start_new_session=True,
+        )  # fmt: skip
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until_ready(process, url, log, deadline)
+        yield Served(process, url, f"127.0.0.1:{grpc_port}", log, time.monotonic() - began)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def until_ready(process: subprocess.Popen[bytes], url: str, log: Path, deadline: float) -> None:
+    """Asks /ready until it says yes."""
+    end = time.monotonic() + deadline
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"quire serve ended with {process.returncode}:\n{log.read_text()}")
+        try:
+            if httpx.get(f"{url}/ready", timeout=2.0).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        # There is nothing to wait on before the port is open.
+        time.sleep(0.05)
+    raise TimeoutError(f"not ready within {deadline} s:\n{log.read_text()}")
