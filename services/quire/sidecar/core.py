@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher
+from llguidance import LLExecutor, LLMatcher, LLTokenizer
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
-from quire.service.checkpoint import load_text, locate
+from quire.service.checkpoint import Checkpoint, TextModel, load_text, locate
 from quire.service.errors import InternalError, InvalidRequestError, QuireError
 from quire.service.request import Constraint
 from quire.sidecar.config import SidecarConfig
@@ -61,9 +61,7 @@ class GrammarCore:
         checkpoint = await asyncio.to_thread(locate, config.model, text_only=True)
         trials = Trials(checkpoint.path, config.limits, config.compile_workers)
         try:
-            text = await asyncio.to_thread(load_text, checkpoint)
-            tokenizer = await asyncio.to_thread(build_tokenizer, text)
-            await trials.start()
+            (text, tokenizer), _ = await asyncio.gather(asyncio.to_thread(_read, checkpoint), trials.start())
         except BaseException:
             await trials.close()
             raise
@@ -109,6 +107,11 @@ class GrammarCore:
         """Ends what is being compiled and the trial processes."""
         await self._compiler.close()
         await self._trials.close()
+
+
+def _read(checkpoint: Checkpoint) -> tuple[TextModel, LLTokenizer]:
+    text = load_text(checkpoint)
+    return text, build_tokenizer(text)
 
 
 class MaskStream:

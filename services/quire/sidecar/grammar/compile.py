@@ -39,10 +39,12 @@ _WORDING = (
     (re.compile(r"oneOf constraints are not supported.*"), "its oneOf has branches that can overlap: use anyOf"),
     (re.compile(r"NoExtensionBias.*", re.DOTALL), "it allows no output at all"),
     (re.compile(r"recursion limit exceeded.*"), "it is nested too deeply"),
-    (re.compile(r"at 1\(8\): invalid regex .*?\(in regex\): (.*?)\n +1 \| start:.*", re.DOTALL), r"\1"),
-    (re.compile(r".*(?:fuel|[Tt]oo many|too big|too large).*", re.DOTALL), "it is too large or too ambiguous: \\g<0>"),
+    (re.compile(r"^(?=.*(?:fuel|[Tt]oo many|too big|too large))", re.DOTALL), "it is too large or too ambiguous: "),
     (re.compile(r"\s*<non-verbose/>\s*"), ""),
 )
+# It repeats the source, which may be a megabyte.
+_LINE = 200
+_LINES = 10
 
 
 def build_tokenizer(text: TextModel) -> LLTokenizer:
@@ -75,6 +77,11 @@ def compile_constraint(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatc
 
 def refusal(kind: ConstraintKind, reason: str) -> InvalidRequestError:
     """The error of a constraint that can't be compiled; `reason` may be llguidance's own text."""
+    if kind is ConstraintKind.REGEX:
+        # llguidance makes a grammar of it, of which the user knows nothing.
+        reason = reason.rpartition("(in regex): ")[2].partition("\n   1 | start: ")[0]
+    lines = [line if len(line) <= _LINE else f"{line[:_LINE]}…" for line in reason.split("\n", _LINES)]
+    reason = "\n".join(lines[:_LINES])
     for pattern, words in _WORDING:
         reason = pattern.sub(words, reason)
     field = f"constraint.{kind.value}"

@@ -15,7 +15,7 @@ def explain(constraint: Constraint) -> str:
     Checks the schema against JSON Schema's own schema. It may be slow and recurse deeply: run it where the compiler
     is tried.
     """
-    if constraint.kind is not ConstraintKind.JSON_SCHEMA:
+    if constraint.kind is not ConstraintKind.JSON_SCHEMA or not constraint.source:
         return ""
     try:
         schema = json.loads(constraint.source)

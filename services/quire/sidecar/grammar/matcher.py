@@ -8,7 +8,9 @@ from quire.service.errors import InternalError, QuireError
 from quire.sidecar.grammar.compile import refusal
 from quire.sidecar.grammar.compiler import CompiledGrammar
 
-_TOO_COMPLEX = ("ParserTooComplex", "LexerTooComplex")
+# llguidance tells these from limits that were exceeded only in its words.
+_WRONG_TOKEN = ("doesn't satisfy the grammar", "out of range")
+_TAIL = "\n<non-verbose/>"
 
 
 class SequenceMatcher:
@@ -28,6 +30,7 @@ class SequenceMatcher:
         """Why there will be no more masks, if so: the grammar became too complex, or a token was not allowed."""
         if not self.matcher.is_error():
             return None
-        if self.matcher.stop_reason() in _TOO_COMPLEX:
-            return refusal(self._kind, self.matcher.get_error())
-        return InternalError(f"the output left its constraint: {self.matcher.get_error().strip()}", field="constraint")
+        reason = self.matcher.get_error()
+        if any(words in reason for words in _WRONG_TOKEN):
+            return InternalError(f"the output left its constraint: {reason.partition(_TAIL)[0]}", field="constraint")
+        return refusal(self._kind, reason)

@@ -1,7 +1,7 @@
 """A child process of the sidecar that finds out whether a constraint can be compiled at all.
 
 Run by `trials` as `python -m quire.sidecar.grammar.trial MODEL LIMITS`. It reads one JSON object a line from standard
-input, {"kind", "source"}, and answers each with one line: {"bytes": memory it takes} or {"error": why it is refused}.
+input, {"kind", "source"}, and answers each with one line: {"bytes": memory it takes} or {"refused": the message}.
 Each constraint is compiled in a fork of this process: the kernel ends the fork when its time is up, whatever
 llguidance is doing, and its memory is limited and given back. The process ends when its standard input does.
 """
@@ -13,6 +13,7 @@ import os
 import resource
 import signal
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llguidance import LLTokenizer
 from quire.service.checkpoint import load_text, locate
 from quire.service.errors import InvalidRequestError
 from quire.service.request import Constraint, ConstraintKind
-from quire.sidecar.grammar.compile import build_tokenizer, compile_constraint
+from quire.sidecar.grammar.compile import build_tokenizer, compile_constraint, refusal
 from quire.sidecar.grammar.explain import explain
 
 _STATM = Path("/proc/self/statm")
@@ -52,6 +53,9 @@ def _try_in_fork(tokenizer: LLTokenizer, constraint: Constraint, seconds: float,
         try:
             _limit(seconds, mib)
             os.write(writer, json.dumps(_compile(tokenizer, constraint)).encode())
+        except BaseException:
+            traceback.print_exc()
+            raise
         finally:
             os._exit(0)
     os.close(writer)
@@ -60,9 +64,10 @@ def _try_in_fork(tokenizer: LLTokenizer, constraint: Constraint, seconds: float,
     _, status = os.waitpid(child, 0)
     if reply:
         return dict(json.loads(reply))
+    reason = f"it needs more than {mib} MiB of memory, or nests too deeply: make it smaller"
     if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
-        return {"error": f"it takes longer than {seconds:g} s: make it smaller or less ambiguous"}
-    return {"error": f"it needs more than {mib} MiB of memory, or nests too deeply: make it smaller"}
+        reason = f"it takes longer than {seconds:g} s: make it smaller or less ambiguous"
+    return {"refused": refusal(constraint.kind, reason).message}
 
 
 def _compile(tokenizer: LLTokenizer, constraint: Constraint) -> dict[str, Any]:
@@ -70,7 +75,8 @@ def _compile(tokenizer: LLTokenizer, constraint: Constraint) -> dict[str, Any]:
     try:
         compile_constraint(tokenizer, constraint)
     except InvalidRequestError as error:
-        return {"error": explain(constraint) or error.message.partition(": ")[2]}
+        place = explain(constraint)
+        return {"refused": (refusal(constraint.kind, place) if place else error).message}
     return {"bytes": (_pages(1) - before) * resource.getpagesize()}
 
 

@@ -10,10 +10,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quire.service.errors import ConfigError, InternalError, OverloadedError
+from quire.service.errors import ConfigError, InternalError, InvalidRequestError, OverloadedError
 from quire.service.request import Constraint
 from quire.sidecar.config import GrammarLimits
-from quire.sidecar.grammar.compile import refusal
 
 # Beyond the constraint's own time: the fork and the answer, on a busy machine.
 _GRACE_S = 5.0
@@ -54,8 +53,8 @@ class Trials:
             await self._replace(process)
             raise
         self._idle.put_nowait(process)
-        if "error" in reply:
-            raise refusal(constraint.kind, reply["error"])
+        if "refused" in reply:
+            raise InvalidRequestError(reply["refused"], field=f"constraint.{constraint.kind.value}")
         return int(reply["bytes"])
 
     async def close(self) -> None:

@@ -1,0 +1,267 @@
+"""GrammarService.Compile: the cache, the errors that people read, and constraints made to break it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from sidecar_process import DEADLINE, Row, SidecarProcess, StepClient, eventually, json_schema, lark, regex
+
+from quire.service.checkpoint import TextModel
+from quire.service.grpc_server import GrpcServer
+from quire.service.request import Constraint, ConstraintKind
+from quire.sidecar.config import SidecarConfig
+from quire.sidecar.core import GrammarCore
+from quire.sidecar.metrics import SidecarMetrics
+from quire.sidecar.server import SERVICE, GrammarServicer
+from quire.v1 import grammar_pb2, grammar_pb2_grpc
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def refused(sidecar: SidecarProcess, constraint: Constraint) -> tuple[grpc.StatusCode, str, str]:
+    """A refused constraint's status, message and field."""
+    with pytest.raises(grpc.RpcError) as caught:
+        sidecar.compile(constraint)
+    error = caught.value
+    assert isinstance(error, grpc.Call)
+    return error.code(), error.details() or "", dict(error.trailing_metadata() or ()).get("quire-field", "")
+
+
+def test_the_second_time_it_comes_from_the_cache(sidecar: SidecarProcess) -> None:
+    """Every request with the same schema would be compiled anew."""
+    constraint = json_schema(PERSON | {"title": "only here"})
+    first, second = sidecar.compile(constraint), sidecar.compile(constraint)
+    assert (first.cached, second.cached) == (False, True)
+    assert first.compile_seconds == second.compile_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("constraint", "field", "words"),
+    [
+        (json_schema({"properties": {"age": {"type": "int"}}}), "json_schema", "at properties.age.type: 'int' is not"),
+        (json_schema({"required": "name"}), "json_schema", "at required: 'name' is not of type 'array'"),
+        (json_schema({"required": [["x" * 100_000]]}), "json_schema", "at required.0: ['xxx"),
+        (json_schema([]), "json_schema", "a schema is a JSON object"),
+        (Constraint(ConstraintKind.JSON_SCHEMA, "{"), "json_schema", "it is not JSON"),
+        (Constraint(ConstraintKind.JSON_SCHEMA, ""), "json_schema", "it is empty"),
+        (json_schema({"not": {}, "uniqueItems": True}), "json_schema", 'not supported: "not", "uniqueItems"'),
+        (json_schema({"$ref": "#/$defs/x"}), "json_schema", "'/$defs/x' does not exist"),
+        (json_schema({"$ref": "#"}), "json_schema", "it allows no output at all"),
+        (json_schema({"oneOf": [{"minimum": 3}, {"maximum": 5}]}), "json_schema", "use anyOf"),
+        (json_schema({"type": "string", "pattern": "("}), "json_schema", "unclosed group"),
+        (regex("[z-a]"), "regex", "invalid character class range"),
+        (regex("(?=a)b"), "regex", "look-around"),
+        (regex("a\\"), "regex", "ends in a backslash"),
+        (regex(""), "regex", "it is empty"),
+        (regex("(" * 100_000), "regex", "unclosed group"),
+        (lark('begin: "a"'), "lark", "no start rule found"),
+        (lark("start: x"), "lark", 'unknown name: "x"'),
+        (lark("start: start"), "lark", "it allows no output at all"),
+        (regex("a" * (1 << 20) + "b"), "regex", "it has 1048577 bytes and the limit is 1048576"),
+    ],
+)
+def test_a_wrong_constraint_names_its_field_and_mistake(
+    sidecar: SidecarProcess, constraint: Constraint, field: str, words: str
+) -> None:
+    """The end user would learn nothing, or be told that the server is at fault."""
+    status, message, named = refused(sidecar, constraint)
+    assert status is grpc.StatusCode.INVALID_ARGUMENT
+    assert named == f"constraint.{field}"
+    assert message.startswith(f"constraint.{field} can't be compiled: ")
+    assert words in message
+    assert len(message) < 2000
+
+
+def test_a_missing_constraint(sidecar: SidecarProcess) -> None:
+    """A request without its required field would compile something by default."""
+    with sidecar.channel as channel, pytest.raises(grpc.RpcError, match="constraint is missing") as caught:
+        grammar_pb2_grpc.GrammarServiceStub(channel).Compile(grammar_pb2.CompileRequest(), timeout=DEADLINE)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+def nested_arrays(depth: int) -> str:
+    return '{"type":"array","items":' * depth + '{"type":"integer"}' + "}" * depth
+
+
+def nested_any_of(depth: int) -> dict[str, object]:
+    schema: dict[str, object] = {"type": "integer"}
+    for count in range(depth):
+        schema = {"anyOf": [{"type": "array", "items": schema}, {"type": "array", "items": schema, "minItems": count}]}
+    return schema
+
+
+BOMBS = {
+    "nested repetition": regex("((a{1,50}){1,50}){1,50}"),
+    "exponential automaton": regex("(a|b)*a(a|b){20}"),
+    "backtracking": regex("(x+x+)+y"),
+    "huge repetition": regex("a{100000000}"),
+    "deep brackets": regex("(" * 100_000 + "a" + ")" * 100_000),
+    "wide classes": regex(r"(\p{L}{1,200}\w{1,300}){1,100}"),
+    "deep arrays": Constraint(ConstraintKind.JSON_SCHEMA, nested_arrays(1000)),
+    "very deep arrays": Constraint(ConstraintKind.JSON_SCHEMA, nested_arrays(20_000)),
+    "branching arrays": json_schema(nested_any_of(13)),
+    "long string": json_schema({"type": "string", "maxLength": 10**6}),
+    "long array": json_schema({"type": "array", "items": {}, "minItems": 10**6}),
+    "large divisor": json_schema({"type": "integer", "multipleOf": 999_983}),
+    "many values": json_schema({"enum": [f"value {count * 7919}" for count in range(50_000)]}),
+    "doubling rules": lark("start: a0\n" + "".join(f"a{i}: a{i + 1} a{i + 1}\n" for i in range(40)) + 'a40: "x"'),
+    "deep rules": lark("start: " + "(" * 100_000 + '"a"' + ")" * 100_000),
+    "ambiguity": lark('start: a\na: a a | a a a | "x" | '),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_ends_in_time_while_others_are_served(
+    sidecar: SidecarProcess, stream: StepClient, smollm: TextModel, name: str
+) -> None:
+    """One malicious grammar would take the sidecar, and with it every constrained request of its engine."""
+    ids = smollm.tokenizer.encode('{"name": "' + "Maria Lopez " * 20).ids
+    slowest = 0.0
+    outcome: list[object] = []
+
+    def compile_bomb() -> None:
+        try:
+            outcome.append(sidecar.compile(BOMBS[name]))
+        except grpc.RpcError as error:
+            outcome.append(error)
+
+    assert not stream.fill(Row(1, json_schema(PERSON)))
+    bomb = threading.Thread(target=compile_bomb)
+    begin = time.monotonic()
+    bomb.start()
+    for count in range(10_000):
+        if not bomb.is_alive() and count > 20:
+            break
+        before = time.monotonic()
+        assert not stream.fill(Row(1, accepted=ids) if not count else Row(1, accepted=ids[-3:]))
+        slowest = max(slowest, time.monotonic() - before)
+    bomb.join(DEADLINE)
+    # The limit is 2 s in the trial; one that passes is compiled once more.
+    assert time.monotonic() - begin < 6
+    assert slowest < 1
+    assert len(outcome) == 1
+    if isinstance(outcome[0], grpc.Call):
+        assert outcome[0].code() is grpc.StatusCode.INVALID_ARGUMENT, outcome[0]
+    else:
+        assert isinstance(outcome[0], grammar_pb2.CompileResponse)
+
+
+def test_more_bombs_than_workers_are_told_to_come_back(tmp_path: Path) -> None:
+    """Constraints would queue up without end behind those that take all the time they may."""
+    with SidecarProcess(tmp_path, "--compile-workers", "1", "--compile-seconds", "0.5") as sidecar:
+        sidecar.wait_until_serving()
+        codes: list[grpc.StatusCode] = []
+        bombs = [
+            threading.Thread(target=lambda n=n: codes.append(refused(sidecar, json_schema({"multipleOf": n}))[0]))
+            for n in (999_979, 999_983, 999_961, 999_959)
+        ]
+        for bomb in bombs:
+            bomb.start()
+        for bomb in bombs:
+            bomb.join(DEADLINE)
+        assert set(codes) == {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert not sidecar.compile(json_schema(PERSON)).cached
+
+
+def test_memory_is_limited_too(tmp_path: Path) -> None:
+    """A schema that takes gigabytes would have the whole pod killed."""
+    with SidecarProcess(tmp_path, "--compile-mib", "20", "--compile-seconds", "30") as sidecar:
+        sidecar.wait_until_serving()
+        status, message, _ = refused(sidecar, json_schema({"type": "integer", "multipleOf": 99_991}))
+        assert status is grpc.StatusCode.INVALID_ARGUMENT
+        assert "more than 20 MiB of memory" in message
+        assert not sidecar.compile(json_schema(PERSON)).cached
+
+
+def test_the_cache_is_bounded(tmp_path: Path) -> None:
+    """Every new schema would stay in memory for ever."""
+    with SidecarProcess(tmp_path, "--cache-mib", "1") as sidecar:
+        sidecar.wait_until_serving()
+        large = [regex("|".join(f"{start + count}x" for count in range(20_000))) for start in (0, 10**6)]
+        assert [sidecar.compile(constraint).cached for constraint in large] == [False, False]
+        assert sidecar.compile(large[1]).cached
+        assert not sidecar.compile(large[0]).cached
+
+
+def test_a_lost_trial_process_is_replaced(tmp_path: Path) -> None:
+    """The kernel's memory killer would end compiling for good."""
+    with SidecarProcess(tmp_path, "--compile-workers", "1") as sidecar:
+        sidecar.wait_until_serving()
+        (trial,) = sidecar.children()
+        os.kill(trial, signal.SIGKILL)
+        status, message, _ = refused(sidecar, json_schema(PERSON))
+        assert status is grpc.StatusCode.INTERNAL
+        assert "send the request again" in message
+        assert not sidecar.compile(json_schema(PERSON)).cached
+
+
+def test_killing_the_sidecar_leaves_no_process(tmp_path: Path) -> None:
+    """Trial processes would pile up, one pair for each sidecar that was killed."""
+    with SidecarProcess(tmp_path) as sidecar:
+        sidecar.wait_until_serving()
+        children = sidecar.children()
+        assert len(children) == 2
+        sidecar.kill()
+        eventually(lambda: not any(_runs(child) for child in children))
+
+
+def _runs(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/stat")
+    return status.exists() and status.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+@pytest.fixture
+def spans() -> InMemorySpanExporter:
+    return InMemorySpanExporter()
+
+
+async def test_compiling_is_a_span_of_the_callers_trace(tmp_path: Path, spans: InMemorySpanExporter) -> None:
+    """A trace would show a gap where a request waited for its grammar."""
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(spans))
+    address = f"unix:{tmp_path / 'grammar.sock'}"
+    core = await GrammarCore.load(SidecarConfig(listen=address, compile_workers=1), SidecarMetrics())
+    server = GrpcServer(address)
+    servicer = GrammarServicer(core, provider.get_tracer("test"))
+    server.add(SERVICE, grammar_pb2_grpc.add_GrammarServiceServicer_to_server, servicer)
+    try:
+        await server.start()
+        async with grpc.aio.insecure_channel(address) as channel:
+            stub = grammar_pb2_grpc.GrammarServiceStub(channel)
+            metadata = (("traceparent", f"00-{'a' * 32}-{'b' * 16}-01"),)
+            for source in (json.dumps(PERSON), json.dumps(PERSON), "{"):
+                request = grammar_pb2.CompileRequest(constraint={"json_schema": source})
+                try:
+                    await stub.Compile(request, metadata=metadata)
+                except grpc.aio.AioRpcError:
+                    assert source == "{"
+    finally:
+        await server.stop(0)
+        await core.close()
+    finished = spans.get_finished_spans()
+    assert [span.name for span in finished] == ["compile_grammar"] * 3
+    for span in finished:
+        assert span.context.trace_id == int("a" * 32, 16)
+        assert span.parent is not None
+        assert span.parent.span_id == int("b" * 16, 16)
+    assert [span.attributes and span.attributes.get("quire.constraint.cached") for span in finished] == [
+        False,
+        True,
+        None,
+    ]
+    assert [span.status.is_ok for span in finished] == [True, True, False]
