@@ -202,6 +202,7 @@ async def test_drain_lets_requests_finish_and_takes_no_more(model, tmp_path: Pat
         answer = await asyncio.wait_for(pod.stub.Drain(engine_pb2.DrainRequest(grace_ms=60_000)), DEADLINE)
         assert answer.cut_off == 0
         await asyncio.wait_for(session.draining.wait(), DEADLINE)
+        await stream.result()
         assert stream.token_ids == greedy(reference, prompt_of(40), 60)
         refused = session.submit(request([5]))
         error = (await refused.result()).error

@@ -119,8 +119,12 @@ class Hub:
         for client, share in shares.values():
             client.deliver(share)
         self._publish(message.stored, message.removed)
+        self.load = message.load
+        await self.notify()
+
+    async def notify(self) -> None:
+        """Wakes those who watch the load or the phase."""
         async with self.load_changed:
-            self.load = message.load
             self.load_changed.notify_all()
 
     def fail_all(self, error: QuireError) -> None:

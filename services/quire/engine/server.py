@@ -299,8 +299,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
 async def drain(phase: PhaseState, hub: Hub, grace_s: float) -> int:
     """Ends the engine's work in order; returns how many requests the end of the grace period cut off."""
     phase.advance(Phase.DRAINING)
-    async with hub.load_changed:
-        hub.load_changed.notify_all()
+    await hub.notify()
     try:
         await asyncio.wait_for(hub.until_idle(), grace_s)
     except TimeoutError:

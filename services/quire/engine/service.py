@@ -82,6 +82,7 @@ class EngineService:
                     self._phase.model, self._phase.progress = message.model, 1.0
                     self._phase.advance(Phase.READY)
                     self._metrics.record_start(message)
+                    await hub.notify()
                     await server.set_serving(True)
                     times = {f"{name}_s": round(seconds, 2) for name, seconds in message.start_seconds.items()}
                     facts = {"model": message.model, **asdict(message.device), "pages": message.num_pages, **times}
@@ -90,4 +91,5 @@ class EngineService:
                     self._phase.advance(Phase.FAILED, failure=failure)
         self._phase.advance(Phase.FAILED, failure="the engine's core process died: see the log above")
         await server.set_serving(False)
+        await hub.notify()
         hub.fail_all(UnavailableError("the engine failed: send the request to another"))
