@@ -1,0 +1,1 @@
+"""The command line: `quire serve`, `quire chat`, `quire bench`."""

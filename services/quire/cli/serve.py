@@ -1,0 +1,185 @@
+"""`quire serve`: every service on this machine, as processes under one supervisor, until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from quire.cli.flags import Parser
+from quire.cli.progress import LoadProgress
+from quire.cli.runtime_dir import runtime_dir
+from quire.cli.services import ServeConfig, stages
+from quire.cli.supervisor import ChildDiedError, ChildSpec, Supervisor
+from quire.service.checkpoint.locate import EMBEDDED_MODEL, locate
+from quire.service.errors import ConfigError
+from quire.service.logs import LogFormat, setup_logging
+
+_EXAMPLES = """\
+  quire serve
+      the embedded model on http://127.0.0.1:8000/v1
+  quire serve ./Llama-3.2-1B-Instruct --port 8080
+      a folder in Hugging Face's layout; a .gguf file or a name on the hub works as well
+  quire serve --engines 2 --dtype float32
+      two engines behind one router, exact numbers
+  quire serve --host 0.0.0.0 --grpc-port 8001 --log-format json
+      for other machines too, with the public gRPC service"""
+
+_STOPPED_BY_SIGINT = 128 + signal.SIGINT
+
+logger = logging.getLogger(__name__)
+
+
+def main(argv: list[str]) -> int:
+    """Serves until Ctrl-C (130) or SIGTERM (0); 1 if a service can't start. Raises ConfigError."""
+    began = time.monotonic()
+    config = config_of(_parser().parse_args(argv))
+    setup_logging("serve", level=config.log_level, style=LogFormat(config.log_format))
+    config = _with_free_ports(config)
+    # What is missing or wrong is said once, here, and what has to be downloaded is downloaded once.
+    model_name = locate(config.model).name
+    with runtime_dir() as folder:
+        return asyncio.run(_serve(config, model_name, folder, began))
+
+
+def config_of(arguments: argparse.Namespace) -> ServeConfig:
+    """The config that the flags ask for. Raises ConfigError."""
+    return ServeConfig(**vars(arguments))
+
+
+def _parser() -> Parser:
+    parser = Parser("serve", "Starts gateway, router, engines and sidecars on this machine.", _EXAMPLES)
+    default = ServeConfig()
+    add = parser.add_argument
+    add(
+        "model", nargs="?", default="", metavar="MODEL",
+        help=f"a .gguf file, a folder, or a hub name (default: {EMBEDDED_MODEL}, which is installed)",
+    )  # fmt: skip
+    add("--engines", type=int, default=default.engines, metavar="N", help="(default: %(default)s)")
+    add(
+        "--dtype", default=default.dtype, choices=["auto", "float32", "bfloat16"],
+        help="float32 is exact; auto is the fastest that the device does well (default: %(default)s)",
+    )  # fmt: skip
+    add("--host", default=default.host, help="where HTTP and gRPC listen (default: %(default)s)")
+    add("--port", type=int, default=default.port, help="of HTTP; 0 picks a free one (default: %(default)s)")
+    add("--grpc-port", type=int, default=default.grpc_port, help="of the public gRPC service; 0: off (the default)")
+    add("--max-model-len", type=int, metavar="TOKENS", help="prompt and output (default: the model's context)")
+    add("--max-num-seqs", type=int, metavar="N", help="sequences in an engine's batch (default: the engine's)")
+    add("--num-pages", type=int, metavar="N", help="pages of 16 tokens per engine (default: what the memory holds)")
+    add("--kv-cache-bytes", type=int, metavar="BYTES", help="memory for pages per engine (default: the engine's)")
+    add("--threads", type=int, metavar="N", help="per engine (default: the cores divided by the engines)")
+    add("--log-level", default=default.log_level, choices=["debug", "info", "warning", "error"])
+    add("--log-format", default=default.log_format, choices=[style.value for style in LogFormat])
+    return parser
+
+
+async def _serve(config: ServeConfig, model_name: str, folder: Path, began: float) -> int:
+    progress = LoadProgress(config.num_processes)
+    planned = [[_reporting(spec, progress) for spec in stage] for stage in stages(config, folder, progress.loading)]
+    supervisor = Supervisor(planned)
+    status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    _on_signals(status, supervisor)
+    async with supervisor:
+        life = asyncio.create_task(_live(supervisor, progress, config, model_name, began))
+        await asyncio.wait((life, status), return_when=asyncio.FIRST_COMPLETED)
+        progress.clear()
+        try:
+            if status.done():
+                logger.info("stopping: Ctrl-C again stops at once")
+            else:
+                await life
+        except ChildDiedError as error:
+            logger.error("%s", error.message)
+            status.set_result(1)
+        life.cancel()
+        await asyncio.wait((life,))
+    return status.result()
+
+
+async def _live(
+    supervisor: Supervisor, progress: LoadProgress, config: ServeConfig, model_name: str, began: float
+) -> None:
+    await supervisor.until_ready()
+    progress.clear()
+    print(_welcome(config, model_name, time.monotonic() - began), flush=True)
+    await supervisor.keep()
+
+
+def _reporting(spec: ChildSpec, progress: LoadProgress) -> ChildSpec:
+    async def ready() -> None:
+        await spec.ready()
+        progress.ready(spec.name)
+
+    return replace(spec, ready=ready)
+
+
+def _on_signals(status: asyncio.Future[int], supervisor: Supervisor) -> None:
+    """The first signal decides the exit status, the second kills."""
+
+    def stop(code: int) -> None:
+        if status.done():
+            supervisor.kill()
+        else:
+            status.set_result(code)
+
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGINT, stop, _STOPPED_BY_SIGINT)
+    loop.add_signal_handler(signal.SIGTERM, stop, 0)
+    loop.add_signal_handler(signal.SIGHUP, stop, 0)
+
+
+def _with_free_ports(config: ServeConfig) -> ServeConfig:
+    """`config` with a port chosen if it was 0. Raises ConfigError if one is taken: now, not when all is loaded."""
+    if config.grpc_port:
+        _listen(config.host, "--grpc-port", config.grpc_port)
+    return replace(config, port=_listen(config.host, "--port", config.port))
+
+
+def _listen(host: str, flag: str, port: int) -> int:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            listener.listen()
+            return int(listener.getsockname()[1])
+    except socket.gaierror as error:
+        raise ConfigError(
+            f"--host is {host!r}, which is no address ({error.strerror}): try 127.0.0.1", field="host"
+        ) from error
+    except OSError as error:
+        raise ConfigError(
+            f"can't listen on {host} {flag} {port} ({error.strerror}): choose another {flag}, or 0 for a free one"
+            if flag == "--port"
+            else f"can't listen on {host} {flag} {port} ({error.strerror}): choose another",
+            field=flag,
+        ) from error
+
+
+def _welcome(config: ServeConfig, model_name: str, seconds: float) -> str:
+    url = (
+        "" if config.port == ServeConfig().port and config.local_host == ServeConfig().host else f" --url {config.url}"
+    )
+    body = json.dumps({"model": model_name, "messages": [{"role": "user", "content": "What is a quire?"}]})
+    grpc = f" and gRPC on port {config.grpc_port}" if config.grpc_port else ""
+    return f"""
+Ready in {seconds:.1f} s: {model_name} on {config.url}/v1{grpc}. Ctrl-C stops it. In another terminal:
+
+  {_command_name()} chat{url}
+  curl {config.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
+"""
+
+
+def _command_name() -> str:
+    """How this program is called: its name alone if the shell finds it."""
+    found = shutil.which("quire")
+    here = Path(sys.argv[0])
+    return "quire" if here.name != "quire" or (found and Path(found).samefile(here)) else str(here)

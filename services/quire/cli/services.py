@@ -1,0 +1,177 @@
+"""From what `quire serve` was asked for to the processes that do it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from quire.cli.flags import at_least
+from quire.cli.probes import follow_loading, until_answering, until_serving
+from quire.cli.supervisor import ChildSpec
+from quire.service.errors import ConfigError
+
+MAX_ENGINES = 64
+
+# Requests in flight may go on for this long after Ctrl-C.
+GRACE_SECONDS = 2.0
+
+Report = Callable[[str, str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """What to serve and where. None leaves an engine's flag out: its own default holds."""
+
+    model: str = ""
+    engines: int = 1
+    dtype: str = "auto"
+    host: str = "127.0.0.1"
+    port: int = 8000
+    # 0 is off.
+    grpc_port: int = 0
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    num_pages: int | None = None
+    kv_cache_bytes: int | None = None
+    # Per engine.
+    threads: int | None = None
+    log_level: str = "info"
+    log_format: str = "text"
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.engines <= MAX_ENGINES:
+            raise ConfigError(f"--engines is {self.engines}: it must lie in [1, {MAX_ENGINES}]", field="engines")
+        for name, value in (("port", self.port), ("grpc-port", self.grpc_port)):
+            if not 0 <= value <= 65535:
+                raise ConfigError(f"--{name} is {value}: it must lie in [0, 65535]", field=name)
+        if self.port and self.port == self.grpc_port:
+            raise ConfigError(f"--port and --grpc-port are both {self.port}: choose two ports", field="grpc_port")
+        if not self.host:
+            raise ConfigError("--host is empty: give an address of this machine, such as 127.0.0.1", field="host")
+        for name in ("max_model_len", "max_num_seqs", "num_pages", "kv_cache_bytes", "threads"):
+            value = getattr(self, name)
+            if value is not None:
+                at_least(f"--{name.replace('_', '-')}", value, 2 if name == "max_model_len" else 1)
+
+    @property
+    def num_processes(self) -> int:
+        """A gateway, a router, and an engine with its sidecar for each engine."""
+        return 2 + 2 * self.engines
+
+    @property
+    def local_host(self) -> str:
+        """An address at which this machine reaches `host`."""
+        return {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+
+    @property
+    def url(self) -> str:
+        """Where this machine finds the HTTP API."""
+        return f"http://{_address(self.local_host, self.port)}"
+
+    @property
+    def threads_per_engine(self) -> int:
+        """The machine's cores divided among the engines, unless they were given."""
+        return self.threads or max(1, _cores() // self.engines)
+
+
+def stages(config: ServeConfig, folder: Path, report: Report) -> list[list[ChildSpec]]:
+    """The processes that serve `config`, in the order in which they stop. Their sockets are in `folder`.
+
+    `report(name, activity, fraction)` hears how engines load.
+    """
+    engines = [_socket(folder, f"engine-{index}") for index in range(config.engines)]
+    return [
+        [_gateway(config, folder)],
+        [_router(config, folder, engines)],
+        [_engine(config, folder, index, report) for index in range(config.engines)],
+        [_sidecar(config, folder, index) for index in range(config.engines)],
+    ]
+
+
+def _gateway(config: ServeConfig, folder: Path) -> ChildSpec:
+    listens = health = _socket(folder, "gateway")
+    if config.grpc_port:
+        listens, health = (_address(host, config.grpc_port) for host in (config.host, config.local_host))
+    flags = {
+        "--routers": _socket(folder, "router"),
+        "--model": config.model,
+        "--host": config.host,
+        "--port": config.port,
+        "--grpc-listen": listens,
+        "--max-model-len": config.max_model_len,
+        "--grace": GRACE_SECONDS,
+    }
+
+    async def ready() -> None:
+        await until_serving(health)
+        await until_answering(config.local_host, config.port)
+
+    return ChildSpec("gateway", _command("gateway", flags, config), ready, _environment(config))
+
+
+def _router(config: ServeConfig, folder: Path, engines: list[str]) -> ChildSpec:
+    address = _socket(folder, "router")
+    flags = {"--listen": address, "--name": "router", "--engines": ",".join(engines), "--grace": GRACE_SECONDS}
+    return ChildSpec("router", _command("router", flags, config), partial(until_serving, address))
+
+
+def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> ChildSpec:
+    name = f"engine-{index}"
+    address = _socket(folder, name)
+    flags = {
+        "--listen": address,
+        "--name": name,
+        "--sidecar": _socket(folder, f"sidecar-{index}"),
+        "--model": config.model,
+        "--dtype": config.dtype,
+        "--max-model-len": config.max_model_len,
+        "--max-num-seqs": config.max_num_seqs,
+        "--num-pages": config.num_pages,
+        "--kv-cache-bytes": config.kv_cache_bytes,
+        "--threads": config.threads_per_engine,
+        "--grace": GRACE_SECONDS,
+    }
+
+    async def ready() -> None:
+        await follow_loading(address, partial(report, name))
+        await until_serving(address)
+
+    return ChildSpec(name, _command("engine", flags, config), ready, _environment(config))
+
+
+def _sidecar(config: ServeConfig, folder: Path, index: int) -> ChildSpec:
+    name = f"sidecar-{index}"
+    address = _socket(folder, name)
+    flags = {"--listen": address, "--name": name, "--model": config.model}
+    return ChildSpec(name, _command("sidecar", flags, config), partial(until_serving, address), _environment(config))
+
+
+def _command(service: str, flags: Mapping[str, object], config: ServeConfig) -> tuple[str, ...]:
+    flags = {**flags, "--log-level": config.log_level, "--log-format": config.log_format}
+    given = [f"{flag}={value}" for flag, value in flags.items() if value not in (None, "")]
+    return (sys.executable, "-m", f"quire.{service}", *given)
+
+
+def _environment(config: ServeConfig) -> dict[str, str]:
+    # The command has found the model: what of it came from the hub is on this machine by now, and the services need not
+    # ask the hub again.
+    return {} if not config.model or Path(config.model).exists() else {"HF_HUB_OFFLINE": "1"}
+
+
+def _socket(folder: Path, name: str) -> str:
+    return f"unix:{folder / name}.sock"
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _cores() -> int:
+    # Not os.cpu_count: a container or taskset may have fewer. macOS has no affinity.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
