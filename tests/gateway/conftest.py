@@ -13,6 +13,8 @@ import openai
 import pytest
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from tokenizers import AddedToken, Tokenizer, decoders
+from tokenizers.models import BPE
 
 sys.path.insert(0, str(Path(__file__).parent))
 from fake_router import Answer, FakeRouter, scripted
@@ -92,6 +94,18 @@ async def start_gateway(tmp_path: Path, served_model: ServedModel, tracing: Trac
         stop.set()
         await running
         await gateway.close()
+
+
+def sentence_piece() -> Tokenizer:
+    """A vocabulary as Llama 2 has it: words with a lower bar for the space, and byte tokens."""
+    words = ["<s>", "</s>", "▁Hello", "▁world", "!", "▁", "lo", "▁▁", "é"]
+    vocab = {word: index for index, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(BPE(vocab, [], byte_fallback=True))
+    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return tokenizer
 
 
 async def eventually(probe: Callable[[], Awaitable[T]], accept: Callable[[T], bool]) -> T:

@@ -12,9 +12,10 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import ANSWER, MODEL, StartGateway, eventually, until_ready
+from conftest import ANSWER, MODEL, StartGateway, eventually, sentence_piece, until_ready
 from fake_router import Answer, FakeRouter, Submission
 
+from quire.gateway.model import ServedModel
 from quire.gateway.server import Gateway
 from quire.service.checkpoint import TextModel
 from quire.service.errors import OverloadedError
@@ -404,6 +405,19 @@ async def test_stop_string(
     assert events[-2]["usage"]["completion_tokens"] == needed
 
 
+async def test_stop_string_in_one_of_several_prompts(
+    client: openai.AsyncOpenAI, router: FakeRouter, encode: Callable[[str], list[int]]
+) -> None:
+    """Without it a choice that has met its stop string would go on until the others have ended."""
+    task = asyncio.create_task(client.completions.create(model=MODEL, prompt=["a", "b"], stop="!"))
+    first, second = await router.next(), await router.next()
+    second.send(encode("Slow"))
+    first.send(encode("Quick!"))
+    await cancelled(first)
+    second.send(encode(" but sure"), finish=FinishReason.STOP)
+    assert [choice.text for choice in (await task).choices] == ["Quick", "Slow but sure"]
+
+
 async def test_held_back_text_comes_at_the_end(
     http: httpx.AsyncClient, router: FakeRouter, encode: Callable[[str], list[int]]
 ) -> None:
@@ -471,6 +485,33 @@ async def test_many_at_once(http: httpx.AsyncClient, router: FakeRouter, encode:
     await answering
     for seed, response in enumerate(responses):
         assert response.json()["choices"][0]["message"]["content"] == f"answer {seed} " + "x" * (seed % 7)
+
+
+class TestSentencePiece:
+    """A model whose tokens carry the space before a word."""
+
+    @pytest.fixture
+    def served_model(self) -> ServedModel:
+        text = TextModel(
+            tokenizer=sentence_piece(),
+            chat_template="{{ messages[0].content }}",
+            bos_token="<s>",
+            eos_token="</s>",
+            add_bos=True,
+            vocab_size=265,
+            max_model_len=64,
+            eos_token_ids=(1,),
+        )
+        return ServedModel((MODEL,), text)
+
+    async def test_first_space(self, client: openai.AsyncOpenAI, router: FakeRouter) -> None:
+        """Without it every chat's answer would begin with a space, or a completion would lose its first one."""
+        chat = asyncio.create_task(client.chat.completions.create(model=MODEL, messages=QUESTION))
+        (await router.next()).send([2, 3, 1], finish=FinishReason.STOP)
+        assert (await chat).choices[0].message.content == "Hello world"
+        text = asyncio.create_task(client.completions.create(model=MODEL, prompt="Hello"))
+        (await router.next()).send([3, 1], finish=FinishReason.STOP)
+        assert (await text).choices[0].text == " world"
 
 
 class TestGrace:

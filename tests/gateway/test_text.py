@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from conftest import sentence_piece
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer, decoders
-from tokenizers.models import BPE, WordPiece
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import WordPiece
 
 from quire.gateway.text import Detokenizer, Pieces, StopMatcher
 from quire.service.checkpoint import TextModel
@@ -69,18 +70,6 @@ def test_character_comes_whole(text_model: TextModel, pieces: Pieces) -> None:
     assert len(token_ids) > 1
     detokenizer = Detokenizer(pieces)
     assert [detokenizer.feed([token_id]) for token_id in token_ids] == [*[""] * (len(token_ids) - 1), "👩"]
-
-
-def sentence_piece() -> Tokenizer:
-    """A vocabulary as Llama 2 has it: words with a lower bar for the space, and byte tokens."""
-    words = ["<s>", "</s>", "▁Hello", "▁world", "!", "▁", "lo", "▁▁", "é"]
-    vocab = {word: index for index, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
-    tokenizer = Tokenizer(BPE(vocab, [], byte_fallback=True))
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
 
 
 WORD_IDS = st.lists(st.integers(0, 8), max_size=6)
