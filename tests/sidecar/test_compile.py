@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from sidecar_process import DEADLINE, Row, SidecarProcess, StepClient, eventually, json_schema, lark, regex
+from sidecar_process import DEADLINE, Row, SidecarProcess, StepClient, children, eventually, json_schema, lark, regex
 
 from quire.service.checkpoint import TextModel
 from quire.service.grpc_server import GrpcServer
@@ -203,11 +203,16 @@ def test_a_lost_trial_process_is_replaced(tmp_path: Path) -> None:
     with SidecarProcess(tmp_path, "--compile-workers", "1") as sidecar:
         sidecar.wait_until_serving()
         (trial,) = sidecar.children()
+        bomb = threading.Thread(target=lambda: codes.append(refused(sidecar, BOMBS["large divisor"])[0]))
+        codes: list[grpc.StatusCode] = []
+        bomb.start()
+        # The bomb's fork: the trial is in the middle of it.
+        eventually(lambda: bool(children(trial)))
         os.kill(trial, signal.SIGKILL)
-        status, message, _ = refused(sidecar, json_schema(PERSON))
-        assert status is grpc.StatusCode.INTERNAL
-        assert "send the request again" in message
+        bomb.join(DEADLINE)
+        assert codes == [grpc.StatusCode.INTERNAL]
         assert not sidecar.compile(json_schema(PERSON)).cached
+        assert trial not in sidecar.children()
 
 
 def test_killing_the_sidecar_leaves_no_process(tmp_path: Path) -> None:

@@ -37,6 +37,11 @@ def eventually(condition: Callable[[], bool]) -> None:
         never.wait(0.01)
 
 
+def children(pid: int) -> list[int]:
+    """The processes that a process's main thread has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def json_schema(schema: object) -> Constraint:
     return Constraint(ConstraintKind.JSON_SCHEMA, json.dumps(schema))
 
@@ -94,7 +99,7 @@ class SidecarProcess:
             return stub.Compile(request, timeout=DEADLINE, wait_for_ready=True, **options)
 
     def children(self) -> list[int]:
-        return [int(pid) for pid in self._proc(f"task/{self.process.pid}/children").split()]
+        return children(self.process.pid)
 
     def maps(self, path: str) -> bool:
         """Whether the process maps the file that once was at `path`."""

@@ -21,6 +21,7 @@ from pathlib import Path
 import grpc
 import numpy as np
 import numpy.typing as npt
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.engine.masks import MaskBatch, MaskRequest, MaskTicket
 from quire.service.errors import InternalError, QuireError, UnavailableError
@@ -41,6 +42,7 @@ _RETRY_S = 0.05
 _RETRY_REFUSED_S = 1.0
 # The step of a message that only releases.
 _NOBODY_WAITS = 0
+_SERVICE = grammar_pb2.DESCRIPTOR.services_by_name["GrammarService"].full_name
 _SHARED_MEMORY = Path("/dev/shm")
 # An errored row: its token is dropped, but it must still be possible to draw one.
 _ALL_TOKENS = np.uint32(0xFFFFFFFF)
@@ -165,7 +167,7 @@ class SidecarMasks:
                 self._talk()
             except grpc.FutureCancelledError:
                 break
-            except (grpc.RpcError, OSError) as error:
+            except (grpc.RpcError, OSError, QuireError) as error:
                 retry = self._lost(error)
             self._closed.wait(retry)
         with self._lock:
@@ -174,10 +176,11 @@ class SidecarMasks:
             ticket.fail(UnavailableError("the engine is shutting down: send the request again"))
 
     def _wait_for_sidecar(self) -> None:
-        """Blocks until a connection stands, so that no file is made for a sidecar that is not there."""
-        ready = grpc.channel_ready_future(self._channel)
-        self._set_cancel(ready.cancel)
-        ready.result()
+        """Blocks until the sidecar is reached, so that no file is made for one that is not there."""
+        request = health_pb2.HealthCheckRequest(service=_SERVICE)
+        answer = health_pb2_grpc.HealthStub(self._channel).Check.future(request, wait_for_ready=True)
+        self._set_cancel(answer.cancel)
+        answer.result()
 
     def _talk(self) -> None:
         """Opens a stream and hears its answers until it ends."""
@@ -217,7 +220,7 @@ class SidecarMasks:
             ticket.masks, ticket.errors = stream.rows_of(ticket), errors
             ticket.done.set()
 
-    def _lost(self, error: grpc.RpcError | OSError) -> float:
+    def _lost(self, error: Exception) -> float:
         """Says what happened; returns how long to wait before the next try."""
         if self._closed.is_set():
             return 0.0

@@ -99,7 +99,8 @@ class GrammarCore:
     def fill(self, matchers: list[tuple[LLMatcher, int]], bitmask: npt.NDArray[np.int32]) -> None:
         """Computes masks into rows, in parallel if there are several; releases the GIL."""
         if len(matchers) == 1:
-            fill_next_token_bitmask(*matchers[0][:1], bitmask, matchers[0][1])
+            matcher, row = matchers[0]
+            fill_next_token_bitmask(matcher, bitmask, row)
         elif matchers:
             fill_next_token_bitmask_par(self._executor, matchers, bitmask)
 
@@ -134,8 +135,8 @@ class MaskStream:
         for sequence in released:
             self._drop(sequence)
         errors = await self._start(rows)
-        rows = [row for row in rows if row.sequence not in errors]
-        errors |= await asyncio.get_running_loop().run_in_executor(self._thread, self._fill, rows)
+        work = [(row, self._sequences[row.sequence]) for row in rows if row.sequence not in errors]
+        errors |= await asyncio.get_running_loop().run_in_executor(self._thread, self._fill, work)
         for sequence in errors:
             self._drop(sequence)
         self._core.metrics.row_errors.inc(len(errors))
@@ -180,23 +181,20 @@ class MaskStream:
                 )
         return errors
 
-    def _fill(self, rows: Sequence[RowRequest]) -> dict[int, QuireError]:
+    def _fill(self, work: list[tuple[RowRequest, SequenceMatcher]]) -> dict[int, QuireError]:
         begin = time.perf_counter()
         errors: dict[int, QuireError] = {}
         matchers = []
-        for row in rows:
-            sequence = self._sequences[row.sequence]
+        for row, sequence in work:
             sequence.consume(row.accepted)
-            if sequence.error is not None:
-                errors[row.sequence] = sequence.error
-            else:
+            if sequence.error is None:
                 matchers.append((sequence.matcher, row.row))
         self._core.fill(matchers, self._bitmask)
-        for row in rows:
-            error = self._sequences[row.sequence].error
-            if error is not None:
-                errors[row.sequence] = error
-        self._core.metrics.rows.inc(len(rows))
+        for row, sequence in work:
+            # Computing a mask may exceed the limits too.
+            if sequence.error is not None:
+                errors[row.sequence] = sequence.error
+        self._core.metrics.rows.inc(len(work))
         self._core.metrics.fill_seconds.observe(time.perf_counter() - begin)
         return errors
 

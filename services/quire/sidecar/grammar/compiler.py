@@ -59,7 +59,7 @@ class GrammarCompiler:
         if task is None:
             task = asyncio.get_running_loop().create_task(self._compile(constraint))
             self._running[constraint] = task
-            task.add_done_callback(lambda _: self._running.pop(constraint))
+            task.add_done_callback(lambda task: self._done(constraint, task))
         # One who gives up must not take it away from the others.
         return await asyncio.shield(task)
 
@@ -81,6 +81,12 @@ class GrammarCompiler:
         grammar = CompiledGrammar(constraint, matcher, num_bytes, time.perf_counter() - begin)
         self._insert(grammar)
         return grammar
+
+    def _done(self, constraint: Constraint, task: asyncio.Task[CompiledGrammar]) -> None:
+        del self._running[constraint]
+        # Those who asked hear of an error. If all of them have gone, it is of no more interest.
+        if not task.cancelled():
+            task.exception()
 
     def _insert(self, grammar: CompiledGrammar) -> None:
         self._cache[grammar.constraint] = grammar

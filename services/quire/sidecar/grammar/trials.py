@@ -29,7 +29,8 @@ class Trials:
         )
         self._workers = workers
         self._processes: set[Process] = set()
-        self._idle: asyncio.Queue[Process] = asyncio.Queue()
+        # None stands for a process that was lost; who draws it starts another.
+        self._idle: asyncio.Queue[Process | None] = asyncio.Queue()
 
     async def start(self) -> None:
         """Starts the processes; returns when each has read the tokenizer."""
@@ -46,13 +47,17 @@ class Trials:
             process = await asyncio.wait_for(self._idle.get(), self._limits.compile_seconds)
         except TimeoutError as error:
             raise OverloadedError("too many grammars are being compiled: try again later") from error
+        answered = False
         try:
+            if process is None or process.returncode is not None:
+                process = await self._start()
             reply = await self._ask(process, constraint)
-        except BaseException:
-            # Its answer may still come, to a question that nobody asks any more.
-            await self._replace(process)
-            raise
-        self._idle.put_nowait(process)
+            answered = True
+        finally:
+            # Without its answer it is of no use: that may still come, to the next question.
+            if process is not None and not answered:
+                self._kill(process)
+            self._idle.put_nowait(process if answered else None)
         if "refused" in reply:
             raise InvalidRequestError(reply["refused"], field=f"constraint.{constraint.kind.value}")
         return int(reply["bytes"])
@@ -60,9 +65,11 @@ class Trials:
     async def close(self) -> None:
         """Ends the processes, whatever they do."""
         for process in list(self._processes):
-            await self._end(process)
+            self._kill(process)
+            await process.wait()
 
     async def _start(self) -> Process:
+        self._processes = {process for process in self._processes if process.returncode is None}
         process = await asyncio.create_subprocess_exec(*self._command, stdin=PIPE, stdout=PIPE)
         self._processes.add(process)
         if await self._read(process) is None:
@@ -85,12 +92,6 @@ class Trials:
         line = await process.stdout.readline() if process.stdout is not None else b""
         return dict(json.loads(line)) if line else None
 
-    async def _replace(self, process: Process) -> None:
-        await self._end(process)
-        self._idle.put_nowait(await self._start())
-
-    async def _end(self, process: Process) -> None:
+    def _kill(self, process: Process) -> None:
         with suppress(ProcessLookupError):
             process.kill()
-        await process.wait()
-        self._processes.discard(process)
