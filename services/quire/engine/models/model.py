@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
 from typing import Protocol
 
 from torch import Tensor
 
 from quire.engine.models.config import ModelConfig
+
+
+class ModelDtype(Enum):
+    """How exactly a model computes.
+
+    FLOAT32: every product in float32, the reference of every equality test. BFLOAT16: bfloat16 activations over the
+    checkpoint's own weights, 4-bit ones included; the residual stream and norms stay in float32.
+    """
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +41,7 @@ class ForwardBatch:
 class KVCache:
     """The pool of pages on the device."""
 
-    keys: tuple[Tensor, ...]  # per layer: [pages, PAGE_SIZE, kv_heads, head_size]
+    keys: tuple[Tensor, ...]  # per layer: [pages, kv_heads, PAGE_SIZE, head_size]
     values: tuple[Tensor, ...]  # the same
 
 
@@ -37,6 +49,7 @@ class Model(Protocol):
     """A decoder whose weights are loaded."""
 
     config: ModelConfig
+    kv_page_bytes: int  # memory of one page: keys and values of all layers
 
     def new_kv_cache(self, num_pages: int) -> KVCache:
         """A pool of `num_pages` pages in this model's KV dtype; raises ModelError if memory does not suffice."""

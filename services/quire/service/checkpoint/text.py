@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,38 @@ def load_text(checkpoint: Checkpoint) -> TextModel:
         ) from error
 
 
+def gguf_eos_token_ids(metadata: dict[str, Any]) -> tuple[int, ...]:
+    """The tokens that end a turn, from a GGUF file's metadata."""
+    return _distinct(metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+
+
+def folder_eos_token_ids(path: Path, tokenizer: Tokenizer | None = None) -> tuple[int, ...]:
+    """The tokens that end a turn, for a Hugging Face folder: what the model was trained to end with and, often another,
+    what its tokenizer calls the end. `tokenizer` spares reading the folder's. Raises ModelError."""
+    generation = _read_json(path / "generation_config.json", required=False)
+    trained = generation.get("eos_token_id", _language_config(path).get("eos_token_id"))
+    eos_token = _token(_read_json(path / "tokenizer_config.json", required=False).get("eos_token"))
+    if tokenizer is None and eos_token and (path / "tokenizer.json").is_file():
+        tokenizer = _read_tokenizer(path / "tokenizer.json")
+    return _distinct([*_ids(trained), tokenizer.token_to_id(eos_token) if tokenizer else None])
+
+
+def _distinct(ids: Iterable[int | None]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
+
+
+def _language_config(path: Path) -> dict[str, Any]:
+    config = _read_json(path / "config.json")
+    # Models that also see images keep the language model's part here.
+    language: dict[str, Any] = config.get("text_config", config)
+    return language
+
+
 def _from_gguf(metadata: dict[str, Any]) -> TextModel:
     tokens = metadata["tokenizer.ggml.tokens"]
     architecture = metadata["general.architecture"]
     bos = metadata.get("tokenizer.ggml.bos_token_id")
-    ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
-    eos_token_ids = tuple(dict.fromkeys(end for end in ends if end is not None))
+    eos_token_ids = gguf_eos_token_ids(metadata)
     return TextModel(
         tokenizer=build_tokenizer(metadata),
         chat_template=metadata.get("tokenizer.chat_template"),
@@ -67,15 +94,11 @@ def _from_gguf(metadata: dict[str, Any]) -> TextModel:
 
 
 def _from_folder(path: Path) -> TextModel:
-    config = _read_json(path / "config.json")
-    # Models that also see images keep the language model's part here.
-    config = config.get("text_config", config)
-    generation = _read_json(path / "generation_config.json", required=False)
+    config = _language_config(path)
     settings = _read_json(path / "tokenizer_config.json", required=False)
     tokenizer = _read_tokenizer(path / "tokenizer.json")
     bos_token, eos_token = _token(settings.get("bos_token")), _token(settings.get("eos_token"))
     bos = tokenizer.token_to_id(bos_token)
-    ends = [*_ids(generation.get("eos_token_id", config.get("eos_token_id"))), tokenizer.token_to_id(eos_token)]
     return TextModel(
         tokenizer=tokenizer,
         chat_template=_chat_template(path, settings),
@@ -84,7 +107,7 @@ def _from_folder(path: Path) -> TextModel:
         add_bos=bos is not None and tokenizer.encode("").ids[:1] == [bos],
         vocab_size=config["vocab_size"],
         max_model_len=config["max_position_embeddings"],
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
+        eos_token_ids=folder_eos_token_ids(path, tokenizer),
     )
 
 

@@ -1,0 +1,185 @@
+"""Causal attention of a step's queries over paged keys and values: prefill chunks and decodes in any mix.
+
+Algorithm: softmax(q kᵀ / √D) v with grouped queries (Ainslie et al., "GQA", 2023) over block tables (Kwon et al.,
+"Efficient Memory Management for Large Language Model Serving with PagedAttention", SOSP 2023). On a CPU a gather and
+two batched products serve all decodes of about the same length, and each prefill chunk runs through torch's fused
+attention. Everything that does not depend on the layer (which pages, masks) is made once a step: `AttentionPlan`.
+
+Pages past a sequence's end and slots not yet written have the weight 0; `write_pages` sees to it that they are finite.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+# Decodes share a batch if the padding that this costs is less than this many pages in all: about what the calls of one
+# more batch cost.
+_MAX_PADDING_PAGES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeBatch:
+    """S sequences with one query each, padded to P pages."""
+
+    rows: Tensor | None  # int64 [S], their rows among the step's tokens; None if they are all of them, in order
+    pages: Tensor  # int64 [S × kv_heads × P], indexes into the pool seen as [pages × kv_heads, page_size × head_size]
+    mask: Tensor  # [S × kv_heads, 1, P × page_size] of the pool's type: 0 where there is a token, else -inf
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """One sequence with several queries: rows `start` to `stop` of the step's tokens."""
+
+    start: int
+    stop: int
+    pages: Tensor  # int64 [kv_heads × P], as in DecodeBatch
+    context_len: int
+    mask: Tensor | None  # [queries, context_len] of the pool's type; None if the chunk is the whole context
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """One step's work, the same for every layer."""
+
+    decodes: tuple[DecodeBatch, ...]
+    prefills: tuple[PrefillChunk, ...]
+
+
+def plan_attention(
+    query_start: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+) -> AttentionPlan:
+    """Sorts a step's sequences into batches.
+
+    query_start int32 [S + 1]; context_lens int32 [S]; block_tables int32 [S, P]; `dtype` is the pool's.
+    """
+    starts, lengths = query_start.tolist(), context_lens.tolist()
+    tables = block_tables.to(torch.int64)
+    decodes, prefills = [], []
+    for index, length in enumerate(lengths):
+        start, stop = starts[index], starts[index + 1]
+        if stop - start == 1:
+            decodes.append(index)
+        else:
+            table = tables[index, : -(-length // page_size)]
+            mask = None if stop - start == length else _causal_mask(stop - start, length, dtype)
+            prefills.append(PrefillChunk(start, stop, _head_pages(table, num_kv_heads), length, mask))
+    groups = _group_by_length(decodes, lengths, page_size)
+    alone = not prefills and len(groups) == 1
+    return AttentionPlan(
+        tuple(
+            _decode_batch(group, alone, query_start, context_lens, tables, num_kv_heads, page_size, dtype)
+            for group in groups
+        ),
+        tuple(prefills),
+    )
+
+
+def paged_attention(queries: Tensor, key_pages: Tensor, value_pages: Tensor, plan: AttentionPlan) -> Tensor:
+    """The attention output of every row, [T, heads, D] in the pool's type.
+
+    queries [T, heads, D] in the pool's type; *_pages [pages, kv_heads, page_size, D], which hold the step's own keys
+    and values already.
+    """
+    if len(plan.decodes) == 1 and plan.decodes[0].rows is None:
+        return _decode(queries, key_pages, value_pages, plan.decodes[0])
+    out = torch.empty_like(queries)
+    for batch in plan.decodes:
+        if batch.rows is None:
+            raise ValueError("a plan of several parts must say which rows belong to each")
+        out.index_copy_(0, batch.rows, _decode(queries.index_select(0, batch.rows), key_pages, value_pages, batch))
+    for chunk in plan.prefills:
+        _prefill(queries[chunk.start : chunk.stop], key_pages, value_pages, chunk, out[chunk.start : chunk.stop])
+    return out
+
+
+def _decode(queries: Tensor, key_pages: Tensor, value_pages: Tensor, batch: DecodeBatch) -> Tensor:
+    num_batches, _, context_len = batch.mask.shape
+    head_size = queries.shape[-1]
+    # The heads of a group share keys: together they are the rows of one product.
+    grouped = queries.reshape(num_batches, -1, head_size)
+    keys = _gather(key_pages, batch.pages).view(num_batches, context_len, head_size)
+    scores = torch.baddbmm(batch.mask, grouped, keys.transpose(1, 2), alpha=1.0 / math.sqrt(head_size))
+    values = _gather(value_pages, batch.pages).view(num_batches, context_len, head_size)
+    return torch.bmm(torch.softmax(scores, dim=-1), values).view_as(queries)
+
+
+def _prefill(queries: Tensor, key_pages: Tensor, value_pages: Tensor, chunk: PrefillChunk, out: Tensor) -> None:
+    num_tokens, num_heads, head_size = queries.shape
+    num_kv_heads = key_pages.shape[1]
+    shape = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
+    # Each KV head is a batch entry and its group of query heads are that entry's heads: keys are shared, not copied.
+    keys, values = (
+        _gather(pages, chunk.pages).view(num_kv_heads, 1, -1, head_size)[:, :, : chunk.context_len].expand(shape)
+        for pages in (key_pages, value_pages)
+    )
+    grouped = queries.view(num_tokens, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
+    result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=chunk.mask, is_causal=chunk.mask is None)
+    out.view(num_tokens, num_kv_heads, -1, head_size).copy_(result.permute(2, 0, 1, 3))
+
+
+def _gather(pages: Tensor, rows: Tensor) -> Tensor:
+    return pages.view(pages.shape[0] * pages.shape[1], -1).index_select(0, rows)
+
+
+def _head_pages(tables: Tensor, num_kv_heads: int) -> Tensor:
+    """Page numbers [..., P] to rows of the pool seen by page and head, flat, pages varying fastest."""
+    heads = torch.arange(num_kv_heads).unsqueeze(1)
+    return (tables.unsqueeze(-2) * num_kv_heads + heads).flatten()
+
+
+def _causal_mask(num_queries: int, context_len: int, dtype: torch.dtype) -> Tensor:
+    ones = torch.ones(num_queries, context_len, dtype=torch.bool)
+    return torch.zeros(num_queries, context_len, dtype=dtype).masked_fill_(
+        ones.triu_(context_len - num_queries + 1), -torch.inf
+    )
+
+
+def _group_by_length(decodes: list[int], lengths: list[int], page_size: int) -> list[list[int]]:
+    """Cuts the decodes into batches of about equal length; in the step's order if they are one."""
+    longest_first = sorted(decodes, key=lambda index: -lengths[index])
+    groups: list[list[int]] = []
+    rest = len(longest_first)
+    for index in longest_first:
+        # Starting a batch here spares this one and all shorter ones the padding to the batch's longest.
+        if not groups or (lengths[groups[-1][0]] - lengths[index]) // page_size * rest > _MAX_PADDING_PAGES:
+            groups.append([])
+        groups[-1].append(index)
+        rest -= 1
+    return [decodes] if len(groups) == 1 else groups
+
+
+def _decode_batch(
+    group: list[int],
+    alone: bool,
+    query_start: Tensor,
+    context_lens: Tensor,
+    tables: Tensor,
+    num_kv_heads: int,
+    page_size: int,
+    dtype: torch.dtype,
+) -> DecodeBatch:
+    if not alone:
+        members = torch.tensor(group)
+        context_lens, tables = context_lens[members], tables[members]
+    num_pages = -(-int(context_lens.max()) // page_size)
+    tables = tables[:, :num_pages]
+    ends = context_lens.unsqueeze(1)
+    # What stands past a sequence's end in its table may be another's page, which may hold anything.
+    tables = torch.where(torch.arange(num_pages) * page_size < ends, tables, tables[:, :1])
+    past = torch.arange(num_pages * page_size) >= ends
+    mask = torch.zeros(past.shape, dtype=dtype).masked_fill_(past, -torch.inf)
+    return DecodeBatch(
+        rows=None if alone else query_start[:-1][members].to(torch.int64),
+        pages=_head_pages(tables, num_kv_heads),
+        mask=mask.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1),
+    )
