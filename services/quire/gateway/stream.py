@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from quire.gateway.session import Call
+from quire.gateway.call import Call
 from quire.gateway.text import Detokenizer, StopMatcher
 from quire.service.errors import CancelledRequestError, QuireError, error_of
 from quire.service.request import FinishReason

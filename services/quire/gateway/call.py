@@ -1,0 +1,57 @@
+"""One request in flight, between the router's frames and the reader of its text."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from quire.service.errors import QuireError
+from quire.service.request import Finished, FinishReason, Request, Started
+from quire.service.wire import finished_from_proto
+from quire.v1 import session_pb2
+
+if TYPE_CHECKING:
+    from quire.gateway.router_link import RouterLink
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One request in flight. The reader waits on `wake` and looks at the rest; only the sessions write it.
+
+    `token_ids` are all output tokens so far, at most max_tokens: that bounds what a slow reader can pile up.
+    """
+
+    request: Request
+    wake: asyncio.Event
+    token_ids: list[int] = field(default_factory=list)
+    started: Started | None = None
+    finished: Finished | None = None
+    # Which router has it, under which key; how many it lost in a row without a token.
+    link: RouterLink | None = None
+    key: int = 0
+    fruitless_moves: int = 0
+
+    def feed(self, update: session_pb2.RequestUpdate) -> None:
+        """What a step did for it. Called for every token, so it works on the message as it is."""
+        if update.token_ids:
+            self.token_ids.extend(update.token_ids)
+            self.fruitless_moves = 0
+        if self.started is None and update.HasField("started"):
+            self.started = Started(update.started.cached_tokens, update.started.engine)
+        if update.HasField("finished"):
+            try:
+                self.end(finished_from_proto(update.finished))
+            except QuireError as error:
+                self.end(Finished(FinishReason.ERROR, error))
+        self.wake.set()
+
+    def end(self, finished: Finished) -> None:
+        """The terminal event; only the first counts."""
+        if self.finished is None:
+            self.finished = finished
+            self.wake.set()
+
+    def fail(self, error: QuireError) -> None:
+        """It ends with `error`."""
+        self.end(Finished(FinishReason.ERROR, error))
