@@ -29,13 +29,14 @@ class Trials:
         )
         self._workers = workers
         self._processes: set[Process] = set()
-        # None stands for a process that was lost; who draws it starts another.
-        self._idle: asyncio.Queue[Process | None] = asyncio.Queue()
+        # None stands for a process that was not started yet or was lost: who draws it starts one. Running ones first.
+        self._idle: asyncio.Queue[Process | None] = asyncio.LifoQueue()
 
     async def start(self) -> None:
-        """Starts the processes; returns when each has read the tokenizer."""
-        for process in await asyncio.gather(*(self._start() for _ in range(self._workers))):
-            self._idle.put_nowait(process)
+        """Starts the first process and returns when it has read the tokenizer; others start when they are needed."""
+        for _ in range(self._workers - 1):
+            self._idle.put_nowait(None)
+        self._idle.put_nowait(await self._start())
 
     async def run(self, constraint: Constraint) -> int:
         """The bytes that compiling `constraint` takes.
