@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class Conversation:
         """Back to the beginning."""
         self.messages = [{"role": "system", "content": self._config.system}] if self._config.system else []
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str]:
         """Yields the answer as it comes. Close it to stop: what has come is kept as the answer.
 
         Raises ApiError, httpx.TransportError.

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from rich.table import Table
@@ -128,4 +129,4 @@ def percentile(ordered: Sequence[float], share: float) -> float:
 
 
 def _gaps(arrivals: Sequence[float]) -> list[float]:
-    return [later - earlier for earlier, later in zip(arrivals, arrivals[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(arrivals)]

@@ -40,9 +40,7 @@ def request_to_proto(request: Request) -> request_pb2.Request:
             top_k=request.sampling.top_k,
             seed=request.sampling.seed,
         ),
-        stop=request_pb2.StopConditions(
-            max_tokens=request.stop.max_tokens, stop_token_ids=request.stop.stop_token_ids
-        ),
+        stop=request_pb2.StopConditions(max_tokens=request.stop.max_tokens, stop_token_ids=request.stop.stop_token_ids),
         cache_key=request_pb2.CacheKey(
             salt=request.cache_key.salt,
             adapter=request.cache_key.adapter,
@@ -50,9 +48,7 @@ def request_to_proto(request: Request) -> request_pb2.Request:
         ),
         priority=request.priority,
         deadline_unix_ms=request.deadline_unix_ms,
-        trace=request_pb2.TraceContext(
-            traceparent=request.trace.traceparent, tracestate=request.trace.tracestate
-        ),
+        trace=request_pb2.TraceContext(traceparent=request.trace.traceparent, tracestate=request.trace.tracestate),
     )
     if request.constraint is not None:
         message.constraint.CopyFrom(constraint_to_proto(request.constraint))
@@ -75,9 +71,7 @@ def request_from_proto(message: request_pb2.Request) -> Request:
             top_k=message.sampling.top_k,
             seed=message.sampling.seed,
         ),
-        stop=StopConditions(
-            max_tokens=message.stop.max_tokens, stop_token_ids=tuple(message.stop.stop_token_ids)
-        ),
+        stop=StopConditions(max_tokens=message.stop.max_tokens, stop_token_ids=tuple(message.stop.stop_token_ids)),
         constraint=constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
         cache_key=cache_key_from_proto(message.cache_key),
         priority=message.priority,

@@ -1,0 +1,1 @@
+"""The operator: makes an InferenceService object true in a Kubernetes cluster."""
