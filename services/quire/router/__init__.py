@@ -1,0 +1,1 @@
+"""The router: knows which engine holds which pages, sends each request where its first token comes soonest."""

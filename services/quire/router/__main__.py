@@ -1,0 +1,107 @@
+"""`python -m quire.router`: the command line of a router process."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from quire.router.config import RouterConfig
+from quire.router.service import RouterService
+from quire.service.errors import ConfigError
+from quire.service.lifecycle import run_service
+from quire.service.logs import LogFormat, setup_logging
+
+_EXAMPLES = """examples:
+  python -m quire.router --listen 127.0.0.1:9000 --engines 127.0.0.1:9100,127.0.0.1:9101
+  python -m quire.router --listen unix:/run/quire/router.sock --engines unix:/run/quire/engine.sock --hold 60
+      one engine, which may take a minute to load
+
+Spans are exported if OTEL_EXPORTER_OTLP_ENDPOINT is set.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs until SIGTERM or SIGINT; returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    setup_logging(arguments.name, level=arguments.log_level, style=LogFormat(arguments.log_format))
+    try:
+        config = build_config(arguments)
+    except ConfigError as error:
+        logging.getLogger(__name__).error("%s", error.message)
+        return 2
+    return run_service(lambda stop: RouterService(config).run(stop))
+
+
+def build_config(arguments: argparse.Namespace) -> RouterConfig:
+    """The config that the flags ask for. Raises ConfigError."""
+    return RouterConfig(
+        listen=arguments.listen,
+        engines=tuple(address.strip() for address in arguments.engines.split(",")),
+        name=arguments.name,
+        hold=arguments.hold,
+        max_moves=arguments.max_moves,
+        grace=arguments.grace,
+        load_interval=arguments.load_interval,
+        max_queued_updates=arguments.max_queued_updates,
+        metrics_port=arguments.metrics_port,
+    )
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The flags; each default is the config's own."""
+    parser = argparse.ArgumentParser(
+        prog="python -m quire.router",
+        description="Sends each request to the engine where its first token comes soonest.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    default = RouterConfig(listen="-", engines=("-",))
+    option = parser.add_argument
+    option("--listen", required=True, metavar="ADDR", help="where gateways connect: HOST:PORT or unix:PATH")
+    option("--engines", required=True, metavar="ADDR[,ADDR…]", help="gRPC addresses of the engines")
+    option("--name", default=default.name, help="what logs and traces call it (default: %(default)s)")
+    option(
+        "--hold",
+        type=float,
+        default=default.hold,
+        metavar="SECONDS",
+        help="how long a request waits for an engine if none is ready (default: %(default)s)",
+    )
+    option(
+        "--max-moves",
+        type=int,
+        default=default.max_moves,
+        metavar="N",
+        help="how often a request may be moved to another engine (default: %(default)s)",
+    )
+    option(
+        "--grace",
+        type=float,
+        default=default.grace,
+        metavar="SECONDS",
+        help="what is in flight may finish for this long after SIGTERM (default: %(default)s)",
+    )
+    option(
+        "--load-interval",
+        type=float,
+        default=default.load_interval,
+        metavar="SECONDS",
+        help="shortest time between two load reports of an engine (default: %(default)s)",
+    )
+    option(
+        "--max-queued-updates",
+        type=int,
+        default=default.max_queued_updates,
+        metavar="N",
+        help="a gateway that leaves more of them unread loses its session (default: %(default)s)",
+    )
+    option("--metrics-port", type=int, default=0, metavar="PORT", help="Prometheus metrics over HTTP; 0: off")
+    option("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default: %(default)s)")
+    option("--log-format", default="text", choices=[style.value for style in LogFormat], help="(default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

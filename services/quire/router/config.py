@@ -1,0 +1,50 @@
+"""What a router process is started with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.service.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Addresses are gRPC's. Times are in seconds."""
+
+    listen: str
+    engines: tuple[str, ...]
+    name: str = "router-0"
+    # A request for which no engine is ready waits this long for one.
+    hold: float = 5.0
+    # How often a request may be moved to another engine before its error is passed on.
+    max_moves: int = 3
+    # What is in flight may finish for this long after the process was asked to stop.
+    grace: float = 30.0
+    # The shortest time between two load reports of an engine.
+    load_interval: float = 0.05
+    # Updates (one step's tokens of one request, about 100 bytes) that wait for a gateway that does not read. At 80
+    # steps a second and 256 sequences this is 6 seconds.
+    max_queued_updates: int = 1 << 17
+    # 0 is off.
+    metrics_port: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.listen:
+            raise ConfigError("--listen is empty: give an address, such as 127.0.0.1:9000")
+        if not self.engines or not all(self.engines):
+            raise ConfigError("--engines holds an empty address: give them as 127.0.0.1:9100,127.0.0.1:9101")
+        if len(set(self.engines)) != len(self.engines):
+            raise ConfigError(f"--engines names an address twice: {','.join(self.engines)}")
+        if not self.name:
+            raise ConfigError("--name is empty: give the router a name for logs and traces, such as router-0")
+        for flag, value in (("--hold", self.hold), ("--grace", self.grace)):
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"{flag} is {value:g}: it must be at least 0 seconds")
+        if not 0.001 <= self.load_interval <= 60:
+            raise ConfigError(f"--load-interval is {self.load_interval:g}: it must lie in [0.001, 60] seconds")
+        if self.max_moves < 0:
+            raise ConfigError(f"--max-moves is {self.max_moves}: it must be at least 0")
+        if self.max_queued_updates < 1:
+            raise ConfigError(f"--max-queued-updates is {self.max_queued_updates}: it must be at least 1")
+        if not 0 <= self.metrics_port <= 65535:
+            raise ConfigError(f"--metrics-port is {self.metrics_port}: it must lie in [0, 65535], 0 is off")

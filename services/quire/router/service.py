@@ -1,0 +1,88 @@
+"""The router as a whole: its links to the engines and the server for gateways, from start to clean stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from quire.router.config import RouterConfig
+from quire.router.core import Router
+from quire.router.link import EngineLink
+from quire.router.metrics import RouterMetrics
+from quire.router.server import SERVICE, SessionServicer
+from quire.service.errors import UnavailableError
+from quire.service.grpc_server import GrpcServer
+from quire.service.tracing import Tracing
+from quire.v1 import session_pb2_grpc
+
+# After the grace period every request is told to end; the sessions get this long to send those events.
+_LAST_WORDS_SECONDS = 2.0
+
+# What is left then are watches of the health, which never end by themselves.
+_STOP_SECONDS = 0.2
+
+logger = logging.getLogger(__name__)
+
+
+class RouterService:
+    """One router in this process: `run` it until asked to stop; `address` is where it listens once `started` is set."""
+
+    def __init__(self, config: RouterConfig, tracing: Tracing | None = None) -> None:
+        self.started = asyncio.Event()
+        self.address = ""
+        self._config = config
+        self._tracing = tracing or Tracing("router", config.name)
+        self._metrics = RouterMetrics()
+        self._router = Router(
+            config.engines,
+            hold=config.hold,
+            max_moves=config.max_moves,
+            tracer=self._tracing.tracer,
+            metrics=self._metrics,
+        )
+        self._server = GrpcServer(config.listen)
+        self._servicer = SessionServicer(config.name, self._router, max_queued_updates=config.max_queued_updates)
+        self._server.add(SERVICE, session_pb2_grpc.add_SessionServiceServicer_to_server, self._servicer)
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Serves until `stop` is set, then lets what is in flight finish. Raises ConfigError if it can't listen."""
+        config = self._config
+        try:
+            self.address = await self._server.start()
+            self._metrics.serve(config.metrics_port)
+            logger.info("router listens", extra={"address": self.address, "engines": ",".join(config.engines)})
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._report_readiness(), name="readiness")]
+                for endpoint in self._router.fleet.endpoints:
+                    link = EngineLink(
+                        endpoint, self._router, self._metrics, peer=config.name, load_interval=config.load_interval
+                    )
+                    tasks.append(group.create_task(link.run(), name=f"engine {endpoint.address}"))
+                self.started.set()
+                await stop.wait()
+                await self._drain()
+                for task in tasks:
+                    task.cancel()
+        finally:
+            await self._server.stop(_STOP_SECONDS)
+            self._tracing.close()
+
+    async def _drain(self) -> None:
+        await self._server.set_serving(False)
+        self._router.drain()
+        try:
+            await asyncio.wait_for(self._router.until_idle(), self._config.grace)
+        except TimeoutError:
+            error = UnavailableError("the router is shutting down: send the request to another")
+            logger.warning("the grace period is over", extra={"cut_off": self._router.end_all(error)})
+        await self._servicer.close(_LAST_WORDS_SECONDS)
+
+    async def _report_readiness(self) -> None:
+        ready = False
+        while True:
+            await self._router.changed.wait()
+            self._router.changed.clear()
+            if self._router.ready != ready:
+                ready = self._router.ready
+                await self._server.set_serving(ready)
+                logger.info("ready" if ready else "not ready", extra={"engines": self._router.fleet.states})
