@@ -9,8 +9,6 @@ from openai import OpenAI
 from otlp_receiver import OtlpReceiver
 from served import Served, serve
 
-MODEL = "SmolLM2-135M-Instruct"
-
 
 @pytest.fixture(scope="session")
 def receiver() -> Iterator[OtlpReceiver]:

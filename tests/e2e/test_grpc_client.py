@@ -6,10 +6,9 @@ import json
 
 import grpc
 import pytest
-from conftest import MODEL
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
-from served import Served
+from served import MODEL, Served
 
 from quire.v1 import inference_pb2, inference_pb2_grpc, request_pb2
 

@@ -8,8 +8,8 @@ import re
 import jsonschema
 import openai
 import pytest
-from conftest import MODEL
 from openai import OpenAI
+from served import MODEL
 
 pytestmark = pytest.mark.e2e
 

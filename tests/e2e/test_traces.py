@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 
 import pytest
-from conftest import MODEL
 from openai import OpenAI
 from otlp_receiver import OtlpReceiver
+from served import MODEL
 
 pytestmark = pytest.mark.e2e
 

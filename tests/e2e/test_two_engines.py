@@ -7,10 +7,9 @@ import secrets
 import signal
 
 import pytest
-from conftest import MODEL
 from openai import OpenAI
 from otlp_receiver import OtlpReceiver
-from served import Served, until_ready
+from served import MODEL, Served, until_ready
 
 pytestmark = pytest.mark.e2e
 
@@ -55,7 +54,7 @@ def test_killing_the_other_engine_disturbs_nothing(served: Served, client: OpenA
         model=MODEL, prompt=long_prompt("deserts"), max_tokens=40, temperature=0, stream=True
     )
     text = next(stream).choices[0].text
-    os.kill(served.pid_of("quire.engine", other), signal.SIGKILL)
+    os.kill(served.pid_of("quire.engine", f"--name={other}"), signal.SIGKILL)
     assert text + "".join(chunk.choices[0].text for chunk in stream) == undisturbed
     until_ready(served.process, served.url, served.log, 60)
 
@@ -68,7 +67,7 @@ def test_killing_the_engine_of_a_stream_moves_it(served: Served, client: OpenAI,
         model=MODEL, prompt=prompt, max_tokens=60, temperature=0, stream=True, stream_options={"include_usage": True}
     )
     text = "".join(next(stream).choices[0].text for _ in range(3))
-    os.kill(served.pid_of("quire.engine", engine), signal.SIGKILL)
+    os.kill(served.pid_of("quire.engine", f"--name={engine}"), signal.SIGKILL)
     chunks = list(stream)
     text += "".join(choice.text for chunk in chunks for choice in chunk.choices)
     assert text == undisturbed

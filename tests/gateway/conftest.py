@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import httpx
 import openai
 import pytest
+from fake_router import Answer, FakeRouter, scripted
+from gateway_testing import ANSWER, MODEL, StartGateway, until_ready
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from tokenizers import AddedToken, Tokenizer, decoders
-from tokenizers.models import BPE
-
-sys.path.insert(0, str(Path(__file__).parent))
-from fake_router import Answer, FakeRouter, scripted
 
 from quire.gateway.config import GatewayConfig
 from quire.gateway.model import ServedModel
 from quire.gateway.server import Gateway
 from quire.service.checkpoint import TextModel, load_text, locate
 from quire.service.tracing import Tracing
-
-MODEL = "smollm"
-T = TypeVar("T")
-ANSWER = "The capital of France is Paris."
 
 
 @pytest.fixture(scope="session")
@@ -73,9 +65,6 @@ def tracing(spans: InMemorySpanExporter) -> Iterator[Tracing]:
     tracing.close()
 
 
-StartGateway = Callable[..., Awaitable[Gateway]]
-
-
 @pytest.fixture
 async def start_gateway(tmp_path: Path, served_model: ServedModel, tracing: Tracing) -> AsyncIterator[StartGateway]:
     """Starts gateways with the given config fields; closes them at the end."""
@@ -94,33 +83,6 @@ async def start_gateway(tmp_path: Path, served_model: ServedModel, tracing: Trac
         stop.set()
         await running
         await gateway.close()
-
-
-def sentence_piece() -> Tokenizer:
-    """A vocabulary as Llama 2 has it: words with a lower bar for the space, and byte tokens."""
-    words = ["<s>", "</s>", "▁Hello", "▁world", "!", "▁", "lo", "▁▁", "é"]
-    vocab = {word: index for index, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
-    tokenizer = Tokenizer(BPE(vocab, [], byte_fallback=True))
-    tokenizer.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return tokenizer
-
-
-async def eventually(probe: Callable[[], Awaitable[T]], accept: Callable[[T], bool]) -> T:
-    """Asks until the answer is accepted: for what can only be seen from outside."""
-    async with asyncio.timeout(10):
-        while True:
-            answer = await probe()
-            if accept(answer):
-                return answer
-            await asyncio.sleep(0.01)
-
-
-async def until_ready(http: httpx.AsyncClient, status: int = 200, reason: str = "") -> None:
-    """Returns when /ready answers `status`, with `reason` among the reasons."""
-    await eventually(lambda: http.get("/ready"), lambda answer: answer.status_code == status and reason in answer.text)
 
 
 @pytest.fixture

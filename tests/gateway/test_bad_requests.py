@@ -10,8 +10,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import MODEL
 from fake_router import Answer, FakeRouter
+from gateway_testing import MODEL
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 

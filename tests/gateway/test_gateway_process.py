@@ -15,8 +15,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from conftest import ANSWER, until_ready
 from fake_router import FakeRouter, scripted
+from gateway_testing import ANSWER, until_ready
 
 from quire.gateway.__main__ import build_config, build_parser, main
 from quire.gateway.config import GatewayConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 import grpc
 import pytest
-from conftest import ANSWER, MODEL
 from fake_router import Answer, FakeRouter
+from gateway_testing import ANSWER, MODEL
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 

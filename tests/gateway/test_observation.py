@@ -9,8 +9,8 @@ from collections.abc import Mapping
 import grpc
 import httpx
 import pytest
-from conftest import ANSWER, MODEL
 from fake_router import FakeRouter
+from gateway_testing import ANSWER, MODEL
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 from prometheus_client.parser import text_string_to_metric_families

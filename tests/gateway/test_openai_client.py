@@ -9,8 +9,8 @@ from collections.abc import Callable
 import httpx
 import openai
 import pytest
-from conftest import ANSWER, MODEL
 from fake_router import FakeRouter
+from gateway_testing import ANSWER, MODEL
 
 from quire.gateway.server import Gateway
 from quire.service.checkpoint import TextModel

@@ -12,8 +12,8 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from conftest import ANSWER, MODEL, StartGateway, eventually, sentence_piece, until_ready
 from fake_router import Answer, FakeRouter, Submission
+from gateway_testing import ANSWER, MODEL, StartGateway, eventually, sentence_piece, until_ready
 
 from quire.gateway.model import ServedModel
 from quire.gateway.server import Gateway

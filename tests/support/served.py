@@ -15,6 +15,8 @@ from pathlib import Path
 
 import httpx
 
+MODEL = "SmolLM2-135M-Instruct"
+
 
 @dataclass(frozen=True)
 class Served:
