@@ -24,7 +24,7 @@ class ModelDtype(Enum):
 
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
-    """One step's tokens, flat: T tokens of S sequences, N of which want logits. All tensors are on the model's device."""
+    """One step's tokens, flat: T tokens of S sequences, N of which want logits. All of it is on the model's device."""
 
     token_ids: Tensor  # int64 [T]
     positions: Tensor  # int64 [T], each token's index in its sequence
