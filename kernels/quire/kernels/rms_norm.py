@@ -2,18 +2,24 @@
 
 Algorithm: Zhang and Sennrich, "Root Mean Square Layer Normalization", NeurIPS 2019.
 """
+# ruff: noqa: N803
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from quire.kernels._triton import jit, next_power_of_2, tl
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension.
 
-    x float32 [T, H]; weight float32 [H]. Computed in float32; returned as `dtype` [T, H].
+    x float32 [T, H]; weight float32 [H]. Computed in float32; returned as `dtype` [T, H]. On a GPU x and weight may be
+    of any float type.
     """
+    if x.is_cuda:
+        return rms_norm_triton(x, weight, eps, dtype)
     # The norm is one pass over x, where square().mean() is two and a copy.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = length.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()
@@ -23,6 +29,70 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
 def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """residual += x, then `rms_norm` of it.
 
-    residual float32 [T, H], changed in place; x of any float type [T, H].
+    residual float32 [T, H], changed in place; x of any float type [T, H]. On a GPU all may be of any float type: the
+    sum is rounded to the residual's before it is normalized.
     """
+    if residual.is_cuda:
+        return add_rms_norm_triton(residual, x, weight, eps, dtype)
     return rms_norm(residual.add_(x), weight, eps, dtype)
+
+
+@jit
+def _rms_norm_kernel(
+    x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    x_stride: tl.tensor,
+    eps: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ADD: tl.constexpr,
+) -> None:
+    """One row a program. Residual and out are contiguous; x's rows are `x_stride` apart."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < SIZE
+    weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    if ADD:
+        residual = residual_ptr + row * SIZE + column
+        total = (tl.load(residual, mask=inside, other=0.0).to(tl.float32) + x).to(residual_ptr.dtype.element_ty)
+        tl.store(residual, total, mask=inside)
+        x = total.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
+    tl.store(out_ptr + row * SIZE + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`rms_norm`; x's rows may be strided."""
+    return _launch(x, None, weight, eps, dtype)
+
+
+def add_rms_norm_triton(residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`add_rms_norm`; residual must be contiguous, x's rows may be strided."""
+    if not residual.is_contiguous():
+        raise ValueError(f"residual must be contiguous, and its strides are {residual.stride()}")
+    return _launch(x, residual, weight, eps, dtype)
+
+
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    rows, size = x.shape
+    if x.stride(1) != 1:
+        raise ValueError(f"x must be contiguous along its last dimension, and its strides are {x.stride()}")
+    out = torch.empty((rows, size), dtype=dtype, device=x.device)
+    block = next_power_of_2(size)
+    _rms_norm_kernel[(rows,)](
+        x,
+        out if residual is None else residual,
+        weight,
+        out,
+        x.stride(0),
+        eps,
+        SIZE=size,
+        BLOCK=block,
+        ADD=residual is not None,
+        # 16 elements a thread: few enough warps that their sum is quick, enough loads in flight to fill the memory.
+        num_warps=min(16, max(1, block // 512)),
+    )
+    return out
