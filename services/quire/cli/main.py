@@ -49,6 +49,8 @@ def _dispatch(arguments: list[str]) -> int:
         print(_usage(), file=sys.stderr)
         return 2
     command, *rest = arguments
+    if command == "help" and rest:
+        return _dispatch([rest[0], "--help"])
     if command in ("-h", "--help", "help"):
         print(_usage())
         return 0

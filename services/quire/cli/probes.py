@@ -1,9 +1,8 @@
-"""How `quire serve` knows what its services are doing: gRPC health, an engine's status, the gateway's /ready."""
+"""How `quire serve` knows what its services are doing: gRPC health, and an engine's status while it loads."""
 
 from __future__ import annotations
 
 import asyncio
-import http.client
 from collections.abc import Callable
 
 import grpc
@@ -54,23 +53,3 @@ async def follow_loading(address: str, report: Callable[[str, float], None]) -> 
                 return
             report(status.activity, status.progress)
             await asyncio.sleep(_POLL_SECONDS)
-
-
-async def until_answering(host: str, port: int) -> None:
-    """Returns when GET /ready on the gateway says 200."""
-    while True:
-        if await asyncio.to_thread(_ready_status, host, port) == http.HTTPStatus.OK:
-            return
-        await asyncio.sleep(_POLL_SECONDS)
-
-
-def _ready_status(host: str, port: int) -> int:
-    """The status of GET /ready; 0 if nobody answers."""
-    connection = http.client.HTTPConnection(host, port, timeout=5)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status
-    except (OSError, http.client.HTTPException):
-        return 0
-    finally:
-        connection.close()

@@ -1,60 +1,74 @@
-"""What `quire serve` shows while the services load: one line that moves in a terminal, a few lines in a log."""
+"""What `quire serve` shows while the services load: a bar in a terminal, lines in a log."""
 
 from __future__ import annotations
 
-import sys
-import time
+import logging
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TextIO
 
-_BAR = 20
+_CELLS = 20
+_CLEAR_LINE = "\x1b[2K\r"
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class LoadProgress:
-    """How far `total` processes are. `stream` gets a line that rewrites itself if it is a terminal.
+    """How far `total` processes are: on the last line of `stream`, a terminal, if `bar`, in the log if not.
 
-    Children write their log to the same terminal. So the line stays short and the cursor at its start: what a child
-    logs covers the line instead of growing out of its middle.
+    Whatever else goes to `stream` meanwhile has to go through `write`, which keeps the bar below it.
     """
 
     total: int
-    stream: TextIO = field(default_factory=lambda: sys.stderr)
+    stream: TextIO
+    bar: bool
     _ready: set[str] = field(default_factory=set)
     _loading: dict[str, tuple[str, float]] = field(default_factory=dict)
-    _shown: dict[str, str] = field(default_factory=dict)
-    _began: float = field(default_factory=time.monotonic)
+    # What is on the screen now.
+    _shown: str = ""
 
     def loading(self, name: str, activity: str, fraction: float) -> None:
         """`name` is busy with `activity`; `fraction` of its loading is done, 0 to 1."""
+        before, _ = self._loading.get(name, ("", 0.0))
         self._loading[name] = (activity, fraction)
-        self._show(name, activity)
+        if self.bar:
+            self._draw(self._line())
+        elif activity != before:
+            logger.info("%s: %s", name, activity)
 
     def ready(self, name: str) -> None:
-        """`name` is ready."""
+        """`name` is ready. Its own log says so, too."""
         self._ready.add(name)
         self._loading.pop(name, None)
-        self._show(name, "ready")
+        if self.bar:
+            self._draw(self._line())
+
+    def write(self, line: str) -> None:
+        """Writes a line above the bar."""
+        self._put(f"{_CLEAR_LINE}{line}\n{self._shown}" if self._shown else f"{line}\n")
 
     def clear(self) -> None:
-        """Takes the line away."""
-        if self.stream.isatty():
-            self._write("\x1b[2K\r")
+        """Takes the bar away, and the ^C with which a terminal shows that it was pressed."""
+        if self.bar:
+            self._shown = ""
+            self._put(_CLEAR_LINE)
 
-    def _show(self, name: str, activity: str) -> None:
-        if self.stream.isatty():
-            self._write(f"\x1b[2K{self._line()}\r")
-        elif self._shown.get(name) != activity:
-            self._shown[name] = activity
-            self._write(f"{name}: {activity} ({time.monotonic() - self._began:.1f} s)\n")
+    def _draw(self, line: str) -> None:
+        if line != self._shown:
+            self._shown = line
+            self._put(f"{_CLEAR_LINE}{line}")
 
     def _line(self) -> str:
         fractions = [fraction for _, fraction in self._loading.values()]
         done = (len(self._ready) + sum(fractions)) / self.total
-        bar = "━" * round(done * _BAR)
         busy = next((f"{name}: {activity}" for name, (activity, _) in self._loading.items()), "starting")
-        return f"{bar:─<{_BAR}} {done:4.0%}  {busy}"[:79]
+        line = f"{'━' * round(done * _CELLS):─<{_CELLS}} {done:4.0%}  {busy}"
+        return line[: shutil.get_terminal_size().columns - 1]
 
-    def _write(self, text: str) -> None:
-        self.stream.write(text)
-        self.stream.flush()
+    def _put(self, text: str) -> None:
+        # A terminal that was closed takes nothing; that must not keep the services from being stopped.
+        with suppress(OSError):
+            self.stream.write(text)
+            self.stream.flush()

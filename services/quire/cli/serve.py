@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import json
 import logging
 import shutil
@@ -13,8 +14,10 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 from quire.cli.flags import Parser
+from quire.cli.output import OutputPipe
 from quire.cli.progress import LoadProgress
 from quire.cli.runtime_dir import runtime_dir
 from quire.cli.services import ServeConfig, stages
@@ -32,6 +35,14 @@ _EXAMPLES = """\
       two engines behind one router, exact numbers
   quire serve --host 0.0.0.0 --grpc-port 8001 --log-format json
       for other machines too, with the public gRPC service"""
+
+_DESCRIPTION = """\
+Starts a gateway, a router, engines and their sidecars on this machine, a process
+each, and serves until Ctrl-C. A process that dies is started again, more slowly
+each time that it dies at once; the router moves the answers that a dead engine
+was giving to another engine, or holds them until one is back."""
+
+_LEVELS = ["debug", "info", "warning", "error"]
 
 _STOPPED_BY_SIGINT = 128 + signal.SIGINT
 
@@ -56,57 +67,62 @@ def config_of(arguments: argparse.Namespace) -> ServeConfig:
 
 
 def _parser() -> Parser:
-    parser = Parser("serve", "Starts gateway, router, engines and sidecars on this machine.", _EXAMPLES)
+    parser = Parser("serve", _DESCRIPTION, _EXAMPLES)
     default = ServeConfig()
     add = parser.add_argument
     add(
         "model", nargs="?", default="", metavar="MODEL",
         help=f"a .gguf file, a folder, or a hub name (default: {EMBEDDED_MODEL}, which is installed)",
     )  # fmt: skip
-    add("--engines", type=int, default=default.engines, metavar="N", help="(default: %(default)s)")
+    add("--engines", type=int, default=default.engines, metavar="N", help="how many (default: %(default)s)")
     add(
         "--dtype", default=default.dtype, choices=["auto", "float32", "bfloat16"],
         help="float32 is exact; auto is the fastest that the device does well (default: %(default)s)",
     )  # fmt: skip
     add("--host", default=default.host, help="where HTTP and gRPC listen (default: %(default)s)")
     add("--port", type=int, default=default.port, help="of HTTP; 0 picks a free one (default: %(default)s)")
-    add("--grpc-port", type=int, default=default.grpc_port, help="of the public gRPC service; 0: off (the default)")
+    add("--grpc-port", type=int, metavar="PORT", help="of the public gRPC service; 0 picks a free one (default: off)")
     add("--max-model-len", type=int, metavar="TOKENS", help="prompt and output (default: the model's context)")
     add("--max-num-seqs", type=int, metavar="N", help="sequences in an engine's batch (default: the engine's)")
     add("--num-pages", type=int, metavar="N", help="pages of 16 tokens per engine (default: what the memory holds)")
     add("--kv-cache-bytes", type=int, metavar="BYTES", help="memory for pages per engine (default: the engine's)")
     add("--threads", type=int, metavar="N", help="per engine (default: the cores divided by the engines)")
-    add("--log-level", default=default.log_level, choices=["debug", "info", "warning", "error"])
-    add("--log-format", default=default.log_format, choices=[style.value for style in LogFormat])
+    add("--log-level", default=default.log_level, choices=_LEVELS, help="of all services (default: %(default)s)")
+    add(
+        "--log-format", default=default.log_format, choices=[style.value for style in LogFormat],
+        help="on standard error (default: %(default)s)",
+    )  # fmt: skip
     return parser
 
 
 async def _serve(config: ServeConfig, model_name: str, folder: Path, began: float) -> int:
-    progress = LoadProgress(config.num_processes)
+    in_terminal = sys.stderr.isatty() and config.log_format == LogFormat.TEXT.value
+    progress = LoadProgress(config.num_processes, sys.stderr, bar=in_terminal)
     planned = [[_reporting(spec, progress) for spec in stage] for stage in stages(config, folder, progress.loading)]
-    supervisor = Supervisor(planned)
-    status: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-    _on_signals(status, supervisor)
-    async with supervisor:
-        life = asyncio.create_task(_live(supervisor, progress, config, model_name, began))
-        await asyncio.wait((life, status), return_when=asyncio.FIRST_COMPLETED)
-        progress.clear()
-        try:
+    with OutputPipe(progress.write) as output:
+        supervisor = Supervisor(planned, output=output.write_end)
+        status = _status_on_signals(supervisor)
+        async with supervisor:
+            life = asyncio.create_task(_live(supervisor, progress, config, model_name, began))
+            await asyncio.wait((life, status), return_when=asyncio.FIRST_COMPLETED)
+            progress.clear()
             if status.done():
                 logger.info("stopping: Ctrl-C again stops at once")
-            else:
+                life.cancel()
+                await asyncio.wait((life,))
+                return status.result()
+            try:
                 await life
-        except ChildDiedError as error:
-            logger.error("%s", error.message)
-            status.set_result(1)
-        life.cancel()
-        await asyncio.wait((life,))
-    return status.result()
+            except ChildDiedError as error:
+                # After what the child wrote last.
+                died = error
+    logger.error("%s", died.message)
+    return 1
 
 
 async def _live(
     supervisor: Supervisor, progress: LoadProgress, config: ServeConfig, model_name: str, began: float
-) -> None:
+) -> NoReturn:
     await supervisor.until_ready()
     progress.clear()
     print(_welcome(config, model_name, time.monotonic() - began), flush=True)
@@ -121,8 +137,10 @@ def _reporting(spec: ChildSpec, progress: LoadProgress) -> ChildSpec:
     return replace(spec, ready=ready)
 
 
-def _on_signals(status: asyncio.Future[int], supervisor: Supervisor) -> None:
-    """The first signal decides the exit status, the second kills."""
+def _status_on_signals(supervisor: Supervisor) -> asyncio.Future[int]:
+    """The exit status, once a signal says that it is time; the next signal kills."""
+    loop = asyncio.get_running_loop()
+    status: asyncio.Future[int] = loop.create_future()
 
     def stop(code: int) -> None:
         if status.done():
@@ -130,20 +148,21 @@ def _on_signals(status: asyncio.Future[int], supervisor: Supervisor) -> None:
         else:
             status.set_result(code)
 
-    loop = asyncio.get_running_loop()
     loop.add_signal_handler(signal.SIGINT, stop, _STOPPED_BY_SIGINT)
     loop.add_signal_handler(signal.SIGTERM, stop, 0)
     loop.add_signal_handler(signal.SIGHUP, stop, 0)
+    return status
 
 
 def _with_free_ports(config: ServeConfig) -> ServeConfig:
-    """`config` with a port chosen if it was 0. Raises ConfigError if one is taken: now, not when all is loaded."""
-    if config.grpc_port:
-        _listen(config.host, "--grpc-port", config.grpc_port)
-    return replace(config, port=_listen(config.host, "--port", config.port))
+    """`config` with ports chosen where they were 0. Raises ConfigError if one is taken: now, not when all is loaded."""
+    port = _free_port(config.host, "--port", config.port)
+    if config.grpc_port is None:
+        return replace(config, port=port)
+    return replace(config, port=port, grpc_port=_free_port(config.host, "--grpc-port", config.grpc_port))
 
 
-def _listen(host: str, flag: str, port: int) -> int:
+def _free_port(host: str, flag: str, port: int) -> int:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, kind, protocol) as listener:
@@ -156,12 +175,12 @@ def _listen(host: str, flag: str, port: int) -> int:
             f"--host is {host!r}, which is no address ({error.strerror}): try 127.0.0.1", field="host"
         ) from error
     except OSError as error:
-        raise ConfigError(
-            f"can't listen on {host} {flag} {port} ({error.strerror}): choose another {flag}, or 0 for a free one"
-            if flag == "--port"
-            else f"can't listen on {host} {flag} {port} ({error.strerror}): choose another",
-            field=flag,
-        ) from error
+        fix = (
+            f"--host must be an address of this machine, such as {ServeConfig().host}"
+            if error.errno == errno.EADDRNOTAVAIL
+            else f"choose another {flag}, or {flag} 0 for one that is free"
+        )
+        raise ConfigError(f"can't listen on {host} port {port} ({error.strerror}): {fix}", field=flag) from error
 
 
 def _welcome(config: ServeConfig, model_name: str, seconds: float) -> str:

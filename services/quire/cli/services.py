@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from quire.cli.flags import at_least
-from quire.cli.probes import follow_loading, until_answering, until_serving
+from quire.cli.probes import follow_loading, until_serving
 from quire.cli.supervisor import ChildSpec
 from quire.service.errors import ConfigError
 
@@ -18,6 +18,9 @@ MAX_ENGINES = 64
 
 # Requests in flight may go on for this long after Ctrl-C.
 GRACE_SECONDS = 2.0
+
+# An engine that died is back by then, unless its model is large: what it was answering goes on.
+HOLD_SECONDS = 60.0
 
 Report = Callable[[str, str, float], None]
 
@@ -31,8 +34,8 @@ class ServeConfig:
     dtype: str = "auto"
     host: str = "127.0.0.1"
     port: int = 8000
-    # 0 is off.
-    grpc_port: int = 0
+    # None is off.
+    grpc_port: int | None = None
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     num_pages: int | None = None
@@ -46,7 +49,7 @@ class ServeConfig:
         if not 1 <= self.engines <= MAX_ENGINES:
             raise ConfigError(f"--engines is {self.engines}: it must lie in [1, {MAX_ENGINES}]", field="engines")
         for name, value in (("port", self.port), ("grpc-port", self.grpc_port)):
-            if not 0 <= value <= 65535:
+            if value is not None and not 0 <= value <= 65535:
                 raise ConfigError(f"--{name} is {value}: it must lie in [0, 65535]", field=name)
         if self.port and self.port == self.grpc_port:
             raise ConfigError(f"--port and --grpc-port are both {self.port}: choose two ports", field="grpc_port")
@@ -94,7 +97,7 @@ def stages(config: ServeConfig, folder: Path, report: Report) -> list[list[Child
 
 def _gateway(config: ServeConfig, folder: Path) -> ChildSpec:
     listens = health = _socket(folder, "gateway")
-    if config.grpc_port:
+    if config.grpc_port is not None:
         listens, health = (_address(host, config.grpc_port) for host in (config.host, config.local_host))
     flags = {
         "--routers": _socket(folder, "router"),
@@ -106,16 +109,20 @@ def _gateway(config: ServeConfig, folder: Path) -> ChildSpec:
         "--grace": GRACE_SECONDS,
     }
 
-    async def ready() -> None:
-        await until_serving(health)
-        await until_answering(config.local_host, config.port)
-
-    return ChildSpec("gateway", _command("gateway", flags, config), ready, _environment(config))
+    return ChildSpec(
+        "gateway", _command("gateway", flags, config), partial(until_serving, health), _environment(config)
+    )
 
 
 def _router(config: ServeConfig, folder: Path, engines: list[str]) -> ChildSpec:
     address = _socket(folder, "router")
-    flags = {"--listen": address, "--name": "router", "--engines": ",".join(engines), "--grace": GRACE_SECONDS}
+    flags = {
+        "--listen": address,
+        "--name": "router",
+        "--engines": ",".join(engines),
+        "--hold": HOLD_SECONDS,
+        "--grace": GRACE_SECONDS,
+    }
     return ChildSpec("router", _command("router", flags, config), partial(until_serving, address))
 
 

@@ -54,12 +54,15 @@ class Timing:
 class Supervisor:
     """Runs `stages` of children: all start at once, and stop stage by stage, the first stage first.
 
-    Use it as an asynchronous context manager: however the block ends, no child is left.
+    `output` is the file descriptor that they write to; None: the supervisor's own standard output and error. Use it as
+    an asynchronous context manager: however the block ends, no child is left.
     """
 
-    def __init__(self, stages: Sequence[Sequence[ChildSpec]], timing: Timing | None = None) -> None:
+    def __init__(
+        self, stages: Sequence[Sequence[ChildSpec]], *, output: int | None = None, timing: Timing | None = None
+    ) -> None:
         timing = timing or Timing()
-        self._stages = [[_Child(spec, timing) for spec in stage] for stage in stages]
+        self._stages = [[_Child(spec, output, timing) for spec in stage] for stage in stages]
         self._timing = timing
         self._kill = asyncio.Event()
 
@@ -128,8 +131,9 @@ class Supervisor:
 class _Child:
     """One process after the other under one name."""
 
-    def __init__(self, spec: ChildSpec, timing: Timing) -> None:
+    def __init__(self, spec: ChildSpec, output: int | None, timing: Timing) -> None:
         self.spec = spec
+        self._output = output
         self._timing = timing
         self._process: asyncio.subprocess.Process | None = None
         self._began = 0.0
@@ -145,6 +149,8 @@ class _Child:
             self._process = await asyncio.create_subprocess_exec(
                 *self.spec.command,
                 stdin=asyncio.subprocess.PIPE,
+                stdout=self._output,
+                stderr=self._output,
                 env={**os.environ, **self.spec.environment, SUPERVISED: "1"},
                 start_new_session=True,
             )
