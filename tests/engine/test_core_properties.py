@@ -37,10 +37,10 @@ class EngineMachine(RuleBasedStateMachine):
         num_pages = pages_for(max_model_len) + extra_pages
         self.pool = PagePool(num_pages)
         config = SchedulerConfig(max_num_seqs, budget, max_model_len, max_waiting=6, enable_prefix_caching=caching)
-        self.scheduler = Scheduler(config, self.pool)
+        self.scheduler = Scheduler(config, self.pool, frozenset({EOS}))
         self.now = 1000.0
         self.runner = PageMachine(num_pages, max_num_seqs, max_model_len)
-        self.core = EngineCore(self.runner, self.scheduler, None, frozenset({EOS}), VOCAB_SIZE, clock=lambda: self.now)
+        self.core = EngineCore(self.runner, self.scheduler, None, VOCAB_SIZE, clock=lambda: self.now)
         self.requests: dict[int, Request] = {}
         self.outputs: dict[int, list[int]] = {}
         self.started: set[int] = set()

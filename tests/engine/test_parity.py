@@ -60,7 +60,7 @@ def test_any_batch_chunking_prefix_hit_and_preemption(references: list[Reference
         enable_prefix_caching=data.draw(st.booleans(), label="caching"),
     )
     runner = CpuRunner(reference.ours, num_pages, max_num_seqs, MAX_MODEL_LEN, "float32")
-    core = EngineCore(runner, Scheduler(config, PagePool(num_pages)), None, frozenset({EOS}), VOCAB_SIZE)
+    core = EngineCore(runner, Scheduler(config, PagePool(num_pages), frozenset({EOS})), None, VOCAB_SIZE)
     outputs: dict[int, list[int]] = {}
     prompts: dict[int, tuple[int, ...]] = {}
     wanted: dict[int, int] = {}

@@ -15,24 +15,32 @@ from quire.kernels.token_mask import apply_token_mask
 
 
 def rows(
-    count: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, first_position: int = 0, seed: int = 1
+    count: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    min_p: float = 0.0,
+    first_position: int = 0,
+    seed: int = 1,
 ) -> SamplingRows:
     return SamplingRows(
         torch.full((count,), temperature),
         torch.full((count,), top_p),
         torch.full((count,), top_k, dtype=torch.int64),
+        torch.full((count,), min_p),
         np.full(count, seed, dtype=np.uint64),
         np.arange(first_position, first_position + count, dtype=np.uint64),
     )
 
 
-def reference(logits: list[float], temperature: float, top_p: float, top_k: int) -> list[float]:
-    """The distribution that temperature, then top_k, then top_p leave, step by step in Python floats."""
+def reference(logits: list[float], temperature: float, top_p: float, top_k: int, min_p: float) -> list[float]:
+    """The distribution that temperature, then min_p, top_k and top_p leave, step by step in Python floats."""
     top = max(logits)
     weights = [math.exp((x - top) / temperature) for x in logits]
     total = sum(weights)
     probabilities = [w / total for w in weights]
     order = sorted(range(len(logits)), key=lambda i: -probabilities[i])
+    order = [i for i in order if probabilities[i] >= min_p * probabilities[order[0]]]
     if top_k:
         order = order[:top_k]
     mass = sum(probabilities[i] for i in order)
@@ -47,15 +55,27 @@ def reference(logits: list[float], temperature: float, top_p: float, top_k: int)
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_p", "top_k"),
-    [(1.0, 1.0, 0), (0.7, 1.0, 0), (1.5, 0.8, 0), (1.0, 1.0, 3), (1.3, 0.7, 5), (1.0, 0.05, 0), (2.0, 0.999, 0)],
+    ("temperature", "top_p", "top_k", "min_p"),
+    [
+        (1.0, 1.0, 0, 0.0),
+        (0.7, 1.0, 0, 0.0),
+        (1.5, 0.8, 0, 0.0),
+        (1.0, 1.0, 3, 0.0),
+        (1.3, 0.7, 5, 0.0),
+        (1.0, 0.05, 0, 0.0),
+        (2.0, 0.999, 0, 0.0),
+        (1.0, 1.0, 0, 0.2),
+        (1.5, 0.9, 0, 0.1),
+        (2.0, 0.8, 6, 0.05),
+        (1.0, 1.0, 0, 1.0),
+    ],
 )
-def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int) -> None:
+def test_draws_follow_the_distribution(temperature: float, top_p: float, top_k: int, min_p: float) -> None:
     """A wrong cut or a skewed draw changes what users get without any error: chi-square over 20,000 draws."""
     logits = torch.randn(12, generator=torch.Generator().manual_seed(7)) * 2
     draws = 20_000
-    tokens = sample(logits.repeat(draws, 1), rows(draws, temperature, top_p, top_k))
-    expected = reference(logits.tolist(), temperature, top_p, top_k)
+    tokens = sample(logits.repeat(draws, 1), rows(draws, temperature, top_p, top_k, min_p))
+    expected = reference(logits.tolist(), temperature, top_p, top_k, min_p)
     counts = torch.bincount(tokens, minlength=12).tolist()
     assert all(count == 0 for count, p in zip(counts, expected, strict=True) if p == 0.0)
     chi_square = sum((c - draws * p) ** 2 / (draws * p) for c, p in zip(counts, expected, strict=True) if p > 0.0)
@@ -73,15 +93,24 @@ def test_a_wide_vocabulary_with_a_flat_distribution() -> None:
     assert set(tokens.tolist()) <= set(ranked)
 
 
+def test_a_wide_vocabulary_and_a_low_bar() -> None:
+    """min_p over more tokens than are sorted at first must leave out only what is below its bar."""
+    logits = torch.zeros(5000)
+    logits[:3000] = 1.0
+    tokens = sample(logits.repeat(6000, 1), rows(6000, min_p=0.5, top_p=0.999))
+    assert len(set(tokens.tolist())) > 2000
+    assert int(tokens.max()) < 3000
+
+
 @given(seed=st.integers(0, 2**64 - 1), position=st.integers(0, 2**31), others=st.integers(0, 5))
 @settings(deadline=None, max_examples=50)
 def test_a_draw_depends_on_seed_and_position_alone(seed: int, position: int, others: int) -> None:
     """The same seed must give the same output whatever else is in the batch, and after a move."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(40, generator=generator)
-    alone = sample(logits.unsqueeze(0).clone(), rows(1, 1.0, 0.9, 20, position, seed))
+    alone = sample(logits.unsqueeze(0).clone(), rows(1, 1.0, 0.9, 20, 0.05, position, seed))
     mixed = torch.cat([torch.randn(others, 40, generator=generator), logits.unsqueeze(0)])
-    batch = rows(others + 1, 1.0, 0.9, 20)
+    batch = rows(others + 1, 1.0, 0.9, 20, 0.05)
     batch.seed[-1], batch.position[-1] = seed, position
     batch.temperature[:others:2] = 0.0
     batch.top_k[:others] = 0

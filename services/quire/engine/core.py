@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import chain
 
 from quire.engine.masks import MaskRequest, MaskSource
 from quire.engine.plan import StepPlan, StepResult
@@ -16,7 +17,15 @@ from quire.engine.scheduler import Schedule, Scheduler
 from quire.engine.sequence import Sequence
 from quire.engine.stats import EngineStats
 from quire.service.errors import DeadlineExceededError, InternalError, InvalidRequestError, QuireError
-from quire.service.request import Finished, FinishReason, Request, Started, Update
+from quire.service.request import (
+    Finished,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    Started,
+    TokenLogprobs,
+    Update,
+)
 
 
 class EngineCore:
@@ -27,7 +36,6 @@ class EngineCore:
         runner: Runner,
         scheduler: Scheduler,
         masks: MaskSource | None,
-        eos_token_ids: frozenset[int],
         vocab_size: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -35,7 +43,6 @@ class EngineCore:
         self.stats = EngineStats()
         self._runner = runner
         self._masks = masks
-        self._eos_token_ids = eos_token_ids
         self._vocab_size = vocab_size
         self._clock = clock
         self._updates: list[Update] = []
@@ -48,12 +55,17 @@ class EngineCore:
 
     def submit(self, key: int, request: Request) -> None:
         """Queues a request; raises the error of a request that can't be run, which then never existed."""
-        for field in ("prompt_token_ids", "output_token_ids"):
-            for token in getattr(request, field):
-                if token >= self._vocab_size:
-                    raise InvalidRequestError(
-                        f"{field} holds token {token}: the model's tokens are 0 to {self._vocab_size - 1}", field=field
-                    )
+        for field, tokens in (
+            ("prompt_token_ids", request.prompt_token_ids),
+            ("output_token_ids", request.output_token_ids),
+            ("stop.stop_token_ids", request.stop.stop_token_ids),
+            ("sampling.logit_bias", tuple(token for token, _ in request.sampling.logit_bias)),
+            ("sampling.bad_words", tuple(chain.from_iterable(request.sampling.bad_words))),
+        ):
+            if (token := max(tokens, default=0)) >= self._vocab_size:
+                raise InvalidRequestError(
+                    f"{field} holds token {token}: the model's tokens are 0 to {self._vocab_size - 1}", field=field
+                )
         if request.constraint is not None and self._masks is None:
             raise InvalidRequestError(
                 "constraint is set and this engine has no sidecar: start one and name it with --sidecar",
@@ -106,31 +118,42 @@ class EngineCore:
             self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
         errors = masks.batch.errors if masks is not None else {}
         plan: StepPlan = schedule.plan
-        for sequence, work, token_id in zip(schedule.sequences, plan.work, result.token_ids, strict=True):
+        for index, (sequence, work) in enumerate(zip(schedule.sequences, plan.work, strict=True)):
             self.scheduler.commit(sequence, work)
+            if scores := result.prompt_logprobs.get(index):
+                self._updates.append(Update(sequence.key, prompt_logprobs=PromptLogprobs(work.start + 1, scores)))
             if work.sample:
-                self._commit_token(sequence, token_id, errors.get(sequence.key))
+                logprobs = (result.logprobs[index],) if index in result.logprobs else ()
+                self._commit_token(sequence, result.token_ids[index], logprobs, errors.get(sequence.key))
 
-    def _commit_token(self, sequence: Sequence, token_id: int, error: QuireError | None) -> None:
+    def _commit_token(
+        self, sequence: Sequence, token_id: int, logprobs: tuple[TokenLogprobs, ...], error: QuireError | None
+    ) -> None:
         if error is None and token_id < 0:
             error = InternalError("the model's logits are not finite: its weights or this input are broken")
         if error is not None:
             self._finish(sequence, Finished(FinishReason.ERROR, error))
             return
         sequence.append(token_id)
-        reason = sequence.finish_reason(self._eos_token_ids, self.scheduler.config.max_model_len)
+        reason = sequence.finish_reason(self.scheduler.config.max_model_len)
         if reason is None:
-            self._updates.append(Update(sequence.key, (token_id,)))
+            self._updates.append(Update(sequence.key, (token_id,), logprobs=logprobs))
         else:
-            self._finish(sequence, Finished(reason), (token_id,))
+            self._finish(sequence, Finished(reason), (token_id,), logprobs)
 
     def _end_expired(self) -> None:
         for sequence in self.scheduler.expired(int(self._clock() * 1000)):
             error = DeadlineExceededError("the request's deadline passed before it was done", field="deadline_unix_ms")
             self._finish(sequence, Finished(FinishReason.ERROR, error))
 
-    def _finish(self, sequence: Sequence, finished: Finished, token_ids: tuple[int, ...] = ()) -> None:
+    def _finish(
+        self,
+        sequence: Sequence,
+        finished: Finished,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
         self.scheduler.finish(sequence)
         if sequence.request.constraint is not None:
             self._released.append(sequence.key)
-        self._updates.append(Update(sequence.key, token_ids, None, finished))
+        self._updates.append(Update(sequence.key, token_ids, None, finished, logprobs))

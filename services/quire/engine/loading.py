@@ -58,10 +58,11 @@ def load_core(config: CoreConfig, progress: Progress) -> LoadedCore:
             enable_prefix_caching=config.enable_prefix_caching,
         ),
         pool,
+        frozenset(model.config.eos_token_ids),
     )
     runner = CpuRunner(model, num_pages, config.max_num_seqs, max_model_len, dtype.value)
     masks = _sidecar(config, model.config.vocab_size) if config.sidecar else None
-    core = EngineCore(runner, scheduler, masks, frozenset(model.config.eos_token_ids), model.config.vocab_size)
+    core = EngineCore(runner, scheduler, masks, model.config.vocab_size)
     ready = Ready(
         model=checkpoint.name,
         device=runner.info,

@@ -7,18 +7,26 @@ tokens each slot advances: a decode reads its input token where the last step's 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from quire.service.request import SamplingParams
+from quire.service.request import SamplingParams, TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A sequence takes over a slot; whatever the slot held is void."""
+    """A sequence takes over a slot; whatever the slot held is void.
+
+    None of `end_token_ids` may come before `min_tokens` output tokens. `logprobs` and `prompt_logprobs` as in Request.
+    """
 
     slot: int
     token_ids: tuple[int, ...]
+    num_prompt_tokens: int
     sampling: SamplingParams
+    end_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +40,16 @@ class PageGrant:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """Compute `count` tokens of a slot from position `start`; if `sample`, draw the token after the last of them."""
+    """Compute `count` tokens of a slot from position `start`; if `sample`, draw the token after the last of them.
+
+    If `score`, report the log-probabilities of the prompt's tokens from position `start + 1` to `start + count`.
+    """
 
     slot: int
     start: int
     count: int
     sample: bool
+    score: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +63,11 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`token_ids[i]` is what work i drew, -1 if it drew none or its logits were not finite."""
+    """`token_ids[i]` is what work i drew, -1 if it drew none or its logits were not finite.
+
+    `logprobs[i]` reports on that token and `prompt_logprobs[i]` on work i's prompt tokens, where that was asked for.
+    """
 
     token_ids: tuple[int, ...]
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""Draws the next tokens of a batch: greedy, temperature, top-k, top-p, seeds. Vectorised over the rows.
+"""Draws the next tokens of a batch: greedy, temperature, min-p, top-k, top-p, seeds. Vectorised over the rows.
 
 A draw is the inverse of the cumulative distribution at one uniform number, which depends on the request's seed and the
 token's position alone: the same seed gives the same output whatever else is in the batch, after a preemption and on
@@ -24,6 +24,7 @@ class SamplingRows:
     temperature: Tensor  # float32 [N], 0 is greedy
     top_p: Tensor  # float32 [N], 1 is off
     top_k: Tensor  # int64 [N], 0 is off
+    min_p: Tensor  # float32 [N], 0 is off
     seed: np.ndarray[tuple[int], np.dtype[np.uint64]]  # [N]
     position: np.ndarray[tuple[int], np.dtype[np.uint64]]  # [N], of the token to be drawn in its sequence
 
@@ -31,14 +32,15 @@ class SamplingRows:
 def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
     """The token drawn for each row, int64 [N]; -1 where the logits hold a NaN or nothing but -inf.
 
-    logits: float32 [N, V]; overwritten. top_k applies before top_p, as in transformers.
+    logits: float32 [N, V]. min_p applies before top_k, and that before top_p.
     """
     best, tokens = logits.max(dim=-1)
     drawn = torch.nonzero(rows.temperature > 0).squeeze(-1)
     if drawn.numel() > 0:
         uniform = torch.from_numpy(uniforms(rows.seed, rows.position))[drawn]
         scaled = logits[drawn] / rows.temperature[drawn].unsqueeze(-1)
-        tokens[drawn] = _draw(scaled, rows.top_p[drawn], rows.top_k[drawn], uniform)
+        truncation = _Truncation(rows.top_p[drawn], rows.top_k[drawn], rows.min_p[drawn])
+        tokens[drawn] = _draw(scaled, truncation, uniform)
     # max() hands a NaN through, so looking at the chosen logits is enough.
     return torch.where(torch.isfinite(best), tokens, -1)
 
@@ -59,34 +61,53 @@ def _mix(state: np.ndarray[tuple[int], np.dtype[np.uint64]]) -> np.ndarray[tuple
     return state ^ (state >> np.uint64(31))
 
 
-def _draw(logits: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor) -> Tensor:
-    truncated = (top_p < 1) | (top_k > 0)
+@dataclass(frozen=True, slots=True)
+class _Truncation:
+    """Which of the tokens, the most likely first, may be drawn at all; one entry for each row."""
+
+    top_p: Tensor
+    top_k: Tensor
+    min_p: Tensor
+
+    @property
+    def active(self) -> Tensor:
+        return (self.top_p < 1) | (self.top_k > 0) | (self.min_p > 0)
+
+    def __getitem__(self, rows: Tensor) -> _Truncation:
+        return _Truncation(self.top_p[rows], self.top_k[rows], self.min_p[rows])
+
+
+def _draw(logits: Tensor, truncation: _Truncation, uniform: Tensor) -> Tensor:
     tokens = torch.empty(logits.shape[0], dtype=torch.int64)
-    for selected, draw in ((~truncated, _draw_from_all), (truncated, _draw_from_top)):
-        rows = torch.nonzero(selected).squeeze(-1)
-        if rows.numel() > 0:
-            probabilities = torch.softmax(logits[rows], dim=-1)
-            tokens[rows] = draw(probabilities, top_p[rows], top_k[rows], uniform[rows])
+    active = truncation.active
+    free, truncated = (torch.nonzero(chosen).squeeze(-1) for chosen in (~active, active))
+    if free.numel() > 0:
+        tokens[free] = _invert(torch.softmax(logits[free], dim=-1), uniform[free])
+    if truncated.numel() > 0:
+        probabilities = torch.softmax(logits[truncated], dim=-1)
+        tokens[truncated] = _draw_from_top(probabilities, truncation[truncated], uniform[truncated])
     return tokens
 
 
-def _draw_from_all(probabilities: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor) -> Tensor:
-    return _invert(probabilities, uniform)
-
-
-def _draw_from_top(probabilities: Tensor, top_p: Tensor, top_k: Tensor, uniform: Tensor) -> Tensor:
+def _draw_from_top(probabilities: Tensor, truncation: _Truncation, uniform: Tensor) -> Tensor:
     vocab_size = probabilities.shape[-1]
+    top_p, top_k, min_p = truncation.top_p, truncation.top_k, truncation.min_p
     limit = torch.where(top_k > 0, top_k, vocab_size)
+    # Whether top_p's share is of all the mass, or of what top_k and min_p leave.
+    whole = (top_k == 0) & (min_p == 0)
     num_candidates = min(vocab_size, _FIRST_CANDIDATES)
     kept = probabilities.topk(num_candidates, dim=-1)
-    # A row is settled if its top_k fits, or if the mass that top_p wants does. Sorting all is ten times as slow.
-    settled = (limit <= num_candidates) | ((top_p < 1) & (top_k == 0) & (kept.values.sum(dim=-1) >= top_p))
+    # A row is settled if its top_k fits, or if all that min_p leaves does, or else the mass that top_p wants. Sorting
+    # all is ten times as slow.
+    fits = (limit <= num_candidates) | (kept.values[:, -1] < min_p * kept.values[:, 0])
+    settled = fits | (whole & (top_p < 1) & (kept.values.sum(dim=-1) >= top_p))
     if num_candidates < vocab_size and not bool(settled.all()):
         kept = probabilities.topk(vocab_size, dim=-1)
     values, tokens = kept.values, kept.indices
-    values = values.masked_fill(torch.arange(values.shape[-1]) >= limit.unsqueeze(-1), 0.0)
-    # After top_k the mass is what is left of it; without top_k it is 1, and the sum over the candidates is not.
-    mass = torch.where(top_k > 0, values.sum(dim=-1), 1.0)
+    left_out = torch.arange(values.shape[-1]) >= limit.unsqueeze(-1)
+    left_out |= values < (min_p * values[:, 0]).unsqueeze(-1)
+    values = values.masked_fill(left_out, 0.0)
+    mass = torch.where(whole, 1.0, values.sum(dim=-1))
     before = values.cumsum(dim=-1) - values
     values = values.masked_fill(before >= (top_p * mass).unsqueeze(-1), 0.0)
     return tokens.gather(-1, _invert(values, uniform).unsqueeze(-1)).squeeze(-1)

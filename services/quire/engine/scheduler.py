@@ -6,6 +6,8 @@ Called by the core: `schedule()` decides a step, `commit()` books what it comput
 - Sequences that decode go first, so a long prompt never stalls them; prompts fill the rest of the budget in chunks.
 - Waiting sequences join in order (priority, then arrival) and the first that does not fit stops the rest: a long
   prompt can't be starved by short ones behind it.
+- A waiting sequence whose next page is being computed in this very step waits for it: prompts that begin alike and
+  arrive together are computed once.
 - When pages run out, the running sequence that loses least computed work among those of the lowest priority gives
   its own back and waits for its old place. The one with most work is therefore never chosen while there is another:
   every full cache still makes progress.
@@ -60,7 +62,7 @@ class Schedule:
 class Scheduler:
     """Decides which sequence computes how many tokens in each step."""
 
-    def __init__(self, config: SchedulerConfig, pool: PagePool) -> None:
+    def __init__(self, config: SchedulerConfig, pool: PagePool, eos_token_ids: frozenset[int]) -> None:
         if pages_for(config.max_model_len) > pool.num_pages:
             raise ConfigError(
                 f"{pool.num_pages} pages hold {pool.num_pages * PAGE_SIZE} tokens, less than max_model_len "
@@ -70,6 +72,7 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self.num_preemptions = 0
+        self._eos_token_ids = eos_token_ids
         self._arrivals = count()
         self._sequences: dict[int, Sequence] = {}
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; entries of ended sequences are stale
@@ -120,7 +123,7 @@ class Scheduler:
             )
         if self._num_waiting >= self.config.max_waiting:
             raise OverloadedError(f"{self._num_waiting} requests are waiting already: try again later")
-        sequence = Sequence(key, request, next(self._arrivals))
+        sequence = Sequence(key, request, next(self._arrivals), self._eos_token_ids)
         self._sequences[key] = sequence
         self._wait(sequence)
         if request.deadline_unix_ms is not None:
@@ -157,6 +160,8 @@ class Scheduler:
     def commit(self, sequence: Sequence, work: Work) -> None:
         """Books the tokens that `work` computed: their full pages can be found from now on."""
         sequence.num_computed = work.start + work.count
+        if work.score:
+            sequence.num_scored = min(sequence.num_computed + 1, sequence.num_prompt_tokens)
         if not self.config.enable_prefix_caching:
             return
         for index in range(sequence.num_published, sequence.num_computed // PAGE_SIZE):
@@ -177,30 +182,45 @@ class Scheduler:
         return self.num_preemptions > preemptions
 
     def _schedule_waiting(self, step: _Step) -> None:
+        put_off = []
         while self._waiting and step.budget > 0 and self._slots:
-            sequence = self._waiting[0][1]
+            entry = heapq.heappop(self._waiting)
+            sequence = entry[1]
             if sequence.state is not SequenceState.WAITING:
-                heapq.heappop(self._waiting)
                 continue
             cached = self._cached_pages(sequence)
-            # `cached` pages that nobody references count as available now and will not once they are shared.
-            idle = sum(1 for page in cached if self.pool.references(page) == 0)
-            if pages_for(len(sequence.token_ids) + 1) - len(cached) > self.pool.available - idle:
-                return
-            heapq.heappop(self._waiting)
-            self._num_waiting -= 1
-            self._join_batch(sequence, cached)
-            first, pages = 0, tuple(cached)
-            num_tokens = min(sequence.num_pending, step.budget)
-            grant = self._grow(sequence, num_tokens)
-            step.admit(sequence, PageGrant(sequence.slot, first, pages + (grant.pages if grant else ())))
-            step.add(sequence, num_tokens, None)
+            if self._is_being_computed(sequence, len(cached), step):
+                put_off.append(entry)
+            elif self._fits(sequence, cached):
+                self._join(sequence, cached, step)
+            else:
+                put_off.append(entry)
+                break
+        for entry in put_off:
+            heapq.heappush(self._waiting, entry)
+
+    def _fits(self, sequence: Sequence, cached: list[int]) -> bool:
+        # `cached` pages that nobody references count as available now and will not once they are shared.
+        idle = sum(1 for page in cached if self.pool.references(page) == 0)
+        return pages_for(len(sequence.token_ids) + 1) - len(cached) <= self.pool.available - idle
+
+    def _is_being_computed(self, sequence: Sequence, num_cached: int, step: _Step) -> bool:
+        if not self.config.enable_prefix_caching or sequence.scores_prompt:
+            return False
+        return num_cached < _num_shareable_pages(sequence) and step.computes(sequence.page_hashes[num_cached])
+
+    def _join(self, sequence: Sequence, cached: list[int], step: _Step) -> None:
+        self._num_waiting -= 1
+        self._join_batch(sequence, cached)
+        num_tokens = min(sequence.num_pending, step.budget)
+        grant = self._grow(sequence, num_tokens)
+        step.admit(sequence, PageGrant(sequence.slot, 0, tuple(cached) + (grant.pages if grant else ())))
+        step.add(sequence, num_tokens, None)
 
     def _cached_pages(self, sequence: Sequence) -> list[int]:
-        if not self.config.enable_prefix_caching:
+        if not self.config.enable_prefix_caching or sequence.scores_prompt:
             return []
-        # The last token is computed in any case: its logits are needed.
-        return self.pool.match(sequence.page_hashes[: (len(sequence.token_ids) - 1) // PAGE_SIZE])
+        return self.pool.match(sequence.page_hashes[: _num_shareable_pages(sequence)])
 
     def _join_batch(self, sequence: Sequence, cached: list[int]) -> None:
         self.pool.share(cached)
@@ -262,10 +282,31 @@ class _Step:
         self._grants: dict[Sequence, PageGrant] = {}
         self._work: dict[Sequence, Work] = {}
         self._started: list[tuple[Sequence, int]] = []
+        self._computing: set[bytes] = set()
+        self._num_looked_at = 0
+
+    def computes(self, page_hash: bytes) -> bool:
+        """Whether what was added so far fills the page with this hash."""
+        # Only newcomers ask, so most steps never look at their work this way.
+        for sequence, work in list(self._work.items())[self._num_looked_at :]:
+            end = (work.start + work.count) // PAGE_SIZE
+            self._computing.update(sequence.page_hashes[sequence.num_published : end])
+        self._num_looked_at = len(self._work)
+        return page_hash in self._computing
 
     def admit(self, sequence: Sequence, grant: PageGrant) -> None:
         """A waiting sequence joins with `grant` as its whole block table."""
-        self._admissions[sequence] = Admission(sequence.slot, tuple(sequence.token_ids), sequence.request.sampling)
+        request = sequence.request
+        self._admissions[sequence] = Admission(
+            sequence.slot,
+            tuple(sequence.token_ids),
+            sequence.num_prompt_tokens,
+            request.sampling,
+            tuple(sequence.end_token_ids),
+            request.stop.min_tokens,
+            request.logprobs,
+            request.prompt_logprobs,
+        )
         self._grants[sequence] = grant
         if not sequence.started:
             sequence.started = True
@@ -275,7 +316,10 @@ class _Step:
         """A sequence in the batch computes `num_tokens`."""
         self.budget -= num_tokens
         sample = num_tokens == sequence.num_pending
-        self._work[sequence] = Work(sequence.slot, sequence.num_computed, num_tokens, sample)
+        start = sequence.num_computed
+        # The last row of a prompt is about the first output token.
+        score = sequence.scores_prompt and start + 1 < sequence.num_prompt_tokens
+        self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score)
         if grant is not None:
             self._grants[sequence] = grant
 
@@ -289,3 +333,8 @@ class _Step:
     def schedule(self) -> Schedule:
         plan = StepPlan(tuple(self._admissions.values()), tuple(self._grants.values()), tuple(self._work.values()))
         return Schedule(plan, tuple(self._work), tuple(self._started))
+
+
+def _num_shareable_pages(sequence: Sequence) -> int:
+    # The last token is computed in any case: its logits are needed.
+    return (len(sequence.token_ids) - 1) // PAGE_SIZE

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from enum import Enum, auto
 
 from quire.service.pages import PAGE_SIZE, next_hash, prefix_hashes, root_hash
@@ -22,11 +22,14 @@ class Sequence:
     """`token_ids` is prompt and output; the keys and values of the first `num_computed` lie in `block_table`'s pages.
 
     `page_hashes` has a hash for every full page of `token_ids`; the first `num_published` of them are in the pool.
+    The log-probabilities of the first `num_scored` prompt tokens have been reported; the first token has none.
     """
 
     key: int
     request: Request
     arrival: int
+    eos_token_ids: InitVar[frozenset[int]]
+    end_token_ids: frozenset[int] = field(init=False)
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
     state: SequenceState = SequenceState.WAITING
@@ -37,8 +40,11 @@ class Sequence:
     num_published: int = 0
     started: bool = False
     num_preemptions: int = 0
+    num_scored: int = 1
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, eos_token_ids: frozenset[int]) -> None:
+        stop = self.request.stop
+        self.end_token_ids = (frozenset() if stop.ignore_eos else eos_token_ids).union(stop.stop_token_ids)
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
         self.page_hashes = prefix_hashes(self.request.cache_key, self.token_ids)
@@ -54,6 +60,11 @@ class Sequence:
         return len(self.token_ids) - self.num_computed
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether log-probabilities of prompt tokens are still wanted: their logits have to be computed then."""
+        return self.request.prompt_logprobs is not None and self.num_scored < self.num_prompt_tokens
+
+    @property
     def output_token_ids(self) -> list[int]:
         """What was generated so far, elsewhere included."""
         return self.token_ids[self.num_prompt_tokens :]
@@ -65,9 +76,9 @@ class Sequence:
             parent = self.page_hashes[-1] if self.page_hashes else root_hash(self.request.cache_key)
             self.page_hashes.append(next_hash(parent, self.token_ids[-PAGE_SIZE:]))
 
-    def finish_reason(self, eos_token_ids: frozenset[int], max_model_len: int) -> FinishReason | None:
+    def finish_reason(self, max_model_len: int) -> FinishReason | None:
         """Whether the last token ended the output, and how."""
-        if self.token_ids[-1] in eos_token_ids or self.token_ids[-1] in self.request.stop.stop_token_ids:
+        if self.token_ids[-1] in self.end_token_ids:
             return FinishReason.STOP
         num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
         if num_output_tokens >= self.request.stop.max_tokens or len(self.token_ids) >= max_model_len:

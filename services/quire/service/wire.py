@@ -17,14 +17,27 @@ from quire.service.request import (
     ConstraintKind,
     Finished,
     FinishReason,
+    PromptLogprobs,
     Request,
     SamplingParams,
     Started,
     StopConditions,
+    TokenLogprobs,
     TraceContext,
     Update,
 )
 from quire.v1 import request_pb2, session_pb2
+
+_REQUIRED_SAMPLING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "seed",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+)
 
 
 def request_to_proto(request: Request) -> request_pb2.Request:
@@ -34,13 +47,13 @@ def request_to_proto(request: Request) -> request_pb2.Request:
         model=request.model,
         prompt_token_ids=request.prompt_token_ids,
         output_token_ids=request.output_token_ids,
-        sampling=request_pb2.SamplingParams(
-            temperature=request.sampling.temperature,
-            top_p=request.sampling.top_p,
-            top_k=request.sampling.top_k,
-            seed=request.sampling.seed,
+        sampling=_sampling_to_proto(request.sampling),
+        stop=request_pb2.StopConditions(
+            max_tokens=request.stop.max_tokens,
+            stop_token_ids=request.stop.stop_token_ids,
+            min_tokens=request.stop.min_tokens,
+            ignore_eos=request.stop.ignore_eos,
         ),
-        stop=request_pb2.StopConditions(max_tokens=request.stop.max_tokens, stop_token_ids=request.stop.stop_token_ids),
         cache_key=request_pb2.CacheKey(
             salt=request.cache_key.salt,
             adapter=request.cache_key.adapter,
@@ -49,6 +62,8 @@ def request_to_proto(request: Request) -> request_pb2.Request:
         priority=request.priority,
         deadline_unix_ms=request.deadline_unix_ms,
         trace=request_pb2.TraceContext(traceparent=request.trace.traceparent, tracestate=request.trace.tracestate),
+        logprobs=request.logprobs,
+        prompt_logprobs=request.prompt_logprobs,
     )
     if request.constraint is not None:
         message.constraint.CopyFrom(constraint_to_proto(request.constraint))
@@ -58,25 +73,43 @@ def request_to_proto(request: Request) -> request_pb2.Request:
 def request_from_proto(message: request_pb2.Request) -> Request:
     """The request in `message`; raises InvalidRequestError that names what is missing or out of range."""
     _require(message, "request_id", "model", "sampling", "stop", "priority")
-    _require(message.sampling, "temperature", "top_p", "top_k", "seed", inside="sampling.")
-    _require(message.stop, "max_tokens", inside="stop.")
+    _require(message.sampling, *_REQUIRED_SAMPLING, inside="sampling.")
+    _require(message.stop, "max_tokens", "min_tokens", "ignore_eos", inside="stop.")
     return Request(
         request_id=message.request_id,
         model=message.model,
         prompt_token_ids=tuple(message.prompt_token_ids),
         output_token_ids=tuple(message.output_token_ids),
-        sampling=SamplingParams(
-            temperature=message.sampling.temperature,
-            top_p=message.sampling.top_p,
-            top_k=message.sampling.top_k,
-            seed=message.sampling.seed,
+        sampling=_sampling_from_proto(message.sampling),
+        stop=StopConditions(
+            max_tokens=message.stop.max_tokens,
+            stop_token_ids=tuple(message.stop.stop_token_ids),
+            min_tokens=message.stop.min_tokens,
+            ignore_eos=message.stop.ignore_eos,
         ),
-        stop=StopConditions(max_tokens=message.stop.max_tokens, stop_token_ids=tuple(message.stop.stop_token_ids)),
         constraint=constraint_from_proto(message.constraint) if message.HasField("constraint") else None,
         cache_key=cache_key_from_proto(message.cache_key),
         priority=message.priority,
         deadline_unix_ms=message.deadline_unix_ms if message.HasField("deadline_unix_ms") else None,
         trace=TraceContext(message.trace.traceparent, message.trace.tracestate),
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+    )
+
+
+def _sampling_to_proto(sampling: SamplingParams) -> request_pb2.SamplingParams:
+    return request_pb2.SamplingParams(
+        **{name: getattr(sampling, name) for name in _REQUIRED_SAMPLING},
+        logit_bias=[request_pb2.LogitBias(token_id=token, bias=bias) for token, bias in sampling.logit_bias],
+        bad_words=[request_pb2.TokenSequence(token_ids=word) for word in sampling.bad_words],
+    )
+
+
+def _sampling_from_proto(message: request_pb2.SamplingParams) -> SamplingParams:
+    return SamplingParams(
+        **{name: getattr(message, name) for name in _REQUIRED_SAMPLING},
+        logit_bias=tuple((entry.token_id, entry.bias) for entry in message.logit_bias),
+        bad_words=tuple(tuple(word.token_ids) for word in message.bad_words),
     )
 
 
@@ -114,6 +147,11 @@ def constraint_from_proto(message: request_pb2.Constraint) -> Constraint:
 def update_to_proto(update: Update) -> session_pb2.RequestUpdate:
     """The message that carries `update`."""
     message = session_pb2.RequestUpdate(key=update.key, token_ids=update.token_ids)
+    if update.logprobs:
+        message.logprobs.extend(map(_logprobs_to_proto, update.logprobs))
+    if update.prompt_logprobs is not None:
+        message.prompt_logprobs.first = update.prompt_logprobs.first
+        message.prompt_logprobs.tokens.extend(map(_logprobs_to_proto, update.prompt_logprobs.tokens))
     if update.started is not None:
         message.started.cached_tokens = update.started.cached_tokens
         message.started.engine = update.started.engine
@@ -126,12 +164,29 @@ def update_to_proto(update: Update) -> session_pb2.RequestUpdate:
 
 def update_from_proto(message: session_pb2.RequestUpdate) -> Update:
     """The update in `message`; raises InternalError if the peer sent a value that this version does not know."""
-    started = finished = None
+    started = finished = prompt_logprobs = None
     if message.HasField("started"):
         started = Started(message.started.cached_tokens, message.started.engine)
     if message.HasField("finished"):
         finished = finished_from_proto(message.finished)
-    return Update(message.key, tuple(message.token_ids), started, finished)
+    if message.HasField("prompt_logprobs"):
+        tokens = tuple(map(_logprobs_from_proto, message.prompt_logprobs.tokens))
+        prompt_logprobs = PromptLogprobs(message.prompt_logprobs.first, tokens)
+    logprobs = tuple(map(_logprobs_from_proto, message.logprobs))
+    return Update(message.key, tuple(message.token_ids), started, finished, logprobs, prompt_logprobs)
+
+
+def _logprobs_to_proto(logprobs: TokenLogprobs) -> session_pb2.TokenLogprobs:
+    tokens, values = zip(*logprobs.top, strict=True) if logprobs.top else ((), ())
+    return session_pb2.TokenLogprobs(
+        logprob=logprobs.logprob, rank=logprobs.rank, top_token_ids=tokens, top_logprobs=values
+    )
+
+
+def _logprobs_from_proto(message: session_pb2.TokenLogprobs) -> TokenLogprobs:
+    return TokenLogprobs(
+        message.logprob, message.rank, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
+    )
 
 
 def finished_from_proto(message: session_pb2.Finished) -> Finished:
