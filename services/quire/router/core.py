@@ -267,8 +267,9 @@ class Router:
         error = finished.error if finished is not None else None
         if error is not None and error.code in _ANOTHER_MAY:
             finished = self._after_loss(flight, endpoint, error)
-        if update.token_ids or started is not None or finished is not None:
-            frames.setdefault(flight.peer, []).append(Update(flight.key, update.token_ids, started, finished))
+        news = replace(update, key=flight.key, started=started, finished=finished)
+        if news != Update(flight.key):
+            frames.setdefault(flight.peer, []).append(news)
         if finished is not None:
             self._end(flight, finished)
         elif error is not None:
