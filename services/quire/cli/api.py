@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -80,9 +81,18 @@ class Server:
             raise ApiError(f"{self.url} lists no models: name one with --model", status=response.status_code) from error
 
 
-def server_of(url: str, api_key: str | None) -> Server:
-    """The server that the flags name; OPENAI_API_KEY is the key if none is given. Raises ConfigError."""
-    return Server(url, os.environ.get("OPENAI_API_KEY", "") if api_key is None else api_key)
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """--url, --model and --api-key, for `server_of` and `Server.first_model`."""
+    add = parser.add_argument
+    add("--url", default=DEFAULT_URL, help="where the server is (default: %(default)s)")
+    add("--model", default="", metavar="NAME", help="what to ask for (default: the first that the server lists)")
+    add("--api-key", metavar="KEY", help="(default: OPENAI_API_KEY of the environment, if the server needs one)")
+
+
+def server_of(arguments: argparse.Namespace) -> Server:
+    """The server that the flags name. Raises ConfigError."""
+    given: str | None = arguments.api_key
+    return Server(arguments.url, os.environ.get("OPENAI_API_KEY", "") if given is None else given)
 
 
 def refusal(status: int, body: bytes) -> ApiError:
@@ -112,13 +122,7 @@ class EventReader:
             if content == b"[DONE]":
                 self.done = True
                 continue
-            try:
-                event = json.loads(content)
-            except ValueError as error:
-                raise ApiError(f"the server sent an event that is not JSON: {content[:80]!r}", status=200) from error
-            if "error" in event:
-                raise _error(event["error"], 200)
-            yield event
+            yield _event(content)
 
     def close(self) -> None:
         """Raises ApiError if the stream ended before it was complete."""
@@ -126,5 +130,19 @@ class EventReader:
             raise ApiError("the answer broke off", status=200)
 
 
+def _event(content: bytes) -> dict[str, Any]:
+    try:
+        event = json.loads(content)
+    except ValueError as error:
+        raise ApiError(f"the server sent an event that is not JSON: {content[:80]!r}", status=200) from error
+    if not isinstance(event, dict):
+        raise ApiError(f"the server sent an event that is no object: {content[:80]!r}", status=200)
+    if "error" in event:
+        raise _error(event["error"], 200)
+    return event
+
+
 def _error(error: Any, status: int) -> ApiError:
-    return ApiError(str(error["message"]), status=status, field=str(error.get("param") or ""))
+    if not isinstance(error, dict):
+        return ApiError(str(error), status=status)
+    return ApiError(str(error.get("message", error)), status=status, field=str(error.get("param") or ""))

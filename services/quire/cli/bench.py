@@ -6,19 +6,20 @@ import argparse
 import asyncio
 import json
 import random
+import secrets
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from quire.cli.api import DEFAULT_URL, ApiError, EventReader, Server, refusal, server_of
+from quire.cli.api import ApiError, EventReader, Server, add_server_flags, refusal, server_of
 from quire.cli.flags import Parser, at_least
 from quire.cli.report import Sample, Summary
 from quire.cli.workload import Workload
@@ -40,14 +41,15 @@ _STOPPED_BY_SIGINT = 128 + signal.SIGINT
 @dataclass(frozen=True, slots=True)
 class BenchConfig:
     """The load. Without `rate` the next request is sent when one of `concurrency` ends; with it (requests per second)
-    they are sent at random times, at most `concurrency` at once if that is given. Lengths are in tokens."""
+    they are sent at random times, at most `concurrency` at once if that is given. Lengths are in tokens. `seed` decides
+    the prompts: a server has those of an earlier run with the same seed in its prefix cache."""
 
     requests: int = 32
     concurrency: int | None = None
     input_len: int = 128
     output_len: int = 128
     rate: float | None = None
-    seed: int = 0
+    seed: int = field(default_factory=lambda: secrets.randbits(32))
 
     def __post_init__(self) -> None:
         at_least("--requests", self.requests, 1)
@@ -61,14 +63,27 @@ class BenchConfig:
     @property
     def at_once(self) -> int:
         """The most requests in flight."""
-        return self.concurrency or (8 if self.rate is None else self.requests)
+        return min(self.requests, self.concurrency or (8 if self.rate is None else self.requests))
+
+    @property
+    def description(self) -> str:
+        """The load in words."""
+        paced = f", {self.rate:g} a second" if self.rate is not None else ""
+        return (
+            f"{self.requests} requests of {self.input_len} tokens for {self.output_len}, {self.at_once} at once{paced}"
+        )
 
 
 def main(argv: list[str]) -> int:
     """Prints the tables; 1 if a request failed, 130 after Ctrl-C. Raises QuireError if nothing can be measured."""
     arguments = _parser().parse_args(argv)
-    server = server_of(arguments.url, arguments.api_key)
+    server = server_of(arguments)
     config = config_of(arguments)
+    file = Path(arguments.json) if arguments.json else None
+    if file is not None:
+        # Whether it can be written is found out now, not when all is measured.
+        with _writing(file):
+            file.open("a").close()
     model = arguments.model or server.first_model()
     bench = Bench(server, model, config)
     try:
@@ -76,22 +91,19 @@ def main(argv: list[str]) -> int:
     except httpx.TransportError as error:
         raise server.unreachable(error) from error
     summary = Summary.of(bench.samples)
-    _print(summary)
-    if arguments.json:
-        _write(Path(arguments.json), {"url": server.url, "model": model, **asdict(config), **summary.to_json()})
+    _print(f"{model} on {server.url}: {config.description}", summary)
+    if file is not None:
+        numbers = {"url": server.url, "model": model, **asdict(config), **summary.to_json()}
+        with _writing(file):
+            file.write_text(json.dumps(numbers, indent=2) + "\n")
     return status or int(summary.failed > 0)
 
 
 def config_of(arguments: argparse.Namespace) -> BenchConfig:
     """The config that the flags ask for. Raises ConfigError."""
-    return BenchConfig(
-        requests=arguments.requests,
-        concurrency=arguments.concurrency,
-        input_len=arguments.input_len,
-        output_len=arguments.output_len,
-        rate=arguments.rate,
-        seed=arguments.seed,
-    )
+    names = ("requests", "concurrency", "input_len", "output_len", "rate", "seed")
+    given = {name: value for name in names if (value := getattr(arguments, name)) is not None}
+    return BenchConfig(**given)
 
 
 class Bench:
@@ -179,8 +191,8 @@ class Bench:
                     usage = event.get("usage") or usage
         ended = time.perf_counter()
         events.close()
-        if not usage:
-            raise ApiError("the server sends no usage, which stream_options.include_usage asks for", status=200)
+        if not usage.keys() >= {"prompt_tokens", "completion_tokens"}:
+            raise ApiError("the server counts no tokens, which stream_options.include_usage asks it for", status=200)
         return Sample(
             began,
             ended,
@@ -194,17 +206,15 @@ class Bench:
 def _parser() -> Parser:
     parser = Parser("bench", "Measures the speed of any OpenAI-compatible server.", _EXAMPLES)
     default = BenchConfig()
+    add_server_flags(parser)
     add = parser.add_argument
-    add("--url", default=DEFAULT_URL, help="the server (default: %(default)s)")
-    add("--model", default="", metavar="NAME", help="(default: the first that the server lists)")
-    add("--api-key", metavar="KEY", help="(default: the environment's OPENAI_API_KEY)")
-    add("--requests", type=int, default=default.requests, metavar="N", help="(default: %(default)s)")
-    add("--concurrency", type=int, metavar="N", help=f"requests at once (default: {default.at_once}, none with --rate)")
-    add("--input-len", type=int, default=default.input_len, metavar="TOKENS", help="about (default: %(default)s)")
+    add("--requests", type=int, default=default.requests, metavar="N", help="how many (default: %(default)s)")
+    add("--concurrency", type=int, metavar="N", help=f"most at once (default: {default.at_once}; no limit with --rate)")
+    add("--input-len", type=int, default=default.input_len, metavar="TOKENS", help="of a prompt (default: %(default)s)")
     add("--output-len", type=int, default=default.output_len, metavar="TOKENS", help="at most (default: %(default)s)")
     add("--rate", type=float, metavar="R", help="requests per second, at random times (default: as fast as they end)")
-    add("--seed", type=int, default=default.seed, help="of prompts and times (default: %(default)s)")
-    add("--json", default="", metavar="FILE", help="writes the numbers there as well")
+    add("--seed", type=int, metavar="N", help="of prompts and times (default: new prompts in each run)")
+    add("--json", default="", metavar="FILE", help="where to write the numbers as well")
     return parser
 
 
@@ -222,16 +232,21 @@ async def _run(bench: Bench, config: BenchConfig) -> int:
     return 0
 
 
-def _print(summary: Summary) -> None:
-    console = Console()
-    for table in summary.tables():
-        console.print(table)
+def _print(title: str, summary: Summary) -> None:
+    print(title)
+    if summary.succeeded:
+        console = Console()
+        for table in summary.tables():
+            console.print(table)
+    else:
+        print("no request succeeded")
     for message, count in summary.errors.items():
-        console.print(f"{count} × error: {escape(message)}", highlight=False)
+        print(f"{count} × error: {message}")
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
+@contextmanager
+def _writing(path: Path) -> Generator[None]:
     try:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        yield
     except OSError as error:
         raise ConfigError(f"--json {path} can't be written ({error.strerror}): name another file") from error

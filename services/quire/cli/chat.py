@@ -1,4 +1,4 @@
-"""`quire chat`: a conversation in the terminal, or with the lines of a pipe."""
+"""`quire chat`: a conversation in the terminal, or one answer to what a pipe holds."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 import re
 import sys
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 
-from quire.cli.api import DEFAULT_URL, EventReader, Server, refusal, server_of
+from quire.cli.api import EventReader, Server, add_server_flags, refusal, server_of
 from quire.cli.flags import Parser, at_least
 from quire.service.errors import ConfigError, QuireError
 
@@ -23,13 +24,16 @@ _EXAMPLES = """\
   quire chat --system "Answer in one sentence." --temperature 0
   quire chat --json-schema invoice.json
       every answer is JSON that fits the schema
-  echo "What is a quire?" | quire chat
-      each line is a message; only answers go to standard output"""
+  quire chat --system "Summarize this." < article.txt > summary.txt
+      the whole input is one message, and only the answer goes to standard output"""
 
 _HELP = """\
 /reset  forgets the conversation
 /quit   leaves, as Ctrl-D does
-Ctrl-C  stops the answer; a second one leaves"""
+\"""     begins a message of several lines, and ends it
+Ctrl-C  stops the answer, or takes back what was typed"""
+
+_QUOTES = '"""'
 
 # A model's text must not move the cursor, or set a title, or worse.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -68,7 +72,7 @@ class Conversation:
         self.messages = [{"role": "system", "content": self._config.system}] if self._config.system else []
 
     def say(self, text: str) -> Generator[str]:
-        """Yields the answer as it comes. Close it to stop: what has come is kept as the answer.
+        """Yields the answer as it comes; what has come is kept as the answer, whether or not it goes on to its end.
 
         Raises ApiError, httpx.TransportError.
         """
@@ -110,14 +114,20 @@ class Conversation:
 
 
 def main(argv: list[str]) -> int:
-    """Talks until the input ends; 1 if a piped message failed, 130 after Ctrl-C. Raises QuireError."""
+    """Talks until the input ends; 1 if a piped message failed, 130 after Ctrl-C on one. Raises QuireError."""
     arguments = _parser().parse_args(argv)
-    server = server_of(arguments.url, arguments.api_key)
+    server = server_of(arguments)
     config = config_of(arguments)
     model = arguments.model or server.first_model()
     with httpx.Client(**server.client_options) as client:
-        chat = _Terminal(server, Conversation(client, model, config))
-        return chat.run(f"{model} on {server.url}. /help for help.")
+        conversation = Conversation(client, model, config)
+        if sys.stdin.isatty() and sys.stdout.isatty():
+            _converse(server, conversation, f"{model} on {server.url}. /help for help.")
+            return 0
+        message = sys.stdin.read().strip()
+        if not message:
+            raise ConfigError("standard input is empty: give the message there, or run `quire chat` in a terminal")
+        return int(not _answer(server, conversation, message))
 
 
 def config_of(arguments: argparse.Namespace) -> ChatConfig:
@@ -133,12 +143,10 @@ def config_of(arguments: argparse.Namespace) -> ChatConfig:
 def _parser() -> Parser:
     parser = Parser("chat", "Talks to a model that any OpenAI-compatible server serves.", _EXAMPLES)
     add = parser.add_argument
-    add("--url", default=DEFAULT_URL, help="the server (default: %(default)s)")
-    add("--model", default="", metavar="NAME", help="(default: the first that the server lists)")
-    add("--api-key", metavar="KEY", help="(default: the environment's OPENAI_API_KEY)")
+    add_server_flags(parser)
     add("--system", default="", metavar="TEXT", help="the system message")
     add("--temperature", type=float, metavar="T", help="0 is greedy (default: the server's)")
-    add("--max-tokens", type=int, metavar="N", help="of an answer (default: the server's)")
+    add("--max-tokens", type=int, metavar="N", help="the longest answer (default: the server's)")
     add("--json-schema", metavar="FILE", help="a JSON Schema that every answer must fit")
     return parser
 
@@ -156,67 +164,69 @@ def _response_format(path: Path) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": name, "schema": schema}}
 
 
-class _Terminal:
-    """Reads messages and writes answers. Without a terminal as input there are neither prompts nor commands' echoes."""
-
-    def __init__(self, server: Server, conversation: Conversation) -> None:
-        self._server = server
-        self._conversation = conversation
-        self._interactive = sys.stdin.isatty()
-
-    def run(self, greeting: str) -> int:
-        if self._interactive:
-            # Gives input() its arrow keys and history.
-            import readline  # noqa: F401
-
-            _note(greeting)
-        failed = False
-        while True:
-            line = self._read()
-            if line is None or line == "/quit":
-                return int(failed and not self._interactive)
-            if line == "/reset":
-                self._conversation.reset()
-            elif line == "/help":
+def _converse(server: Server, conversation: Conversation, greeting: str) -> None:
+    # Gives input() its arrow keys and history; not every Python has it.
+    with suppress(ImportError):
+        import readline  # noqa: F401
+    _note(greeting)
+    while (message := _read_message()) is not None:
+        match message:
+            case "":
+                pass
+            case "/quit":
+                return
+            case "/reset":
+                conversation.reset()
+            case "/help":
                 _note(_HELP)
-            elif line.startswith("/") and self._interactive:
-                _note(f"there is no {line.split()[0]}:\n{_HELP}")
-            elif line:
-                failed |= not self._answer(line)
+            case _ if message.startswith("/"):
+                _note(f"there is no {message.split()[0]}:\n{_HELP}")
+            case _:
+                try:
+                    _answer(server, conversation, message)
+                except KeyboardInterrupt:
+                    _note("(stopped)")
 
-    def _read(self) -> str | None:
-        if self._interactive:
-            try:
-                return input("> ").strip()
-            except EOFError:
-                print()
-                return None
-        line = sys.stdin.readline()
-        return line.strip() if line else None
 
-    def _answer(self, line: str) -> bool:
-        """Whether the model could be asked."""
-        answer = self._conversation.say(line)
-        try:
-            for piece in answer:
-                print(_CONTROLS.sub("", piece), end="", flush=True)
-        except KeyboardInterrupt:
-            answer.close()
-            print()
-            _note("(stopped)")
-        except httpx.TransportError as error:
-            print()
-            _note(f"quire: {self._server.unreachable(error).message}")
-            return False
-        except QuireError as error:
-            print()
-            _note(f"quire: {error.message}")
-            return False
-        else:
-            print()
-            if self._conversation.finish_reason == "length":
-                _note("(cut off: the answer may have no more tokens)")
-        return True
+def _read_message() -> str | None:
+    """What is typed at the prompt; None at the end of the input."""
+    try:
+        line = input("> ").strip()
+        if not line.startswith(_QUOTES):
+            return line
+        lines = [line.removeprefix(_QUOTES)]
+        while not lines[-1].endswith(_QUOTES):
+            lines.append(input("... ").rstrip())
+        return "\n".join(lines).removesuffix(_QUOTES).strip()
+    except KeyboardInterrupt:
+        print()
+        _note("(Ctrl-D leaves)")
+        return ""
+    except EOFError:
+        print()
+        return None
+
+
+def _answer(server: Server, conversation: Conversation, message: str) -> bool:
+    """Prints the answer as it comes; False if there was none or it broke off, which is said."""
+    failure = ""
+    begun = False
+    try:
+        for piece in conversation.say(message):
+            begun = True
+            print(_CONTROLS.sub("", piece), end="", flush=True)
+    except httpx.TransportError as error:
+        failure = server.unreachable(error).message
+    except QuireError as error:
+        failure = error.message
+    finally:
+        if begun:
+            print(flush=True)
+    if failure:
+        _note(f"quire: {failure}")
+    elif conversation.finish_reason == "length":
+        _note("(cut off: the answer may have no more tokens)")
+    return not failure
 
 
 def _note(text: str) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 
@@ -39,8 +39,8 @@ class Distribution:
         """None if there are no values."""
         if not values:
             return None
-        ordered = sorted(values)
-        return cls(math.fsum(ordered) / len(ordered), percentile(ordered, 0.5), percentile(ordered, 0.99))
+        p50, p99 = np.percentile(values, (50, 99))
+        return cls(float(np.mean(values)), float(p50), float(p99))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,8 @@ class Summary:
 
     def tables(self) -> list[Table]:
         """For a terminal."""
-        rates = Table(title=f"{self.succeeded} requests in {self.seconds:.2f} s", title_justify="left")
+        failed = f", {self.failed} failed" if self.failed else ""
+        rates = Table(title=f"{self.succeeded} answers in {self.seconds:.2f} s{failed}", title_justify="left")
         for title in ("", "per second", "total", "per request"):
             rates.add_column(title, justify="left" if not title else "right")
         total = self.prompt_tokens + self.output_tokens
@@ -118,14 +119,6 @@ class Summary:
 
     def _counts(self, tokens: int) -> tuple[str, str]:
         return str(tokens), f"{tokens / self.succeeded:.1f}" if self.succeeded else ""
-
-
-def percentile(ordered: Sequence[float], share: float) -> float:
-    """The value that `share` (0 to 1) of the ascending values lie below, linear between two of them."""
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
 def _gaps(arrivals: Sequence[float]) -> list[float]:
