@@ -1,0 +1,105 @@
+"""A program in a terminal of its own, as a person sees it and types into it."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pty
+import re
+import select
+import struct
+import subprocess
+import termios
+import time
+from collections.abc import Sequence
+from types import TracebackType
+
+DEADLINE = 60.0
+COLUMNS = 160
+
+_SEQUENCE = re.compile(r"\x1b\[[0-9;?]*([A-Za-z])|\r|\n|[^\x1b\r\n]+")
+
+
+class Terminal:
+    """Runs `command` from the beginning to the end of a `with` block."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+        self._fd, program_end = pty.openpty()
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
+        self.process = subprocess.Popen(
+            command, stdin=program_end, stdout=program_end, stderr=program_end,
+            env=os.environ | {"TERM": "xterm"} | (environment or {}),
+            # The program's session leads the terminal: Ctrl-C reaches it.
+            preexec_fn=_take_terminal,
+            start_new_session=True,
+        )  # fmt: skip
+        os.close(program_end)
+        self.output = ""
+        self._read = 0
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait(DEADLINE)
+        os.close(self._fd)
+
+    def type(self, text: str) -> None:
+        """Types `text`: \\x03 is Ctrl-C, \\x04 Ctrl-D."""
+        os.write(self._fd, text.encode())
+
+    def expect(self, text: str) -> None:
+        """Waits until `text` is shown after what the last call waited for."""
+        end = time.monotonic() + DEADLINE
+        while (found := self.output.find(text, self._read)) < 0:
+            ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
+            if not ready or not self._receive():
+                raise AssertionError(f"{text!r} was not shown after {self.output[: self._read]!r}, but {self.rest!r}")
+        self._read = found + len(text)
+
+    def wait(self) -> int:
+        """The exit status; all output has come by then."""
+        while self._receive():
+            pass
+        return self.process.wait(DEADLINE)
+
+    @property
+    def rest(self) -> str:
+        """What was shown after what was waited for."""
+        return self.output[self._read :]
+
+    @property
+    def screen(self) -> list[str]:
+        """The lines as they stand there, after all the rewriting."""
+        lines, column = [""], 0
+        for match in _SEQUENCE.finditer(self.output):
+            text, control = match.group(), match.group(1)
+            if text == "\n":
+                lines.append("")
+                column = 0
+            elif text == "\r":
+                column = 0
+            elif control == "K":
+                lines[-1] = ""
+            elif control is None:
+                lines[-1] = lines[-1][:column].ljust(column) + text + lines[-1][column + len(text) :]
+                column += len(text)
+        return [line.rstrip() for line in lines]
+
+    def _receive(self) -> bool:
+        try:
+            data = os.read(self._fd, 1 << 16)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return False
+        self.output += data.decode(errors="replace")
+        return bool(data)
+
+
+def _take_terminal() -> None:
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
