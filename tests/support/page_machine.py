@@ -61,8 +61,8 @@ class PageMachine:
         for grant in plan.grants:
             self.tables[grant.slot, grant.first : grant.first + len(grant.pages)] = grant.pages
         for work in plan.work:
-            assert work.count > 0, "work without tokens"
-            for position in range(work.start, work.start + work.count):
+            assert work.num_tokens > 0, "work without tokens"
+            for position in range(work.start, work.start + work.num_tokens):
                 page = self.tables[work.slot, position // PAGE_SIZE]
                 assert page >= 0, "a token without a page"
                 self.memory[page, position % PAGE_SIZE] = self.tokens[work.slot, position]
@@ -71,7 +71,7 @@ class PageMachine:
             if not work.sample:
                 drawn.append(-1)
                 continue
-            length = work.start + work.count
+            length = work.start + work.num_tokens
             seen = [int(self.memory[self.tables[work.slot, i // PAGE_SIZE], i % PAGE_SIZE]) for i in range(length)]
             token = next_token(seen)
             self.tokens[work.slot, length] = token

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import chain
 
 from quire.engine.masks import MaskRequest, MaskSource
-from quire.engine.plan import StepPlan, StepResult
+from quire.engine.plan import StepResult
 from quire.engine.runner import Runner, StepMasks
 from quire.engine.scheduler import Schedule, Scheduler
 from quire.engine.sequence import Sequence
@@ -71,7 +71,7 @@ class EngineCore:
                 "constraint is set and this engine has no sidecar: start one and name it with --sidecar",
                 field="constraint",
             )
-        self.scheduler.add(key, request)
+        self.scheduler.add(key, request).arrived_at = time.perf_counter()
 
     def cancel(self, key: int) -> None:
         """Ends a request and frees its pages at once; its terminal update comes with the next step's."""
@@ -87,8 +87,9 @@ class EngineCore:
             began = time.perf_counter()
             masks = self._begin_masks(schedule)
             result = self._runner.launch(schedule.plan, masks).wait()
-            self._commit(schedule, result, masks)
-            self.stats.record_step(schedule.plan, time.perf_counter() - began)
+            ended = time.perf_counter()
+            self.stats.record_step(schedule.plan, ended - began)
+            self._commit(schedule, result, masks, ended)
         updates, self._updates = self._updates, []
         return updates
 
@@ -112,19 +113,26 @@ class EngineCore:
         self._released = []
         return StepMasks(tuple(work), ticket)
 
-    def _commit(self, schedule: Schedule, result: StepResult, masks: StepMasks | None) -> None:
+    def _commit(self, schedule: Schedule, result: StepResult, masks: StepMasks | None, now: float) -> None:
+        self.scheduler.commit(schedule)
         for sequence, cached_tokens in schedule.started:
-            self.stats.record_start(sequence.num_prompt_tokens, cached_tokens)
+            self.stats.record_start(sequence.num_prompt_tokens, cached_tokens, now - sequence.arrived_at)
             self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
         errors = masks.batch.errors if masks is not None else {}
-        plan: StepPlan = schedule.plan
-        for index, (sequence, work) in enumerate(zip(schedule.sequences, plan.work, strict=True)):
-            self.scheduler.commit(sequence, work)
-            if scores := result.prompt_logprobs.get(index):
+        until_first, between = [], []
+        for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
+            if work.score and (scores := result.prompt_logprobs.get(index)):
                 self._updates.append(Update(sequence.key, prompt_logprobs=PromptLogprobs(work.start + 1, scores)))
-            if work.sample:
-                logprobs = (result.logprobs[index],) if index in result.logprobs else ()
-                self._commit_token(sequence, result.token_ids[index], logprobs, errors.get(sequence.key))
+            if not work.sample:
+                continue
+            if sequence.last_token_at is None:
+                until_first.append(now - sequence.arrived_at)
+            else:
+                between.append(now - sequence.last_token_at)
+            sequence.last_token_at = now
+            logprobs = (result.logprobs[index],) if index in result.logprobs else ()
+            self._commit_token(sequence, result.token_ids[index], logprobs, errors.get(sequence.key))
+        self.stats.record_tokens(until_first, between)
 
     def _commit_token(
         self, sequence: Sequence, token_id: int, logprobs: tuple[TokenLogprobs, ...], error: QuireError | None
@@ -135,9 +143,9 @@ class EngineCore:
             self._finish(sequence, Finished(FinishReason.ERROR, error))
             return
         sequence.append(token_id)
-        reason = sequence.finish_reason(self.scheduler.config.max_model_len)
+        reason = sequence.finish_reason()
         if reason is None:
-            self._updates.append(Update(sequence.key, (token_id,), logprobs=logprobs))
+            self._updates.append(Update(sequence.key, (token_id,), None, None, logprobs))
         else:
             self._finish(sequence, Finished(reason), (token_id,), logprobs)
 

@@ -120,7 +120,7 @@ class CoreLoop:
             pages_available=scheduler.pool.available,
             pages_cached=scheduler.pool.cached,
             preemptions=scheduler.num_preemptions,
-            stats=replace(self._core.stats),
+            stats=self._core.stats,
         )
         return Stepped(tuple(updates), tuple(stored), tuple(removed), load)
 

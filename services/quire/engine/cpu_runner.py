@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from quire.engine.adjust import adjust_logits
-from quire.engine.device_batch import DeviceBatch, slots_of
+from quire.engine.device_batch import DeviceBatch, WorkColumns
 from quire.engine.logprobs import report
 from quire.engine.models.model import Model
-from quire.engine.plan import StepPlan, StepResult, Work
+from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.engine.sampler import sample
 from quire.kernels.token_mask import apply_token_mask
@@ -42,61 +43,53 @@ class CpuRunner:
     def launch(self, plan: StepPlan, masks: StepMasks | None) -> _DoneStep:
         """Runs the step and returns it done."""
         self._batch.apply(plan)
-        logits = self._model.forward(self._batch.forward_batch(plan.work), self._cache)
+        work = WorkColumns.of(plan.work)
+        logits = self._model.forward(self._batch.forward_batch(work), self._cache)
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        if any(item.score for item in plan.work):
-            prompt_logprobs = self._score(plan.work, logits)
-            logits = logits[_last_rows(plan.work)]
-        drawn = [index for index, item in enumerate(plan.work) if item.sample]
-        sampled, logprobs = self._sample(plan.work, drawn, logits, masks)
-        token_ids = [-1] * len(plan.work)
-        for index, token_id in zip(drawn, sampled.tolist(), strict=True):
-            token_ids[index] = token_id
-        return _DoneStep(StepResult(tuple(token_ids), logprobs, prompt_logprobs))
+        if work.score.any():
+            prompt_logprobs = self._score(work, logits)
+            logits = logits[torch.from_numpy((np.cumsum(_num_logits(work)) - 1)[work.sample])]
+        sampled, logprobs = self._sample(work, logits, masks)
+        token_ids = np.full(len(work), -1)
+        token_ids[work.sample] = sampled
+        return _DoneStep(StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs))
 
     def _sample(
-        self, all_work: Sequence[Work], drawn: list[int], logits: Tensor, masks: StepMasks | None
-    ) -> tuple[Tensor, dict[int, TokenLogprobs]]:
-        """The token drawn for each of `all_work[drawn]`, whose logits these are; and what is to be reported of them."""
-        if not drawn:
-            return torch.empty(0, dtype=torch.int64), {}
-        batch, work = self._batch, [all_work[index] for index in drawn]
-        slots = slots_of(work)
-        reported = [row for row, slot in enumerate(slots) if batch.sampling.num_logprobs[slot] >= 0]
-        as_given = logits[reported]
-        lengths = torch.tensor([item.start + item.count for item in work])
-        adjust_logits(logits, batch.sampling, batch.token_ids, slots, lengths)
+        self, all_work: WorkColumns, logits: Tensor, masks: StepMasks | None
+    ) -> tuple[npt.NDArray[np.int64], dict[int, TokenLogprobs]]:
+        """The token drawn for each item that draws one, whose logits these are; and what is to be reported of them."""
+        work = all_work[all_work.sample]
+        if not len(work):
+            return np.empty(0, dtype=np.int64), {}
+        batch = self._batch
+        reported = np.flatnonzero(batch.sampling.num_logprobs[work.slots] >= 0)
+        as_given = logits[torch.from_numpy(reported)]
+        adjust_logits(logits, batch.sampling, batch.token_ids, work.slots, torch.from_numpy(work.ends))
         if masks is not None and masks.work:
-            row_of = {index: row for row, index in enumerate(drawn)}
-            rows = torch.tensor([row_of[index] for index in masks.work])
-            apply_token_mask(logits, rows, torch.from_numpy(masks.batch.rows.view("int32")))
+            rows = (np.cumsum(all_work.sample) - 1)[list(masks.work)]
+            apply_token_mask(logits, torch.from_numpy(rows), torch.from_numpy(masks.batch.rows.view("int32")))
         sampled = sample(logits, batch.sampling_rows(work))
         batch.write_tokens(work, sampled)
-        if not reported:
-            return sampled, {}
-        num_top = batch.sampling.num_logprobs[slots[reported]].tolist()
-        found = report(as_given, sampled[reported].clamp_min(0), num_top)
-        return sampled, {drawn[row]: logprobs for row, logprobs in zip(reported, found, strict=True)}
+        if not reported.size:
+            return sampled.numpy(), {}
+        num_top = batch.sampling.num_logprobs[work.slots[reported]].tolist()
+        found = report(as_given, sampled[torch.from_numpy(reported)].clamp_min(0), num_top)
+        items = np.flatnonzero(all_work.sample)[reported].tolist()
+        return sampled.numpy(), dict(zip(items, found, strict=True))
 
-    def _score(self, work: Sequence[Work], logits: Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
+    def _score(self, work: WorkColumns, logits: Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
         """What is to be reported of prompts: row r of an item's logits is about the token at start + r + 1."""
         found: dict[int, tuple[TokenLogprobs, ...]] = {}
-        state, first = self._batch.sampling, 0
-        for index, item in enumerate(work):
-            if item.score:
-                end = min(item.start + item.count, int(state.num_prompt_tokens[item.slot]) - 1)
-                targets = self._batch.token_ids[item.slot, item.start + 1 : end + 1]
-                num_top = [int(state.num_prompt_logprobs[item.slot])] * len(targets)
-                found[index] = tuple(report(logits[first : first + len(targets)], targets, num_top))
-            first += _num_logits(item)
+        state, firsts = self._batch.sampling, np.cumsum(_num_logits(work)) - _num_logits(work)
+        for index in np.flatnonzero(work.score).tolist():
+            slot, start, first = int(work.slots[index]), int(work.starts[index]), int(firsts[index])
+            end = min(int(work.ends[index]), int(state.num_prompt_tokens[slot]) - 1)
+            targets = self._batch.token_ids[slot, start + 1 : end + 1]
+            num_top = [int(state.num_prompt_logprobs[slot])] * len(targets)
+            found[index] = tuple(report(logits[first : first + len(targets)], targets, num_top))
         return found
 
 
-def _last_rows(work: Sequence[Work]) -> Tensor:
-    """Of all logits of a step, those after which a token is drawn."""
-    ends = torch.tensor([_num_logits(item) for item in work]).cumsum(0)
-    return ends[torch.tensor([item.sample for item in work])] - 1
-
-
-def _num_logits(item: Work) -> int:
-    return item.count if item.score else int(item.sample)
+def _num_logits(work: WorkColumns) -> npt.NDArray[np.int64]:
+    """How many rows of logits each item has."""
+    return np.where(work.score, work.counts, work.sample)

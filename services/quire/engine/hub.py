@@ -115,7 +115,7 @@ class Hub:
             if update.finished is not None:
                 self._forget(update.key)
             _, share = shares.setdefault(id(client), (client, []))
-            share.append(Update(key, update.token_ids, update.started, update.finished))
+            share.append(update._replace(key=key))
         for client, share in shares.values():
             client.deliver(share)
         self._publish(message.stored, message.removed)

@@ -1,76 +1,98 @@
-"""The engine's Prometheus metrics, fed from what each step reports."""
+"""The engine's Prometheus metrics: the last step's report, in Prometheus' words when it asks."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
 
-from quire.engine.messages import Ready, Stepped
-from quire.engine.stats import EngineStats
-from quire.service.metrics import LATENCY_BUCKETS
+from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
+
+from quire.engine.messages import Load, Ready, Stepped
+from quire.engine.stats import EngineStats, Histogram
+
+_PREFIX = "quire_engine"
+
+_COUNTERS = {
+    "steps": "Steps run.",
+    "prompt_tokens": "Prompt tokens of requests that started.",
+    "cached_prompt_tokens": "Those of them whose pages were there already.",
+    "computed_tokens": "Tokens that went through the model.",
+    "output_tokens": "Tokens drawn.",
+}
+_HISTOGRAMS = {
+    "step_seconds": "Time of a step.",
+    "step_tokens": "Tokens that a step computes.",
+    "queue_seconds": "From a request's arrival to its first step.",
+    "first_token_seconds": "From a request's arrival to its first token.",
+    "inter_token_seconds": "From each token of a request to its next.",
+}
 
 
-class EngineMetrics:
-    """One engine's registry; `serve` exposes it over HTTP."""
+class EngineMetrics(Collector):
+    """One engine's metrics, each with its name as the label `engine`; `serve` exposes them over HTTP."""
 
     def __init__(self, engine: str) -> None:
         self.registry = CollectorRegistry()
         self._engine = engine
-        self._last = EngineStats()
-        self._last_preemptions = 0
-        self._running = self._gauge("quire_engine_running_requests", "Requests in the batch.")
-        self._waiting = self._gauge("quire_engine_waiting_requests", "Requests that wait for a slot or for pages.")
-        self._pages = Gauge("quire_engine_pages", "KV pages by state.", ("engine", "state"), registry=self.registry)
-        self._start = Gauge(
-            "quire_engine_start_seconds",
-            "How long each phase of the start took.",
-            ("engine", "phase"),
-            registry=self.registry,
-        )
-        self._step = Histogram(
-            "quire_engine_step_seconds",
-            "Time of a step.",
-            ("engine",),
-            buckets=LATENCY_BUCKETS,
-            registry=self.registry,
-        ).labels(engine)
-        self._counters = {
-            name: Counter(f"quire_engine_{name}", help_text, ("engine",), registry=self.registry).labels(engine)
-            for name, help_text in (
-                ("steps", "Steps run."),
-                ("prompt_tokens", "Prompt tokens of requests that started."),
-                ("cached_prompt_tokens", "Those of them whose pages were there already."),
-                ("computed_tokens", "Tokens that went through the model."),
-                ("output_tokens", "Tokens drawn."),
-            )
-        }
-        self._preemptions = Counter(
-            "quire_engine_preemptions", "Sequences that gave their pages back.", ("engine",), registry=self.registry
-        ).labels(engine)
+        # Replaced as a whole, never changed: Prometheus' requests come in a thread of their own.
+        self._load = Load(0, 0, 0, 0, 0, 0, 0, EngineStats())
+        self._start: Mapping[str, float] = {}
+        self.registry.register(self)
 
     def serve(self, port: int) -> None:
-        """Exposes the registry on `port`; 0 is off."""
+        """Exposes the metrics on `port`; 0 is off."""
         if port:
             start_http_server(port, registry=self.registry)
 
     def record_start(self, ready: Ready) -> None:
         """The core is ready."""
-        for phase, seconds in ready.start_seconds.items():
-            self._start.labels(self._engine, phase).set(seconds)
+        self._start = ready.start_seconds
+        self._load = Load(0, 0, 0, ready.num_pages, ready.num_pages, 0, 0, EngineStats())
 
     def record(self, message: Stepped) -> None:
-        """Adds what changed since the last message."""
-        load, stats = message.load, message.load.stats
-        self._running.set(load.running)
-        self._waiting.set(load.waiting)
-        self._pages.labels(self._engine, "cached").set(load.pages_cached)
-        self._pages.labels(self._engine, "free").set(load.pages_available - load.pages_cached)
-        self._pages.labels(self._engine, "used").set(load.pages_total - load.pages_available)
-        for name, counter in self._counters.items():
-            counter.inc(getattr(stats, name) - getattr(self._last, name))
-        if stats.steps > self._last.steps:
-            self._step.observe(stats.last_step_seconds)
-        self._preemptions.inc(load.preemptions - self._last_preemptions)
-        self._last, self._last_preemptions = stats, load.preemptions
+        """The core has made a step."""
+        self._load = message.load
 
-    def _gauge(self, name: str, help_text: str) -> Gauge:
-        return Gauge(name, help_text, ("engine",), registry=self.registry).labels(self._engine)
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
+        """The metrics as they are now."""
+        load = self._load
+        pages = {
+            "cached": load.pages_cached,
+            "free": load.pages_available - load.pages_cached,
+            "used": load.pages_total - load.pages_available,
+        }
+        yield self._gauge("running_requests", "Requests in the batch.", load.running)
+        yield self._gauge("waiting_requests", "Requests that wait for a slot or for pages.", load.waiting)
+        yield self._gauge("pending_prefill_tokens", "Prompt tokens to be computed.", load.pending_prefill_tokens)
+        yield self._gauges("pages", "KV pages by state.", "state", pages)
+        yield self._gauges("start_seconds", "How long each phase of the start took.", "phase", self._start)
+        for name, help_text in _COUNTERS.items():
+            yield self._counter(name, help_text, getattr(load.stats, name))
+        yield self._counter("preemptions", "Times that a request gave its pages back.", load.preemptions)
+        for name, help_text in _HISTOGRAMS.items():
+            yield self._histogram(name, help_text, getattr(load.stats, name))
+
+    def _gauge(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine"])
+        family.add_metric([self._engine], value)
+        return family
+
+    def _gauges(self, name: str, help_text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+        family = GaugeMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine", label])
+        for which, value in values.items():
+            family.add_metric([self._engine, which], value)
+        return family
+
+    def _counter(self, name: str, help_text: str, value: float) -> CounterMetricFamily:
+        family = CounterMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine"])
+        family.add_metric([self._engine], value)
+        return family
+
+    def _histogram(self, name: str, help_text: str, values: Histogram) -> HistogramMetricFamily:
+        family = HistogramMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine"])
+        bounds = [*map(floatToGoString, values.bounds), "+Inf"]
+        family.add_metric([self._engine], list(zip(bounds, accumulate(values.counts), strict=True)), values.sum)
+        return family

@@ -8,6 +8,7 @@ tokens each slot advances: a decode reads its input token where the last step's 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from quire.service.request import SamplingParams, TokenLogprobs
 
@@ -38,16 +39,16 @@ class PageGrant:
     pages: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Compute `count` tokens of a slot from position `start`; if `sample`, draw the token after the last of them.
+class Work(NamedTuple):
+    """Compute `num_tokens` tokens of a slot from position `start`; if `sample`, draw the token after the last of them.
 
-    If `score`, report the log-probabilities of the prompt's tokens from position `start + 1` to `start + count`.
+    If `score`, report the log-probabilities of the prompt's tokens from position `start + 1` to `start + num_tokens`.
+    A tuple of numbers, so that a device makes one array of a step's work.
     """
 
     slot: int
     start: int
-    count: int
+    num_tokens: int
     sample: bool
     score: bool = False
 

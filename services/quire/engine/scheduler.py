@@ -123,7 +123,7 @@ class Scheduler:
             )
         if self._num_waiting >= self.config.max_waiting:
             raise OverloadedError(f"{self._num_waiting} requests are waiting already: try again later")
-        sequence = Sequence(key, request, next(self._arrivals), self._eos_token_ids)
+        sequence = Sequence(key, request, next(self._arrivals), self._eos_token_ids, self.config.max_model_len)
         self._sequences[key] = sequence
         self._wait(sequence)
         if request.deadline_unix_ms is not None:
@@ -157,13 +157,17 @@ class Scheduler:
             self._schedule_waiting(step)
         return step.schedule()
 
-    def commit(self, sequence: Sequence, work: Work) -> None:
-        """Books the tokens that `work` computed: their full pages can be found from now on."""
-        sequence.num_computed = work.start + work.count
-        if work.score:
-            sequence.num_scored = min(sequence.num_computed + 1, sequence.num_prompt_tokens)
-        if not self.config.enable_prefix_caching:
-            return
+    def commit(self, schedule: Schedule) -> None:
+        """Books the tokens that a step computed: their full pages can be found from now on."""
+        caching = self.config.enable_prefix_caching
+        for sequence, work in zip(schedule.sequences, schedule.plan.work, strict=True):
+            sequence.num_computed = work.start + work.num_tokens
+            if work.score:
+                sequence.num_scored = min(sequence.num_computed + 1, sequence.num_prompt_tokens)
+            if caching and sequence.num_computed // PAGE_SIZE > sequence.num_published:
+                self._publish(sequence)
+
+    def _publish(self, sequence: Sequence) -> None:
         for index in range(sequence.num_published, sequence.num_computed // PAGE_SIZE):
             self.pool.publish(sequence.block_table[index], sequence.page_hashes[index])
             sequence.num_published = index + 1
@@ -171,15 +175,25 @@ class Scheduler:
     def _schedule_running(self, step: _Step) -> bool:
         """Gives each running sequence its share; returns whether one had to be preempted for it."""
         preemptions = self.num_preemptions
-        for sequence in sorted(self._running, key=lambda sequence: (sequence.num_pending > 1, sequence.order)):
+        prefilling = []
+        for sequence in tuple(self._running):
+            if sequence.num_pending > 1:
+                prefilling.append(sequence)
+            elif sequence.state is SequenceState.RUNNING:  # not preempted for one before it
+                self._continue(sequence, 1, step)
+        prefilling.sort(key=lambda sequence: sequence.order)
+        for sequence in prefilling:
             if step.budget == 0:
                 break
-            if sequence.state is not SequenceState.RUNNING:
-                continue  # preempted above
-            num_tokens = min(sequence.num_pending, step.budget)
-            if self._make_room(sequence, num_tokens, step):
-                step.add(sequence, num_tokens, self._grow(sequence, num_tokens))
+            if sequence.state is SequenceState.RUNNING:
+                self._continue(sequence, min(sequence.num_pending, step.budget), step)
         return self.num_preemptions > preemptions
+
+    def _continue(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
+        if sequence.num_computed + num_tokens <= len(sequence.block_table) * PAGE_SIZE:
+            step.add(sequence, num_tokens)
+        elif self._make_room(sequence, num_tokens, step):
+            step.add(sequence, num_tokens, self._grow(sequence, num_tokens))
 
     def _schedule_waiting(self, step: _Step) -> None:
         put_off = []
@@ -215,7 +229,7 @@ class Scheduler:
         num_tokens = min(sequence.num_pending, step.budget)
         grant = self._grow(sequence, num_tokens)
         step.admit(sequence, PageGrant(sequence.slot, 0, tuple(cached) + (grant.pages if grant else ())))
-        step.add(sequence, num_tokens, None)
+        step.add(sequence, num_tokens)
 
     def _cached_pages(self, sequence: Sequence) -> list[int]:
         if not self.config.enable_prefix_caching or sequence.scores_prompt:
@@ -289,7 +303,7 @@ class _Step:
         """Whether what was added so far fills the page with this hash."""
         # Only newcomers ask, so most steps never look at their work this way.
         for sequence, work in list(self._work.items())[self._num_looked_at :]:
-            end = (work.start + work.count) // PAGE_SIZE
+            end = (work.start + work.num_tokens) // PAGE_SIZE
             self._computing.update(sequence.page_hashes[sequence.num_published : end])
         self._num_looked_at = len(self._work)
         return page_hash in self._computing
@@ -312,13 +326,13 @@ class _Step:
             sequence.started = True
             self._started.append((sequence, min(sequence.num_computed, sequence.num_prompt_tokens)))
 
-    def add(self, sequence: Sequence, num_tokens: int, grant: PageGrant | None) -> None:
+    def add(self, sequence: Sequence, num_tokens: int, grant: PageGrant | None = None) -> None:
         """A sequence in the batch computes `num_tokens`."""
         self.budget -= num_tokens
-        sample = num_tokens == sequence.num_pending
         start = sequence.num_computed
+        sample = start + num_tokens == len(sequence.token_ids)
         # The last row of a prompt is about the first output token.
-        score = sequence.scores_prompt and start + 1 < sequence.num_prompt_tokens
+        score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
         self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score)
         if grant is not None:
             self._grants[sequence] = grant
@@ -327,7 +341,7 @@ class _Step:
         """Takes back what `add` decided for a sequence that is preempted later in the same step."""
         work = self._work.pop(sequence, None)
         if work is not None:
-            self.budget += work.count
+            self.budget += work.num_tokens
         self._grants.pop(sequence, None)
 
     def schedule(self) -> Schedule:

@@ -21,7 +21,9 @@ class SequenceState(Enum):
 class Sequence:
     """`token_ids` is prompt and output; the keys and values of the first `num_computed` lie in `block_table`'s pages.
 
-    `page_hashes` has a hash for every full page of `token_ids`; the first `num_published` of them are in the pool.
+    `max_tokens` is how many `token_ids` may become. `page_hashes` has a hash for every full page of `token_ids`; the
+    first `num_published` of them are in the pool. `arrived_at` and `last_token_at` (when a token was last drawn here)
+    are the core's, in seconds of a clock of its own.
     The log-probabilities of the first `num_scored` prompt tokens have been reported; the first token has none.
     """
 
@@ -29,9 +31,11 @@ class Sequence:
     request: Request
     arrival: int
     eos_token_ids: InitVar[frozenset[int]]
+    max_model_len: InitVar[int]
     end_token_ids: frozenset[int] = field(init=False)
     token_ids: list[int] = field(init=False)
     num_prompt_tokens: int = field(init=False)
+    max_tokens: int = field(init=False)
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     num_computed: int = 0
@@ -41,12 +45,15 @@ class Sequence:
     started: bool = False
     num_preemptions: int = 0
     num_scored: int = 1
+    arrived_at: float = 0.0
+    last_token_at: float | None = None
 
-    def __post_init__(self, eos_token_ids: frozenset[int]) -> None:
+    def __post_init__(self, eos_token_ids: frozenset[int], max_model_len: int) -> None:
         stop = self.request.stop
         self.end_token_ids = (frozenset() if stop.ignore_eos else eos_token_ids).union(stop.stop_token_ids)
         self.token_ids = [*self.request.prompt_token_ids, *self.request.output_token_ids]
         self.num_prompt_tokens = len(self.request.prompt_token_ids)
+        self.max_tokens = min(self.num_prompt_tokens + stop.max_tokens, max_model_len)
         self.page_hashes = prefix_hashes(self.request.cache_key, self.token_ids)
 
     @property
@@ -76,14 +83,11 @@ class Sequence:
             parent = self.page_hashes[-1] if self.page_hashes else root_hash(self.request.cache_key)
             self.page_hashes.append(next_hash(parent, self.token_ids[-PAGE_SIZE:]))
 
-    def finish_reason(self, max_model_len: int) -> FinishReason | None:
+    def finish_reason(self) -> FinishReason | None:
         """Whether the last token ended the output, and how."""
         if self.token_ids[-1] in self.end_token_ids:
             return FinishReason.STOP
-        num_output_tokens = len(self.token_ids) - self.num_prompt_tokens
-        if num_output_tokens >= self.request.stop.max_tokens or len(self.token_ids) >= max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(self.token_ids) >= self.max_tokens else None
 
 
 def pages_for(num_tokens: int) -> int:

@@ -1,18 +1,65 @@
-"""What the engine learns of itself: speeds for the router's cost model, counts for metrics."""
+"""What the engine learns of itself: speeds for the router's cost model, counts and distributions for metrics."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
 
 from quire.engine.plan import StepPlan
 
 # Weight of the newest step in the moving averages: about the last ten steps count.
 _NEWEST = 0.1
 
+# Seconds; from a token's time on a GPU to a long prompt's on a CPU.
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+_TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
+
+
+@dataclass(slots=True)
+class Histogram:
+    """`counts[i]` values were at most `bounds[i]` and above the bound before; the last count is of those above all."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(init=False)
+    sum: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.bounds) + 1)
+
+    @property
+    def count(self) -> int:
+        """Of all values."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """0 if there are no values."""
+        return self.sum / self.count if self.count else 0.0
+
+    def add(self, value: float) -> None:
+        """Counts one value."""
+        self.sum += value
+        self.counts[bisect_left(self.bounds, value)] += 1
+
+    def add_all(self, values: Sequence[float]) -> None:
+        """Counts a step's values at once."""
+        if not values:
+            return
+        self.sum += sum(values)
+        counts = np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))
+        self.counts = (self.counts + counts).tolist()
+
 
 @dataclass(slots=True)
 class EngineStats:
-    """Updated by the core after each step; times are in seconds."""
+    """Updated by the core after each step; times are in seconds.
+
+    `queue_seconds`: from arrival to the first step. `first_token_seconds`: from arrival to the first token drawn.
+    `inter_token_seconds`: from each token to the next of its request.
+    """
 
     steps: int = 0
     prompt_tokens: int = 0
@@ -21,27 +68,38 @@ class EngineStats:
     output_tokens: int = 0
     prefill_tokens_per_second: float = 0.0
     decode_step_seconds: float = 0.0
-    last_step_seconds: float = 0.0
-    last_step_tokens: int = 0
+    step_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    step_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
+    queue_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    first_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
 
-    def record_start(self, num_prompt_tokens: int, cached_tokens: int) -> None:
+    def record_start(self, num_prompt_tokens: int, cached_tokens: int, waited: float) -> None:
         """A request was scheduled for the first time."""
         self.prompt_tokens += num_prompt_tokens
         self.cached_prompt_tokens += cached_tokens
+        self.queue_seconds.add(waited)
 
     def record_step(self, plan: StepPlan, seconds: float) -> None:
         """A step ran. Its speed counts as prefill if most of its tokens were, as decode if all were."""
-        num_tokens = sum(work.count for work in plan.work)
-        num_prefill = sum(work.count for work in plan.work if work.count > 1)
+        counts = [work.num_tokens for work in plan.work]
+        num_tokens = sum(counts)
+        num_prefill = sum([count for count in counts if count > 1])
         self.steps += 1
         self.computed_tokens += num_tokens
-        self.output_tokens += sum(work.sample for work in plan.work)
-        self.last_step_seconds, self.last_step_tokens = seconds, num_tokens
+        self.step_seconds.add(seconds)
+        self.step_tokens.add(num_tokens)
         # Short prompts say more about a step's fixed cost than about the speed of a long one.
         if num_prefill >= 32 and num_prefill * 2 > num_tokens:
             self.prefill_tokens_per_second = _blend(self.prefill_tokens_per_second, num_prefill / seconds)
         elif num_prefill == 0:
             self.decode_step_seconds = _blend(self.decode_step_seconds, seconds)
+
+    def record_tokens(self, until_first: Sequence[float], between: Sequence[float]) -> None:
+        """A step drew tokens: the first of some requests, and another of others."""
+        self.output_tokens += len(until_first) + len(between)
+        self.first_token_seconds.add_all(until_first)
+        self.inter_token_seconds.add_all(between)
 
 
 def _blend(average: float, newest: float) -> float:

@@ -267,7 +267,7 @@ class Router:
         error = finished.error if finished is not None else None
         if error is not None and error.code in _ANOTHER_MAY:
             finished = self._after_loss(flight, endpoint, error)
-        news = replace(update, key=flight.key, started=started, finished=finished)
+        news = update._replace(key=flight.key, started=started, finished=finished)
         if news != Update(flight.key):
             frames.setdefault(flight.peer, []).append(news)
         if finished is not None:
