@@ -1,13 +1,14 @@
-"""The engine's core under random arrivals, cancellations, deadlines, full caches and shared prefixes."""
+"""The engine's core under random arrivals, cancels, deadlines, full caches, shared prefixes, grammars and scores."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-from page_machine import EOS, VOCAB_SIZE, PageMachine, run_alone
+from page_machine import EOS, VOCAB_SIZE, Grammar, PageMachine, run_alone, score
 
 from quire.engine.core import EngineCore
 from quire.engine.page_pool import PagePool
@@ -15,7 +16,16 @@ from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.sequence import SequenceState, pages_for
 from quire.service.errors import OverloadedError
 from quire.service.pages import PAGE_SIZE, prefix_hashes
-from quire.service.request import CacheKey, FinishReason, Request, SamplingParams, StopConditions, Update
+from quire.service.request import (
+    CacheKey,
+    Constraint,
+    ConstraintKind,
+    FinishReason,
+    Request,
+    SamplingParams,
+    StopConditions,
+    Update,
+)
 
 PREFIXES = [[(7 * i + k) % VOCAB_SIZE for i in range(PAGE_SIZE * 3)] for k in range(3)]
 
@@ -39,12 +49,14 @@ class EngineMachine(RuleBasedStateMachine):
         config = SchedulerConfig(max_num_seqs, budget, max_model_len, max_waiting=6, enable_prefix_caching=caching)
         self.scheduler = Scheduler(config, self.pool, frozenset({EOS}))
         self.now = 1000.0
+        self.grammar = Grammar({})
         self.runner = PageMachine(num_pages, max_num_seqs, max_model_len)
-        self.core = EngineCore(self.runner, self.scheduler, None, VOCAB_SIZE, clock=lambda: self.now)
+        self.core = EngineCore(self.runner, self.scheduler, self.grammar, VOCAB_SIZE, clock=lambda: self.now)
         self.requests: dict[int, Request] = {}
         self.outputs: dict[int, list[int]] = {}
         self.started: set[int] = set()
         self.finished: dict[int, FinishReason] = {}
+        self.scores: dict[int, dict[int, float]] = {}
         self.known_pages: set[bytes] = set()
 
     @rule(
@@ -58,28 +70,31 @@ class EngineMachine(RuleBasedStateMachine):
         timeout=st.none() | st.none() | st.integers(0, 30),
         resumed=st.integers(0, 10),
         stop=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=1),
+        kind=st.sampled_from(["plain", "plain", "plain", "ignore_eos", "constrained", "scored"]),
     )
     def arrive(self, copies: int, **kwargs: Any) -> None:
         for _ in range(copies):
             self.submit(**kwargs)
 
-    def submit(self, prefix, cut, tail, max_tokens, salt, priority, timeout, resumed, stop) -> None:
+    def submit(self, prefix, cut, tail, max_tokens, salt, priority, timeout, resumed, stop, kind) -> None:
         prompt = [*(PREFIXES[prefix][:cut] if prefix >= 0 else []), *tail] or [1]
         prompt = prompt[: self.scheduler.config.max_model_len - 1]
-        whole = run_alone(prompt, max_tokens, self.scheduler.config.max_model_len, tuple(stop))
         key = len(self.requests)
         request = Request(
             request_id=str(key),
             model="m",
             prompt_token_ids=tuple(prompt),
-            # As if it had been moved here after some of its tokens.
-            output_token_ids=tuple(whole[: min(resumed, len(whole) - 1)]),
             sampling=SamplingParams(temperature=0.0),
-            stop=StopConditions(max_tokens, tuple(stop)),
+            stop=StopConditions(max_tokens, tuple(stop), ignore_eos=kind == "ignore_eos"),
+            constraint=Constraint(ConstraintKind.REGEX, "a") if kind == "constrained" else None,
+            prompt_logprobs=0 if kind == "scored" else None,
             cache_key=CacheKey(salt),
             priority=priority,
             deadline_unix_ms=None if timeout is None else int(self.now * 1000) + timeout * 1000,
         )
+        # As if it had been moved here after some of its tokens.
+        whole, _ = run_alone(request, self.scheduler.config.max_model_len)
+        request = replace(request, output_token_ids=tuple(whole[: max(0, min(resumed, len(whole) - 1))]))
         try:
             self.core.submit(key, request)
         except OverloadedError:
@@ -107,6 +122,11 @@ class EngineMachine(RuleBasedStateMachine):
                 assert update.key not in self.started
                 self.started.add(update.key)
             self.outputs[update.key].extend(update.token_ids)
+            if (found := update.prompt_logprobs) is not None:
+                scores = self.scores.setdefault(update.key, {})
+                for position, token in enumerate(found.tokens, found.first):
+                    # A preempted prompt is computed again and its tokens are reported again.
+                    assert scores.setdefault(position, token.logprob) == token.logprob
             if update.finished is not None:
                 self.finished[update.key] = update.finished.reason
         stored, removed = self.pool.drain_events()
@@ -152,21 +172,29 @@ class EngineMachine(RuleBasedStateMachine):
         assert set(self.finished) == set(self.requests)
         assert self.pool.available == self.pool.num_pages
         for key, request in self.requests.items():
-            alone = run_alone(
-                list(request.prompt_token_ids),
-                request.stop.max_tokens,
-                self.scheduler.config.max_model_len,
-                request.stop.stop_token_ids,
-            )
-            if self.finished[key] in (FinishReason.STOP, FinishReason.LENGTH):
-                assert self.outputs[key] == alone
-            else:
-                assert self.outputs[key] == alone[: len(self.outputs[key])]
+            self.check_request(key, request)
+        for sequence in self.grammar.told:
+            assert sequence in self.core._released, "a grammar's state is kept for ever"
+        event(f"preemptions: {min(self.scheduler.num_preemptions, 3)}")
+        event(f"prefix hits: {self.core.stats.cached_prompt_tokens > 0}")
+
+    def check_request(self, key: int, request: Request) -> None:
+        alone, broken = run_alone(request, self.scheduler.config.max_model_len)
+        event(f"finished: {self.finished[key].name}")
+        if self.finished[key] in (FinishReason.STOP, FinishReason.LENGTH):
+            assert self.outputs[key] == alone and not broken
+        else:
+            assert self.outputs[key] == alone[: len(self.outputs[key])]
+        scores, prompt = self.scores.get(key, {}), request.prompt_token_ids
+        assert all(scores[position] == -score(prompt[:position]) for position in scores)
+        if request.prompt_logprobs is not None and self.outputs[key]:
+            assert list(scores) == list(range(1, len(prompt))) or request.output_token_ids
+        assert request.prompt_logprobs is not None or not scores
 
 
 TestEngineCore = EngineMachine.TestCase
 TestEngineCore.settings = settings(
-    max_examples=250,
+    max_examples=2000,
     stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],

@@ -1,39 +1,96 @@
 """A runner whose "model" can only answer right if every page holds what it should.
 
 It stores token ids in pages as a real one stores keys and values, and draws the next token as a hash of all tokens it
-finds through the block table. A page that is shared, freed, reused or filled wrongly changes the output.
+finds through the block table. A page that is shared, freed, reused or filled wrongly changes the output. Grammars are
+as true: a mask comes from the output that the source was told of, so one that lags behind changes the output, too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
 
-from quire.engine.plan import StepPlan, StepResult
+from quire.engine.masks import MaskBatch, MaskRequest
+from quire.engine.plan import StepPlan, StepResult, Work
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.engine.sequence import pages_for
+from quire.service.errors import InvalidRequestError, QuireError
 from quire.service.pages import PAGE_SIZE
+from quire.service.request import Request, TokenLogprobs
 
 VOCAB_SIZE = 197
 EOS = 3
 
 
-def next_token(token_ids: list[int]) -> int:
-    """What the "model" says after `token_ids`."""
-    digest = blake2b(np.asarray(token_ids, dtype="<u4").tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") % VOCAB_SIZE
+def next_token(token_ids: Sequence[int], allowed: Sequence[int] = range(VOCAB_SIZE)) -> int:
+    """What the "model" says after `token_ids`, of what is allowed."""
+    return allowed[score(token_ids) % len(allowed)]
 
 
-def run_alone(prompt: list[int], max_tokens: int, max_model_len: int, stop: tuple[int, ...] = ()) -> list[int]:
-    """The output of a request that has the engine to itself, written out without one."""
-    tokens = list(prompt)
+def score(token_ids: Sequence[int]) -> int:
+    """A number that depends on every one of `token_ids`."""
+    return int.from_bytes(blake2b(np.asarray(token_ids, dtype="<u4").tobytes(), digest_size=6).digest(), "little")
+
+
+def allowed_after(output: Sequence[int]) -> list[int] | None:
+    """The "grammar": a few tokens that depend on all of `output`; None where it is broken."""
+    start = score([7, *output])
+    if start % 64 == 0:
+        return None
+    return sorted({(start + 5 * i) % VOCAB_SIZE for i in range(1 + start % 9)})
+
+
+def run_alone(request: Request, max_model_len: int) -> tuple[list[int], bool]:
+    """The output of a request that has the engine to itself, written out without one; and whether its grammar broke."""
+    tokens, stop = list(request.prompt_token_ids), request.stop
+    ends = {*stop.stop_token_ids, *(() if stop.ignore_eos else (EOS,))}
+    output: list[int] = []
     while True:
-        tokens.append(next_token(tokens))
-        output = tokens[len(prompt) :]
-        if tokens[-1] == EOS or tokens[-1] in stop or len(output) >= max_tokens or len(tokens) >= max_model_len:
-            return output
+        allowed = range(VOCAB_SIZE) if request.constraint is None else allowed_after(output)
+        if allowed is None:
+            return output, True
+        output.append(next_token([*tokens, *output], allowed))
+        if output[-1] in ends or len(output) >= stop.max_tokens or len(tokens) + len(output) >= max_model_len:
+            return output, False
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """`quire.engine.masks.MaskSource`: keeps what it was told of each sequence, as a real one keeps its state."""
+
+    told: dict[int, list[int]]
+
+    def begin(self, requests: Sequence[MaskRequest], released: Sequence[int]) -> Masks:
+        for sequence in released:
+            self.told.pop(sequence, None)
+        rows = np.zeros((len(requests), -(-VOCAB_SIZE // 32)), dtype=np.uint32)
+        errors: dict[int, QuireError] = {}
+        for index, request in enumerate(requests):
+            told, output = self.told.setdefault(request.sequence, []), list(request.output_token_ids)
+            assert output[: len(told)] == told, "a grammar can't take tokens back"
+            told[:] = output
+            allowed = allowed_after(output)
+            if allowed is None:
+                errors[request.sequence] = InvalidRequestError("the grammar is broken", field="constraint")
+            for token in range(VOCAB_SIZE) if allowed is None else allowed:
+                rows[index, token // 32] |= np.uint32(1 << token % 32)
+        return Masks(MaskBatch(rows, errors))
+
+    def close(self) -> None:
+        """Holds nothing."""
+
+
+@dataclass(frozen=True)
+class Masks:
+    """They are there at once."""
+
+    batch: MaskBatch
+
+    def wait(self) -> MaskBatch:
+        return self.batch
 
 
 @dataclass(frozen=True)
@@ -52,11 +109,13 @@ class PageMachine:
         self.memory = np.full((num_pages, PAGE_SIZE), -1, dtype=np.int64)
         self.tables = np.full((max_num_seqs, pages_for(max_model_len)), -1, dtype=np.int64)
         self.tokens = np.full((max_num_seqs, max_model_len + 1), -1, dtype=np.int64)
+        self.num_prompt_tokens = [0] * max_num_seqs
 
     def launch(self, plan: StepPlan, masks: StepMasks | None) -> Done:
         for admission in plan.admissions:
             self.tables[admission.slot] = -1
             self.tokens[admission.slot] = -1
+            self.num_prompt_tokens[admission.slot] = admission.num_prompt_tokens
             self.tokens[admission.slot, : len(admission.token_ids)] = admission.token_ids
         for grant in plan.grants:
             self.tables[grant.slot, grant.first : grant.first + len(grant.pages)] = grant.pages
@@ -66,14 +125,25 @@ class PageMachine:
                 page = self.tables[work.slot, position // PAGE_SIZE]
                 assert page >= 0, "a token without a page"
                 self.memory[page, position % PAGE_SIZE] = self.tokens[work.slot, position]
-        drawn = []
-        for work in plan.work:
-            if not work.sample:
-                drawn.append(-1)
-                continue
-            length = work.start + work.num_tokens
-            seen = [int(self.memory[self.tables[work.slot, i // PAGE_SIZE], i % PAGE_SIZE]) for i in range(length)]
-            token = next_token(seen)
-            self.tokens[work.slot, length] = token
-            drawn.append(token)
-        return Done(StepResult(tuple(drawn)))
+        allowed = {}
+        if masks is not None:
+            bits = np.unpackbits(masks.batch.rows.view(np.uint8), axis=1, bitorder="little")
+            allowed = {index: np.flatnonzero(row).tolist() for index, row in zip(masks.work, bits, strict=True)}
+        drawn, scores = [-1] * len(plan.work), {}
+        for index, work in enumerate(plan.work):
+            if work.score:
+                scores[index] = tuple(self.score_prompt(work))
+            if work.sample:
+                length = work.start + work.num_tokens
+                drawn[index] = next_token(self.seen(work.slot, length), allowed.get(index, range(VOCAB_SIZE)))
+                self.tokens[work.slot, length] = drawn[index]
+        return Done(StepResult(tuple(drawn), {}, scores))
+
+    def seen(self, slot: int, length: int) -> list[int]:
+        """The first `length` tokens as the slot's pages hold them."""
+        return [int(self.memory[self.tables[slot, i // PAGE_SIZE], i % PAGE_SIZE]) for i in range(length)]
+
+    def score_prompt(self, work: Work) -> list[TokenLogprobs]:
+        """Of each prompt token that the work's tokens predict: a number made of all before it."""
+        end = min(work.start + work.num_tokens, self.num_prompt_tokens[work.slot] - 1)
+        return [TokenLogprobs(-score(self.seen(work.slot, i)), 1) for i in range(work.start + 1, end + 1)]
