@@ -19,8 +19,8 @@ from quire.gateway.model import Conversation, Prompt, ServedModel
 from quire.gateway.options import Options
 from quire.gateway.session import RouterSessions
 from quire.gateway.stream import Result, TextStream
-from quire.gateway.text import Detokenizer
 from quire.service.request import CacheKey, Request, SamplingParams, StopConditions, TraceContext
+from quire.service.text import Detokenizer
 
 _COMPLETION_MAX_TOKENS = 16
 

@@ -9,12 +9,12 @@ from typing import Any, TypeAlias
 
 import grpc
 
-from quire.gateway.chat import Message
 from quire.gateway.core import Core, Operation
 from quire.gateway.model import Conversation, Prompt
 from quire.gateway.observation import Observer
 from quire.gateway.options import Options
 from quire.gateway.stream import Result
+from quire.service.chat import Message
 from quire.service.errors import InvalidRequestError, QuireError
 from quire.service.grpc_server import abort
 from quire.service.request import TraceContext

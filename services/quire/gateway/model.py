@@ -9,11 +9,12 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from quire.gateway.chat import ChatTemplate, Message
 from quire.gateway.errors import ModelNotFoundError
-from quire.gateway.text import Pieces
+from quire.service.chat import ChatTemplate, Message
 from quire.service.checkpoint.text import TextModel
-from quire.service.errors import InvalidRequestError, ModelError
+from quire.service.codec import PromptCodec
+from quire.service.errors import InvalidRequestError
+from quire.service.text import Pieces
 
 # A prompt of up to this many characters takes under 5 ms to tokenize; longer ones go to a thread (the tokenizer works
 # without the interpreter's lock), so that the streams in flight don't stutter.
@@ -42,9 +43,7 @@ class ServedModel:
         self.max_model_len = min(text.max_model_len, max_model_len or text.max_model_len)
         self.end_token_ids = text.eos_token_ids
         self.pieces = Pieces(text.tokenizer, text.eos_token_ids)
-        self._tokenizer = text.tokenizer
-        self._vocab_size = text.vocab_size
-        self._prefix = (_bos_token_id(text),) if text.add_bos else ()
+        self._codec = PromptCodec(text)
         self._template: ChatTemplate | None = None
         if text.chat_template is not None:
             self._template = ChatTemplate(text.chat_template, bos_token=text.bos_token, eos_token=text.eos_token)
@@ -65,23 +64,15 @@ class ServedModel:
         match prompt:
             case Conversation(messages):
                 size = sum(len(message.content) for message in messages)
-                return await _beside_the_loop(size, lambda: self._encode(self._rendered(messages)))
+                return await _beside_the_loop(size, lambda: self._codec.encode(self._rendered(messages)))
             case str():
-                tokens = await _beside_the_loop(len(prompt), lambda: self._prefix + self._encode(prompt))
+                tokens = await _beside_the_loop(len(prompt), lambda: self._codec.encode_prompt(prompt))
             case _:
-                self._check_token_ids(prompt)
+                self._codec.check_token_ids(prompt, "prompt")
                 tokens = prompt
         if not tokens:
             raise InvalidRequestError("prompt is empty: send at least one token", field="prompt")
         return tokens
-
-    def _check_token_ids(self, token_ids: Sequence[int]) -> None:
-        if token_ids and (min(token_ids) < 0 or max(token_ids) >= self._vocab_size):
-            index = next(i for i, token_id in enumerate(token_ids) if not 0 <= token_id < self._vocab_size)
-            raise InvalidRequestError(
-                f"prompt[{index}] is {token_ids[index]}: this model's token ids lie in [0, {self._vocab_size - 1}]",
-                field=f"prompt[{index}]",
-            )
 
     def _rendered(self, messages: Sequence[Message]) -> str:
         if self._template is None:
@@ -90,16 +81,6 @@ class ServedModel:
             )
         return self._template.render(messages)
 
-    def _encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False).ids)
-
 
 async def _beside_the_loop(size: int, work: Callable[[], tuple[int, ...]]) -> tuple[int, ...]:
     return work() if size <= _INLINE_CHARACTERS else await asyncio.to_thread(work)
-
-
-def _bos_token_id(text: TextModel) -> int:
-    token_id = text.tokenizer.token_to_id(text.bos_token) if text.bos_token else None
-    if token_id is None:
-        raise ModelError(f"the tokenizer wants a first token, {text.bos_token!r}, but does not know it")
-    return token_id

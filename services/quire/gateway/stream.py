@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quire.gateway.call import Call
-from quire.gateway.text import Detokenizer, StopMatcher
 from quire.service.errors import CancelledRequestError, QuireError, error_of
 from quire.service.request import FinishReason
+from quire.service.text import Detokenizer, OutputText
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +43,27 @@ class TextStream:
 
     def __init__(self, call: Call, detokenizer: Detokenizer, stop: tuple[str, ...]) -> None:
         self.call = call
-        self._detokenizer = detokenizer
-        self._matcher = StopMatcher(stop) if stop else None
-        self._taken = 0
+        self._text = OutputText(detokenizer, stop)
         self._ended = False
         self._reason: FinishReason | None = None
 
     @property
     def taken(self) -> int:
         """Output tokens seen so far."""
-        return self._taken
+        return self._text.num_tokens
 
     def take(self) -> str:
         """The text since the last time; the rest, held back until then, once the call has ended."""
         if self._ended:
             return ""
         call = self.call
-        text = self._matched(call.token_ids[self._taken :]) if len(call.token_ids) > self._taken else ""
-        if call.finished is not None and not self._ended:
-            text += self._rest()
-            self._reason = self._reason or call.finished.reason
-            self._ended = True
+        text = self._text.feed(call.token_ids[self.taken :]) if len(call.token_ids) > self.taken else ""
+        if call.finished is not None:
+            text += self._text.flush()
+            self._reason = call.finished.reason
+        if self._text.stop_string is not None:
+            self._reason = FinishReason.STOP
+        self._ended = self._reason is not None
         return text
 
     def result(self) -> Result | None:
@@ -76,31 +76,7 @@ class TextStream:
         if self._reason is None or self._reason is FinishReason.CANCELLED:
             raise CancelledRequestError("the request was cancelled")
         cached = self.call.started.cached_tokens if self.call.started is not None else 0
-        return Result(self._reason, Usage(len(self.call.request.prompt_token_ids), cached, self._taken))
-
-    def _matched(self, token_ids: list[int]) -> str:
-        if self._matcher is None:
-            self._taken += len(token_ids)
-            return self._detokenizer.feed(token_ids)
-        text = ""
-        for token_id in token_ids:
-            self._taken += 1
-            text += self._matcher.feed(self._detokenizer.feed((token_id,)))
-            if self._matcher.stopped:
-                self._reason = FinishReason.STOP
-                self._ended = True
-                break
-        return text
-
-    def _rest(self) -> str:
-        text = self._detokenizer.flush()
-        if self._matcher is None:
-            return text
-        text = self._matcher.feed(text)
-        if self._matcher.stopped:
-            self._reason = FinishReason.STOP
-            return text
-        return text + self._matcher.flush()
+        return Result(self._reason, Usage(len(self.call.request.prompt_token_ids), cached, self.taken))
 
     def _named(self, error: QuireError) -> QuireError:
         # Whoever compiles a constraint may call it just that; the client is told which of its fields it was.

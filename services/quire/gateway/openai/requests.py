@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from quire.gateway.chat import Message
 from quire.gateway.model import Conversation, Prompt
 from quire.gateway.openai.types import Body, ChatBody, ChatMessage, CompletionBody, Part
 from quire.gateway.options import Options
+from quire.service.chat import Message
 from quire.service.errors import InvalidRequestError, QuireError
 from quire.service.request import Constraint, ConstraintKind
 

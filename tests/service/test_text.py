@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 from gateway_testing import sentence_piece
 from hypothesis import HealthCheck, example, given, settings
@@ -11,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import WordPiece
 
-from quire.gateway.text import Detokenizer, Pieces, StopMatcher
-from quire.service.checkpoint import TextModel
+from quire.service.checkpoint import TextModel, load_text, locate
 from quire.service.errors import ModelError
+from quire.service.text import Detokenizer, OutputText, Pieces, StopMatcher
 
 # Fixtures of wider scope than a function keep nothing between examples.
 SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
@@ -21,6 +19,11 @@ SHARED = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], d
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.sampled_from(
     ["👩‍👩‍👧‍👦 family", "naïve café", "日本語のテキスト", "🇫🇷🏴󠁧󠁢󠁳󠁣󠁴󠁿", "\ufffd", "a\u0301", "<|im_end|>", "𐍈\x00\r\n"]
 )
+
+
+@pytest.fixture(scope="session")
+def text_model() -> TextModel:
+    return load_text(locate())
 
 
 @pytest.fixture(scope="session")
@@ -165,12 +168,24 @@ def test_stop_string_costs_linear_time() -> None:
 
 
 @pytest.mark.parametrize("stop", ["Paris", "of Fr", " is Paris.", "T"])
-def test_stop_across_tokens(
-    text_model: TextModel, pieces: Pieces, encode: Callable[[str], list[int]], stop: str
-) -> None:
+def test_stop_across_tokens(text_model: TextModel, pieces: Pieces, stop: str) -> None:
     """Without it a stop string that lies across tokens could be missed."""
     text = "The capital of France is Paris."
     detokenizer, matcher = Detokenizer(pieces), StopMatcher([stop])
-    shown = "".join(matcher.feed(detokenizer.feed([token_id])) for token_id in encode(text) if not matcher.stopped)
-    assert matcher.stopped
+    token_ids = text_model.tokenizer.encode(text).ids
+    shown = "".join(matcher.feed(detokenizer.feed([token_id])) for token_id in token_ids if not matcher.stopped)
+    assert matcher.stop_string == stop
     assert shown == text[: text.index(stop)]
+
+
+def test_min_tokens_are_not_searched(text_model: TextModel, pieces: Pieces) -> None:
+    """Without it an output could end on a stop string before it has the tokens that were asked for."""
+    token_ids = text_model.tokenizer.encode("stop it, then stop").ids
+
+    def cut(min_tokens: int) -> tuple[str, str | None, int]:
+        output = OutputText(Detokenizer(pieces), ("stop",), min_tokens=min_tokens)
+        return output.feed(token_ids) + output.flush(), output.stop_string, output.num_tokens
+
+    assert cut(0) == ("", "stop", len(text_model.tokenizer.encode("stop").ids))
+    assert cut(2) == ("stop it, then ", "stop", len(token_ids))
+    assert cut(len(token_ids)) == ("stop it, then stop", None, len(token_ids))

@@ -1,7 +1,8 @@
 """Token ids to text, piece by piece: the incremental detokenizer and the matcher of stop strings.
 
-The core runs both for every token, so they do little: a list lookup and one step of an incremental UTF-8 decoder;
-stop strings cost a step of a Knuth-Morris-Pratt automaton per character and only where a request has any.
+The gateway and the offline API run both for every token, so they do little: a list lookup and one step of an
+incremental UTF-8 decoder; stop strings cost a step of a Knuth-Morris-Pratt automaton per character and only where a
+request has any.
 """
 
 from __future__ import annotations
@@ -115,9 +116,10 @@ class StopMatcher:
         self._first = frozenset(stop[0] for stop in self._stops)
         self._held = ""
         self.stopped = False
+        self.stop_string: str | None = None
 
     def feed(self, text: str) -> str:
-        """The text that is certain not to be part of a stop string; sets `stopped` when one is complete."""
+        """The text that is certain not to be part of a stop string; sets `stopped` and `stop_string` at a complete one."""
         if not self._held and self._first.isdisjoint(text):
             return text
         pending = self._held + text
@@ -125,6 +127,7 @@ class StopMatcher:
             if length := self._step(pending[position]):
                 self.stopped = True
                 self._held = ""
+                self.stop_string = pending[position + 1 - length : position + 1]
                 return pending[: position + 1 - length]
         keep = max(self._matched, default=0)
         self._held = pending[len(pending) - keep :]
@@ -148,6 +151,47 @@ class StopMatcher:
                 matched = fallback[matched - 1]
             self._matched[index] = matched
         return found
+
+
+class OutputText:
+    """One output as text while its tokens come, cut before the first stop string.
+
+    The first `min_tokens` tokens are not searched for stop strings.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
+        self.num_tokens = 0
+        self._detokenizer = detokenizer
+        self._matcher = StopMatcher(stop) if stop else None
+        self._min_tokens = min_tokens
+
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the text; what follows it is not taken any more."""
+        return self._matcher.stop_string if self._matcher is not None else None
+
+    def feed(self, token_ids: Sequence[int]) -> str:
+        """The text that is certain now; `num_tokens` counts all tokens, up to the one that completed a stop string."""
+        if self._matcher is None:
+            self.num_tokens += len(token_ids)
+            return self._detokenizer.feed(token_ids)
+        text = ""
+        for token_id in token_ids:
+            if self._matcher.stopped:
+                break
+            self.num_tokens += 1
+            piece = self._detokenizer.feed((token_id,))
+            text += piece if self.num_tokens <= self._min_tokens else self._matcher.feed(piece)
+        return text
+
+    def flush(self) -> str:
+        """The text that was held back. Call it once, after the last token."""
+        if self._matcher is None:
+            return self._detokenizer.flush()
+        if self._matcher.stopped:
+            return ""
+        text = self._matcher.feed(self._detokenizer.flush())
+        return text + self._matcher.flush()
 
 
 def _fallback_table(pattern: str) -> list[int]:
