@@ -183,7 +183,7 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobs:
-    """Those of the prompt's tokens from position `first` on. What comes again after a preemption or a move is the same."""
+    """Those of the prompt's tokens from position `first` on; after a preemption or a move they come again, the same."""
 
     first: int
     tokens: tuple[TokenLogprobs, ...]

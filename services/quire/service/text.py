@@ -119,7 +119,7 @@ class StopMatcher:
         self.stop_string: str | None = None
 
     def feed(self, text: str) -> str:
-        """The text that is certain not to be part of a stop string; sets `stopped` and `stop_string` at a complete one."""
+        """The text that is certainly no part of a stop string; sets `stopped` and `stop_string` at a complete one."""
         if not self._held and self._first.isdisjoint(text):
             return text
         pending = self._held + text
