@@ -136,6 +136,8 @@ class _Child:
         self._output = output
         self._timing = timing
         self._process: asyncio.subprocess.Process | None = None
+        # Whether nothing of the process's session is left.
+        self._gone = True
         self._began = 0.0
 
     @property
@@ -154,13 +156,20 @@ class _Child:
                 env={**os.environ, **self.spec.environment, SUPERVISED: "1"},
                 start_new_session=True,
             )
+            self._gone = False
         except OSError as error:
             raise ConfigError(f"can't run {self.spec.command[0]} for {self.spec.name}: {error.strerror}") from error
 
     async def ended(self) -> None:
-        """Returns once there is no process."""
-        if self._process is not None:
-            await self._process.wait()
+        """Returns once there is no process. What it started and left behind is killed."""
+        if self._process is None:
+            return
+        await self._process.wait()
+        # Once, and at once: later the number may be another's.
+        if not self._gone:
+            self._gone = True
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     async def died_early(self) -> None:
         """Raises ChildDiedError when the process ends."""
