@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -26,6 +27,7 @@ from quire.service.checkpoint.locate import locate
 from quire.service.errors import ConfigError
 
 Progress = Callable[[float, str], None]
+MakeMasks = Callable[[ModelConfig], MaskSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +38,11 @@ class LoadedCore:
     ready: Ready
 
 
-def load_core(config: CoreConfig, progress: Progress) -> LoadedCore:
-    """Loads what `config` names; raises ConfigError or ModelError with what to change. `progress` gets 0 to 1."""
+def load_core(config: CoreConfig, progress: Progress, make_masks: MakeMasks | None = None) -> LoadedCore:
+    """Loads what `config` names; raises ConfigError or ModelError with what to change. `progress` gets 0 to 1.
+
+    Masks come from what `make_masks` makes for the model, if it is given, and else from the sidecar, if there is one.
+    """
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
@@ -61,7 +66,9 @@ def load_core(config: CoreConfig, progress: Progress) -> LoadedCore:
         frozenset(model.config.eos_token_ids),
     )
     runner = CpuRunner(model, num_pages, config.max_num_seqs, max_model_len, dtype.value)
-    masks = _sidecar(config, model.config.vocab_size) if config.sidecar else None
+    if make_masks is None and config.sidecar:
+        make_masks = partial(_sidecar, config)
+    masks = make_masks(model.config) if make_masks is not None else None
     core = EngineCore(runner, scheduler, masks, model.config.vocab_size)
     ready = Ready(
         model=checkpoint.name,
@@ -97,8 +104,8 @@ def _num_pages(config: CoreConfig, max_model_len: int, page_bytes: int) -> int:
     return num_pages
 
 
-def _sidecar(config: CoreConfig, vocab_size: int) -> MaskSource:
+def _sidecar(config: CoreConfig, model: ModelConfig) -> MaskSource:
     # The offline API runs without gRPC, so this module must not need it.
     from quire.engine.sidecar_masks import SidecarMasks
 
-    return SidecarMasks(config.sidecar, vocab_size, config.max_num_seqs, config.sidecar_deadline_s)
+    return SidecarMasks(config.sidecar, model.vocab_size, config.max_num_seqs, config.sidecar_deadline_s)

@@ -1,13 +1,12 @@
 """The sidecar's core: grammars compiled once, sequences' places in them, masks for a batch.
 
-Knows neither gRPC nor protobuf. `server` calls it for engines; the offline API may use it in process. All calls come
-from one event loop; compiling and filling run in threads beside it.
+Knows neither gRPC nor protobuf. `server` calls it for engines. All calls come from one event loop; compiling and
+filling run in threads beside it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLExecutor, LLMatcher, LLTokenizer
-from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
+from llguidance import LLTokenizer
 
 from quire.service.checkpoint import Checkpoint, TextModel, load_text, locate
 from quire.service.errors import InternalError, InvalidRequestError, QuireError
@@ -24,6 +22,7 @@ from quire.service.request import Constraint
 from quire.sidecar.config import SidecarConfig
 from quire.sidecar.grammar.compile import build_tokenizer
 from quire.sidecar.grammar.compiler import CompiledGrammar, GrammarCompiler
+from quire.sidecar.grammar.fill import MaskFiller, MaskRow
 from quire.sidecar.grammar.masks import map_masks
 from quire.sidecar.grammar.matcher import SequenceMatcher
 from quire.sidecar.grammar.trials import Trials
@@ -51,9 +50,9 @@ class GrammarCore:
     ) -> None:
         self.vocab_size = vocab_size
         self.metrics = metrics
+        self.filler = MaskFiller(mask_threads)
         self._compiler = compiler
         self._trials = trials
-        self._executor = LLExecutor(mask_threads or len(os.sched_getaffinity(0)))
 
     @classmethod
     async def load(cls, config: SidecarConfig, metrics: SidecarMetrics) -> GrammarCore:
@@ -96,14 +95,6 @@ class GrammarCore:
             )
         return MaskStream(self, map_masks(path, rows, vocab_size))
 
-    def fill(self, matchers: list[tuple[LLMatcher, int]], bitmask: npt.NDArray[np.int32]) -> None:
-        """Computes masks into rows, in parallel if there are several; releases the GIL."""
-        if len(matchers) == 1:
-            matcher, row = matchers[0]
-            fill_next_token_bitmask(matcher, bitmask, row)
-        elif matchers:
-            fill_next_token_bitmask_par(self._executor, matchers, bitmask)
-
     async def close(self) -> None:
         """Ends what is being compiled and the trial processes."""
         await self._compiler.close()
@@ -135,7 +126,11 @@ class MaskStream:
         for sequence in released:
             self._drop(sequence)
         errors = await self._start(rows)
-        work = [(row, self._sequences[row.sequence]) for row in rows if row.sequence not in errors]
+        work = [
+            MaskRow(row.sequence, row.row, self._sequences[row.sequence], row.accepted)
+            for row in rows
+            if row.sequence not in errors
+        ]
         errors |= await asyncio.get_running_loop().run_in_executor(self._thread, self._fill, work)
         for sequence in errors:
             self._drop(sequence)
@@ -181,19 +176,9 @@ class MaskStream:
                 )
         return errors
 
-    def _fill(self, work: list[tuple[RowRequest, SequenceMatcher]]) -> dict[int, QuireError]:
+    def _fill(self, work: Sequence[MaskRow]) -> dict[int, QuireError]:
         begin = time.perf_counter()
-        errors: dict[int, QuireError] = {}
-        matchers = []
-        for row, sequence in work:
-            sequence.consume(row.accepted)
-            if sequence.error is None:
-                matchers.append((sequence.matcher, row.row))
-        self._core.fill(matchers, self._bitmask)
-        for row, sequence in work:
-            # Computing a mask may exceed the limits too.
-            if sequence.error is not None:
-                errors[row.sequence] = sequence.error
+        errors = self._core.filler.fill(work, self._bitmask)
         self._core.metrics.rows.inc(len(work))
         self._core.metrics.fill_seconds.observe(time.perf_counter() - begin)
         return errors

@@ -5,8 +5,22 @@ from __future__ import annotations
 import json
 
 import jsonschema  # type: ignore[import-untyped]
+from llguidance import LLMatcher, LLTokenizer
 
+from quire.service.errors import InvalidRequestError
 from quire.service.request import Constraint, ConstraintKind
+from quire.sidecar.grammar.compile import compile_constraint, refusal
+
+
+def compile_explained(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatcher:
+    """`compile_constraint`, whose error says where the mistake is if that can be told."""
+    try:
+        return compile_constraint(tokenizer, constraint)
+    except InvalidRequestError as error:
+        place = explain(constraint)
+        if not place:
+            raise
+        raise refusal(constraint.kind, place) from error
 
 
 def explain(constraint: Constraint) -> str:

@@ -22,8 +22,8 @@ from llguidance import LLTokenizer
 from quire.service.checkpoint import load_text, locate
 from quire.service.errors import InvalidRequestError
 from quire.service.request import Constraint, ConstraintKind
-from quire.sidecar.grammar.compile import build_tokenizer, compile_constraint, refusal
-from quire.sidecar.grammar.explain import explain
+from quire.sidecar.grammar.compile import build_tokenizer, refusal
+from quire.sidecar.grammar.explain import compile_explained
 
 _STATM = Path("/proc/self/statm")
 
@@ -73,10 +73,9 @@ def _try_in_fork(tokenizer: LLTokenizer, constraint: Constraint, seconds: float,
 def _compile(tokenizer: LLTokenizer, constraint: Constraint) -> dict[str, Any]:
     before = _pages(1)
     try:
-        compile_constraint(tokenizer, constraint)
+        compile_explained(tokenizer, constraint)
     except InvalidRequestError as error:
-        place = explain(constraint)
-        return {"refused": (refusal(constraint.kind, place) if place else error).message}
+        return {"refused": error.message}
     return {"bytes": (_pages(1) - before) * resource.getpagesize()}
 
 
