@@ -31,7 +31,7 @@ _EXAMPLES = """\
   quire bench --requests 4 --concurrency 1 --json one.json
       the speed of one answer, and the numbers as a file
   quire bench --requests 200 --rate 2.5 --input-len 1000
-      requests that come at random, 2.5 a second on average, however busy the server is
+      requests at random times, 2.5 a second, however busy the server is
   quire bench --url https://example.com/v1 --model llama
       another server; its key is in OPENAI_API_KEY"""
 

@@ -25,7 +25,7 @@ _EXAMPLES = """\
   quire chat --json-schema invoice.json
       every answer is JSON that fits the schema
   quire chat --system "Summarize this." < article.txt > summary.txt
-      the whole input is one message, and only the answer goes to standard output"""
+      the input is one message; only the answer goes to standard output"""
 
 _HELP = """\
 /reset  forgets the conversation

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from typing import NoReturn
+import difflib
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from quire.service.errors import ConfigError
 
@@ -19,6 +21,17 @@ class Parser(argparse.ArgumentParser):
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        """As argparse's, but a flag that is not there is met with the one that was meant."""
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            close = difflib.get_close_matches(flag, self._option_string_actions, n=1) if flag.startswith("-") else []
+            self.error(f"there is no {flag}" + (f", did you mean {close[0]}" if close else ""))
+        return arguments
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError instead of printing a page of usage."""

