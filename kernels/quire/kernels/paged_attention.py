@@ -39,7 +39,7 @@ class PrefillChunk:
     stop: int
     pages: Tensor  # int64 [kv_heads × P], as in DecodeBatch
     context_len: int
-    mask: Tensor | None  # [queries, context_len] of the pool's type; None if the chunk is the whole context
+    mask: Tensor | None  # [queries, context_len] of the pool's type; None if a query sees all up to itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +57,17 @@ def plan_attention(
     num_kv_heads: int,
     page_size: int,
     dtype: torch.dtype,
+    window: int = 0,
 ) -> AttentionPlan:
     """Sorts a step's sequences into batches.
 
-    query_start int32 [S + 1]; context_lens int32 [S]; block_tables int32 [S, P]; `dtype` is the pool's.
+    query_start int32 [S + 1]; context_lens int32 [S]; block_tables int32 [S, P]; `dtype` is the pool's. A query sees
+    itself and the `window` - 1 tokens before it, or all of them if that is 0.
     """
-    starts, lengths = query_start.tolist(), context_lens.tolist()
     tables = block_tables.to(torch.int64)
+    if window:
+        context_lens, tables = _leave_out_unseen_pages(query_start, context_lens, tables, page_size, window)
+    starts, lengths = query_start.tolist(), context_lens.tolist()
     decodes, prefills = [], []
     for index, length in enumerate(lengths):
         start, stop = starts[index], starts[index + 1]
@@ -71,13 +75,14 @@ def plan_attention(
             decodes.append(index)
         else:
             table = tables[index, : -(-length // page_size)]
-            mask = None if stop - start == length else _causal_mask(stop - start, length, dtype)
+            sees_all = stop - start == length and not 0 < window < length
+            mask = None if sees_all else _causal_mask(stop - start, length, window, dtype)
             prefills.append(PrefillChunk(start, stop, _head_pages(table, num_kv_heads), length, mask))
     groups = _group_by_length(decodes, lengths, page_size)
     alone = not prefills and len(groups) == 1
     return AttentionPlan(
         tuple(
-            _decode_batch(group, alone, query_start, context_lens, tables, num_kv_heads, page_size, dtype)
+            _decode_batch(group, alone, query_start, context_lens, tables, num_kv_heads, page_size, dtype, window)
             for group in groups
         ),
         tuple(prefills),
@@ -137,11 +142,22 @@ def _head_pages(tables: Tensor, num_kv_heads: int) -> Tensor:
     return (tables.unsqueeze(-2) * num_kv_heads + heads).flatten()
 
 
-def _causal_mask(num_queries: int, context_len: int, dtype: torch.dtype) -> Tensor:
+def _leave_out_unseen_pages(
+    query_start: Tensor, context_lens: Tensor, tables: Tensor, page_size: int, window: int
+) -> tuple[Tensor, Tensor]:
+    """Context lengths and block tables without the pages that lie before the window of each sequence's first query."""
+    first_queries = context_lens - query_start.diff()
+    unseen = (first_queries - window + 1).clamp_min(0) // page_size
+    pages = torch.arange(tables.shape[1]) + unseen.unsqueeze(1)
+    return context_lens - unseen * page_size, tables.gather(1, pages.clamp_max(tables.shape[1] - 1))
+
+
+def _causal_mask(num_queries: int, context_len: int, window: int, dtype: torch.dtype) -> Tensor:
     ones = torch.ones(num_queries, context_len, dtype=torch.bool)
-    return torch.zeros(num_queries, context_len, dtype=dtype).masked_fill_(
-        ones.triu_(context_len - num_queries + 1), -torch.inf
-    )
+    unseen = ones.triu(context_len - num_queries + 1)
+    if window:
+        unseen |= ones.tril(context_len - num_queries - window)
+    return torch.zeros(num_queries, context_len, dtype=dtype).masked_fill_(unseen, -torch.inf)
 
 
 def _group_by_length(decodes: list[int], lengths: list[int], page_size: int) -> list[list[int]]:
@@ -167,6 +183,7 @@ def _decode_batch(
     num_kv_heads: int,
     page_size: int,
     dtype: torch.dtype,
+    window: int,
 ) -> DecodeBatch:
     if not alone:
         members = torch.tensor(group)
@@ -176,8 +193,11 @@ def _decode_batch(
     ends = context_lens.unsqueeze(1)
     # What stands past a sequence's end in its table may be another's page, which may hold anything.
     tables = torch.where(torch.arange(num_pages) * page_size < ends, tables, tables[:, :1])
-    past = torch.arange(num_pages * page_size) >= ends
-    mask = torch.zeros(past.shape, dtype=dtype).masked_fill_(past, -torch.inf)
+    slots = torch.arange(num_pages * page_size)
+    unseen = slots >= ends
+    if window:
+        unseen |= slots < ends - window
+    mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
     return DecodeBatch(
         rows=None if alone else query_start[:-1][members].to(torch.int64),
         pages=_head_pages(tables, num_kv_heads),

@@ -1,26 +1,42 @@
-"""Reading a model from one GGUF file (llama.cpp's format). What stands in quantized tensors is for the `gguf` package,
-but for the three types that are kept packed: their codes and scales are taken apart here.
-"""
+"""Reading a model from one GGUF file (llama.cpp's format): its names of settings and tensors, its order of rows."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
 from torch import Tensor
 
-from quire.engine.models.config import ModelConfig
-from quire.engine.models.weights import GROUP_SIZE, Checklist, LinearWeight, QuantizedWeight, dense
+from quire.engine.models.gguf_blocks import decode
+from quire.engine.models.settings import Settings
+from quire.engine.models.weights import Checklist, LinearWeight, dense
 from quire.service.checkpoint.gguf_metadata import GgufHeader, GgufTensor, read_header
 from quire.service.checkpoint.text import gguf_eos_token_ids
 from quire.service.errors import ModelError
 
+# By Hugging Face's names; GGUF's follow the architecture's and a dot.
+_SETTINGS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "v_head_dim": "attention.value_length",
+    "rotary_dim": "rope.dimension_count",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "sliding_window": "attention.sliding_window",
+    "num_local_experts": "expert_count",
+    "rope_parameters.rope_theta": "rope.freq_base",
+    "rope_parameters.rope_type": "rope.scaling.type",
+    "rope_parameters.factor": "rope.scaling.factor",
+    "rope_parameters.original_max_position_embeddings": "rope.scaling.original_context_length",
+}
 _NAMES = {
     "model.embed_tokens.weight": "token_embd.weight",
     "model.norm.weight": "output_norm.weight",
@@ -32,12 +48,18 @@ _LAYER_NAMES = {
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
     "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "post_attention_layernorm": "ffn_norm",
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
 _LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)")
+_FREQUENCY_DIVISORS = "rope_freqs.weight"
+# llama.cpp's converter stores this architecture's query and key rows with the two of a rotary pair side by side.
+_PAIRS_TOGETHER = "llama"
+_HEADS = {".q_proj.": "num_attention_heads", ".k_proj.": "num_key_value_heads"}
 
 
 class GgufWeights:
@@ -45,7 +67,7 @@ class GgufWeights:
 
     def __init__(self, path: Path) -> None:
         header = read_header(path)
-        self.config = _config(path, header)
+        self.settings = _settings(path, header)
         self._path = path
         self._data = np.memmap(path, mode="c")
         self._tensors = {tensor.name: tensor for tensor in header.tensors}
@@ -53,38 +75,45 @@ class GgufWeights:
 
     def vector(self, name: str, size: int) -> Tensor:
         """Float32 [size]."""
-        tensor = self._take(name, (size,))
-        return dense(_decode(self._rows(tensor), GGMLQuantizationType(tensor.kind))).view(size).to(torch.float32)
+        values = self._vector(_file_name(name), size)
+        return self._halves_apart(name, values.unsqueeze(1)).flatten()
 
     def matrix(self, name: str, rows: int, columns: int) -> LinearWeight:
         """[rows, columns], packed or in the type it is stored in."""
-        tensor = self._take(name, (rows, columns))
-        data = self._rows(tensor)
-        if name.endswith("q_proj.weight"):
-            data = _half_split(data, self.config.num_heads)
-        elif name.endswith("k_proj.weight"):
-            data = _half_split(data, self.config.num_kv_heads)
-        return _decode(data, GGMLQuantizationType(tensor.kind))
+        tensor = self._take(_file_name(name), (rows, columns))
+        return self._decode(tensor, self._halves_apart(name, self._rows(tensor)))
+
+    def frequency_divisors(self, size: int) -> Tensor | None:
+        """Float32 [size], by which rotary frequencies are to be divided; None if the settings say it all."""
+        return self._vector(_FREQUENCY_DIVISORS, size) if _FREQUENCY_DIVISORS in self._tensors else None
 
     def finish(self) -> None:
         """Raises ModelError if tensors are left that nobody asked for."""
         self._checklist.finish()
 
-    def _take(self, name: str, shape: tuple[int, ...]) -> GgufTensor:
-        name = _file_name(name)
-        self._checklist.take(name, shape)
-        return self._tensors[name]
+    def _vector(self, file_name: str, size: int) -> Tensor:
+        tensor = self._take(file_name, (size,))
+        return dense(self._decode(tensor, self._rows(tensor))).view(size).to(torch.float32)
 
-    def _rows(self, tensor: GgufTensor) -> np.ndarray[Any, np.dtype[np.uint8]]:
-        """The tensor's bytes, [rows, bytes of a row]."""
+    def _take(self, file_name: str, shape: tuple[int, ...]) -> GgufTensor:
+        self._checklist.take(file_name, shape)
+        return self._tensors[file_name]
+
+    def _halves_apart(self, name: str, rows: Tensor) -> Tensor:
+        """Puts the rows of `name`, [rows, any], into Hugging Face's order: a head's first halves of pairs first."""
+        heads = next((setting for part, setting in _HEADS.items() if part in name), None)
+        if heads is None or self.settings.text("model_type") != _PAIRS_TOGETHER:
+            return rows
+        num_heads = self.settings.integer(heads, self.settings.integer("num_attention_heads"))
+        pairs = rows.view(num_heads, rows.shape[0] // num_heads // 2, 2, rows.shape[1])
+        return pairs.transpose(1, 2).reshape(rows.shape)
+
+    def _rows(self, tensor: GgufTensor) -> Tensor:
+        """The tensor's bytes, uint8 [rows, bytes of a row]; a vector is one row."""
         try:
             block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
         except (ValueError, KeyError) as error:
-            raise ModelError(
-                f"the tensor {tensor.name} of {self._path} is of an unknown type ({tensor.kind}): convert the model to "
-                "Q4_1, Q8_0 or F16",
-                field="model",
-            ) from error
+            raise self._unknown_type(tensor) from error
         columns = tensor.shape[-1]
         row_bytes = columns // block_size * block_bytes
         num_rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
@@ -94,7 +123,20 @@ class GgufWeights:
                 f"{self._path} ends within the tensor {tensor.name} or describes it wrongly: download it again",
                 field="model",
             )
-        return self._data[tensor.offset : end].reshape(num_rows, row_bytes)
+        return torch.from_numpy(self._data[tensor.offset : end]).view(num_rows, row_bytes)
+
+    def _decode(self, tensor: GgufTensor, rows: Tensor) -> LinearWeight:
+        try:
+            return decode(rows, GGMLQuantizationType(tensor.kind))
+        except NotImplementedError as error:
+            raise self._unknown_type(tensor) from error
+
+    def _unknown_type(self, tensor: GgufTensor) -> ModelError:
+        return ModelError(
+            f"the tensor {tensor.name} of {self._path} is of a type that is not known ({tensor.kind}): convert the "
+            "model to Q4_1, Q8_0 or F16",
+            field="model",
+        )
 
 
 def _file_name(name: str) -> str:
@@ -102,95 +144,17 @@ def _file_name(name: str) -> str:
     return f"blk.{match[1]}.{_LAYER_NAMES[match[2]]}.{match[3]}" if match else _NAMES[name]
 
 
-def _half_split(rows: np.ndarray[Any, np.dtype[np.uint8]], num_heads: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Undoes llama.cpp's order of query and key rows: its converter puts the two of a rotary pair side by side."""
-    pairs = rows.reshape(num_heads, rows.shape[0] // num_heads // 2, 2, rows.shape[1])
-    return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
-
-
-def _decode(rows: np.ndarray[Any, np.dtype[np.uint8]], kind: GGMLQuantizationType) -> LinearWeight:
-    data = torch.from_numpy(rows)
-    if kind in _FLOATS:
-        return data.view(_FLOATS[kind])
-    if kind in _PACKED:
-        _, block_bytes = GGML_QUANT_SIZES[kind]
-        return _PACKED[kind](data.view(data.shape[0], -1, block_bytes))
-    return torch.from_numpy(dequantize(rows, kind))
-
-
-def _q4_0(blocks: Tensor) -> QuantizedWeight:
-    scales = _half(blocks, 0)
-    return QuantizedWeight(_nibbles(blocks[..., 2:]), scales, -8 * scales, 4)
-
-
-def _q4_1(blocks: Tensor) -> QuantizedWeight:
-    return QuantizedWeight(_nibbles(blocks[..., 4:]), _half(blocks, 0), _half(blocks, 2), 4)
-
-
-def _q8_0(blocks: Tensor) -> QuantizedWeight:
-    codes = blocks[..., 2:].contiguous().view(torch.int8).view(blocks.shape[0], -1)
-    return QuantizedWeight(codes, _half(blocks, 0), None, 8)
-
-
-def _nibbles(packed: Tensor) -> Tensor:
-    """[N, blocks, 16] bytes to [N, K] codes: a block's low nibbles are its first half."""
-    codes = torch.empty(*packed.shape[:-1], 2, GROUP_SIZE // 2, dtype=torch.uint8)
-    torch.bitwise_and(packed, 15, out=codes[..., 0, :])
-    torch.bitwise_right_shift(packed, 4, out=codes[..., 1, :])
-    return codes.view(packed.shape[0], -1)
-
-
-def _half(blocks: Tensor, offset: int) -> Tensor:
-    """The float16 at a place in every block, as float32 [N, blocks]."""
-    return blocks[..., offset : offset + 2].contiguous().view(torch.float16).squeeze(-1).to(torch.float32)
-
-
-_FLOATS = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
-_PACKED: dict[GGMLQuantizationType, Callable[[Tensor], QuantizedWeight]] = {
-    GGMLQuantizationType.Q4_0: _q4_0,
-    GGMLQuantizationType.Q4_1: _q4_1,
-    GGMLQuantizationType.Q8_0: _q8_0,
-}
-
-
-def _config(path: Path, header: GgufHeader) -> ModelConfig:
-    metadata = header.metadata
-    shapes = {tensor.name: tensor.shape for tensor in header.tensors}
-    try:
-        architecture = str(metadata["general.architecture"])
-        of = {key.removeprefix(f"{architecture}."): value for key, value in metadata.items()}
-        num_heads, hidden_size = of["attention.head_count"], of["embedding_length"]
-        config = ModelConfig(
-            architecture=architecture,
-            vocab_size=of.get("vocab_size", shapes["token_embd.weight"][0]),
-            hidden_size=hidden_size,
-            intermediate_size=of["feed_forward_length"],
-            num_layers=of["block_count"],
-            num_heads=num_heads,
-            num_kv_heads=of.get("attention.head_count_kv", num_heads),
-            head_size=of.get("attention.key_length", hidden_size // num_heads),
-            max_model_len=of["context_length"],
-            rms_norm_eps=of["attention.layer_norm_rms_epsilon"],
-            rope_theta=of.get("rope.freq_base", 10000.0),
-            tie_word_embeddings="output.weight" not in shapes,
-            eos_token_ids=gguf_eos_token_ids(metadata),
-        )
-    except KeyError as error:
-        raise ModelError(
-            f"{path} lacks {error.args[0]}: the model's export is incomplete or its architecture is not supported",
-            field="model",
-        ) from error
-    unsupported = {
-        "rope.scaling.type": of.get("rope.scaling.type", "none") != "none",
-        "expert_count": of.get("expert_count", 0) > 0,
-        "attention.head_count_kv": not isinstance(config.num_kv_heads, int),
-        "rope.dimension_count": of.get("rope.dimension_count", config.head_size) != config.head_size,
-    }
-    for key, found in unsupported.items():
-        if found:
-            raise ModelError(f"{path} has {architecture}.{key} = {of[key]}, which is not supported yet", field="model")
-    return config
+def _settings(path: Path, header: GgufHeader) -> Settings:
+    """The metadata by Hugging Face's names."""
+    metadata, shapes = header.metadata, {tensor.name: tensor.shape for tensor in header.tensors}
+    architecture = metadata.get("general.architecture")
+    spelling = {name: f"{architecture}.{key}" for name, key in _SETTINGS.items()}
+    spelling["model_type"] = "general.architecture"
+    values = {name: metadata.get(key) for name, key in spelling.items()}
+    if values["vocab_size"] is None and "token_embd.weight" in shapes:
+        values["vocab_size"] = shapes["token_embd.weight"][0]
+    if values["rope_parameters.rope_type"] == "none":
+        values["rope_parameters.rope_type"] = "default"
+    values["tie_word_embeddings"] = "output.weight" not in shapes
+    values["attention_bias"] = "blk.0.attn_q.bias" in shapes
+    return Settings(path, values, spelling, gguf_eos_token_ids(metadata))

@@ -25,7 +25,7 @@ _EMULATED_ROWS = 3
 
 
 class Linear(Protocol):
-    """y = x Wᵀ."""
+    """y = x Wᵀ, or x Wᵀ + b."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] → [T, N], in a float type of the product's choice. Best if x has `LinearKernels.input_dtype(T)`."""
@@ -60,8 +60,12 @@ class LinearKernels:
         """What a linear layer wants its input to be in a step of `rows` rows."""
         return self.small if rows <= self.small_rows else self.large
 
-    def linear(self, weight: LinearWeight) -> Linear:
-        """The layer for a weight [N, K]."""
+    def linear(self, weight: LinearWeight, bias: Tensor | None = None) -> Linear:
+        """The layer for a weight [N, K] and a bias, float32 [N]."""
+        product = self._product(weight)
+        return product if bias is None else BiasedLinear(product, bias)
+
+    def _product(self, weight: LinearWeight) -> Linear:
         if self.small_rows and isinstance(weight, QuantizedWeight) and PackedLinear.takes(weight):
             packed = PackedLinear(weight)
             if self.small_rows == sys.maxsize:
@@ -152,3 +156,14 @@ class SteppedLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._small(x) if x.shape[0] <= self._small_rows else self._large(x)
+
+
+class BiasedLinear:
+    """A product, and a vector added to it in float32: a bias may be a hundred times what it is added to."""
+
+    def __init__(self, product: Linear, bias: Tensor) -> None:
+        self._product = product
+        self._bias = bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._product(x) + self._bias

@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from quire.engine.models import llama, mistral, qwen2, qwen3
+from quire.engine.models.config import ModelConfig
+from quire.engine.models.decoder import Decoder
 from quire.engine.models.gguf import GgufWeights
-from quire.engine.models.llama import Llama
+from quire.engine.models.layer import Layer, LayerLoader
 from quire.engine.models.model import Model, ModelDtype
 from quire.engine.models.safetensors import FolderWeights
+from quire.engine.models.settings import Settings
 from quire.engine.models.weights import Weights
 from quire.service.checkpoint.locate import CheckpointFormat
-from quire.service.errors import ModelError
 
 Progress = Callable[[float, str], None]
 
-# By the name that config.json's model_type and GGUF's general.architecture have in common.
-_ARCHITECTURES = {"llama": Llama}
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What tells one family of models from another: how it reads its settings and what its layers are made of."""
+
+    configure: Callable[[Settings], ModelConfig]
+    load_layer: Callable[[LayerLoader], Layer]
+
+
+# By config.json's model_type, which is GGUF's general.architecture.
+FAMILIES = {
+    "llama": Family(llama.configure, llama.load_layer),
+    "mistral": Family(mistral.configure, mistral.load_layer),
+    "qwen2": Family(qwen2.configure, qwen2.load_layer),
+    "qwen3": Family(qwen3.configure, qwen3.load_layer),
+}
 
 
 def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress: Progress) -> Model:
     """The model at `path`, its weights in memory. `progress` is called with 0 to 1 and what is being done.
 
-    Raises ModelError if the architecture is not supported, or a tensor is missing, left over or misshapen.
+    Raises ModelError if the architecture is not supported, a setting can't be served, or a tensor is missing, left over
+    or misshapen.
     """
     progress(0.0, f"reading {path.name}")
     weights: Weights = GgufWeights(path) if format is CheckpointFormat.GGUF else FolderWeights(path)
-    architecture = _ARCHITECTURES.get(weights.config.architecture)
-    if architecture is None:
-        raise ModelError(
-            f"{path} is of the architecture {weights.config.architecture}; supported: {', '.join(_ARCHITECTURES)}",
-            field="model",
-        )
-    model = architecture(weights, dtype, lambda done: progress(done, "loading weights"))
+    family = FAMILIES.get(weights.settings.text("model_type"))
+    if family is None:
+        raise weights.settings.error("model_type", f"supported are {', '.join(FAMILIES)}")
+    config = family.configure(weights.settings)
+    model = Decoder(weights, config, family.load_layer, dtype, lambda done: progress(done, "loading weights"))
     weights.finish()
     return model

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from quire.engine.models.config import ModelConfig
+from quire.engine.models.settings import Settings
 from quire.engine.models.weights import Checklist, LinearWeight
 from quire.service.checkpoint.text import folder_eos_token_ids
 from quire.service.errors import ModelError
@@ -19,38 +22,38 @@ _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 # Old exports carry this buffer, which is computed from the configuration.
 _COMPUTED = "rotary_emb.inv_freq"
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = ("F32", "F16", "BF16")
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """Where a tensor is."""
+
+    file: Any  # what safe_open gives
+    shape: tuple[int, ...]
 
 
 class FolderWeights:
     """An open folder; see `quire.engine.models.weights.Weights`."""
 
     def __init__(self, path: Path) -> None:
-        self.config = _config(path)
+        self.settings = _settings(path)
         self._path = path
-        self._shards: dict[str, Any] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in _files(path):
-            try:
-                shard: Any = safe_open(str(file), framework="pt")
-                for name in shard.keys():  # noqa: SIM118  not a dict
-                    part = shard.get_slice(name)
-                    if part.get_dtype() not in _DTYPES:
-                        raise ModelError(
-                            f"the tensor {name} of {file} is of type {part.get_dtype()}: F32, F16 and BF16 are "
-                            "supported; take the model's unquantized export or a GGUF file",
-                            field="model",
-                        )
-                    if not name.endswith(_COMPUTED) and not (
-                        name == "lm_head.weight" and self.config.tie_word_embeddings
-                    ):
-                        shapes[name] = tuple(part.get_shape())
-                        self._shards[name] = shard
-            except (OSError, SafetensorError) as error:
-                raise ModelError(
-                    f"{file} is not a readable safetensors file ({error}): download it again", field="model"
-                ) from error
-        self._checklist = Checklist(path, shapes)
+
+    @cached_property
+    def _tensors(self) -> dict[str, _Stored]:
+        # Not before they are asked for: that the settings are of another architecture is the better error.
+        tied = self.settings.flag("tie_word_embeddings", False)
+        return {
+            name: stored
+            for file in _files(self._path)
+            for name, stored in _open(file)
+            if not name.endswith(_COMPUTED) and not (name == "lm_head.weight" and tied)
+        }
+
+    @cached_property
+    def _checklist(self) -> Checklist:
+        return Checklist(self._path, {name: stored.shape for name, stored in self._tensors.items()})
 
     def vector(self, name: str, size: int) -> Tensor:
         """Float32 [size]."""
@@ -60,14 +63,36 @@ class FolderWeights:
         """[rows, columns], in the type it is stored in."""
         return self._take(name, (rows, columns))
 
+    def frequency_divisors(self, size: int) -> None:
+        """There are none: the settings say it all."""
+
     def finish(self) -> None:
         """Raises ModelError if tensors are left that nobody asked for."""
         self._checklist.finish()
 
     def _take(self, name: str, shape: tuple[int, ...]) -> Tensor:
         self._checklist.take(name, shape)
-        tensor: Tensor = self._shards[name].get_tensor(name)
+        tensor: Tensor = self._tensors[name].file.get_tensor(name)
         return tensor
+
+
+def _open(path: Path) -> Iterator[tuple[str, _Stored]]:
+    """The tensors of a file by name; raises ModelError if it can't be read or holds other types than floats."""
+    try:
+        file: Any = safe_open(str(path), framework="pt")
+        for name in file.keys():  # noqa: SIM118  not a dict
+            part = file.get_slice(name)
+            if part.get_dtype() not in _DTYPES:
+                raise ModelError(
+                    f"the tensor {name} of {path} is of type {part.get_dtype()}: only {', '.join(_DTYPES)} are "
+                    "supported; take the model's unquantized export or a GGUF file",
+                    field="model",
+                )
+            yield name, _Stored(file, tuple(part.get_shape()))
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path} is not a readable safetensors file ({error}): download it again", field="model"
+        ) from error
 
 
 def _files(path: Path) -> list[Path]:
@@ -81,55 +106,30 @@ def _files(path: Path) -> list[Path]:
         return [path / _SINGLE]
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return [path / name for name in names]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a readable index ({error}): download it again", field="model") from error
-    return [path / name for name in names]
 
 
-def _config(path: Path) -> ModelConfig:
+def _settings(path: Path) -> Settings:
     file = path / "config.json"
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        architecture = str(content["model_type"])
-        num_heads, hidden_size = content["num_attention_heads"], content["hidden_size"]
-        # transformers 5 gathers what it called rope_theta and rope_scaling before.
-        rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
-        config = ModelConfig(
-            architecture=architecture,
-            vocab_size=content["vocab_size"],
-            hidden_size=hidden_size,
-            intermediate_size=content["intermediate_size"],
-            num_layers=content["num_hidden_layers"],
-            num_heads=num_heads,
-            num_kv_heads=content.get("num_key_value_heads") or num_heads,
-            head_size=content.get("head_dim") or hidden_size // num_heads,
-            max_model_len=content["max_position_embeddings"],
-            rms_norm_eps=content["rms_norm_eps"],
-            rope_theta=rope.get("rope_theta") or content.get("rope_theta", 10000.0),
-            tie_word_embeddings=content.get("tie_word_embeddings", False),
-            eos_token_ids=folder_eos_token_ids(path),
-        )
-    except KeyError as error:
-        raise ModelError(
-            f"{file} lacks {error.args[0]}: the model's export is incomplete or its architecture is not supported",
-            field="model",
-        ) from error
-    except (OSError, ValueError, AttributeError) as error:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ModelError(
             f"{file} is not a readable configuration ({error}): download it again", field="model"
         ) from error
-    _refuse_unsupported(file, content, rope)
-    return config
-
-
-def _refuse_unsupported(file: Path, content: dict[str, Any], rope: dict[str, Any]) -> None:
-    wanted = {
-        "attention_bias": (content.get("attention_bias", False), False),
-        "mlp_bias": (content.get("mlp_bias", False), False),
-        "hidden_act": (content.get("hidden_act", "silu"), "silu"),
-        "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),
-        "quantization_config": (content.get("quantization_config"), None),
-    }
-    for key, (found, supported) in wanted.items():
-        if found != supported:
-            raise ModelError(f"{file} has {key} = {found}: only {supported} is supported yet", field="model")
+    if not isinstance(values, dict):
+        raise ModelError(f"{file} holds no JSON object: download it again", field="model")
+    # transformers 5 gathers what older ones wrote as rope_theta and rope_scaling.
+    group = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    rope = values.get(group) or {}
+    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
+        raise ModelError(
+            f"{file} has {group} = {rope!r}: only one set of values for all layers is supported", field="model"
+        )
+    spelling = {f"rope_parameters.{name}": f"{group}.{name}" for name in rope}
+    nested = {f"rope_parameters.{name}": value for name, value in rope.items()}
+    nested.setdefault("rope_parameters.rope_type", rope.get("type"))
+    nested.setdefault("rope_parameters.rope_theta", values.get("rope_theta"))
+    return Settings(file, values | nested, spelling, folder_eos_token_ids(path))

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from quire.engine.models.config import ModelConfig
+from quire.engine.models.settings import Settings
 from quire.service.errors import ModelError
 
 GROUP_SIZE = 32  # columns that share a scale, in all of llama.cpp's simple types
@@ -40,13 +40,16 @@ LinearWeight = Tensor | QuantizedWeight
 class Weights(Protocol):
     """An open checkpoint. Every method raises ModelError that names tensor and file if a tensor is not as expected."""
 
-    config: ModelConfig
+    settings: Settings
 
     def vector(self, name: str, size: int) -> Tensor:
         """Float32 [size]."""
 
     def matrix(self, name: str, rows: int, columns: int) -> LinearWeight:
         """[rows, columns], in the type it is stored in."""
+
+    def frequency_divisors(self, size: int) -> Tensor | None:
+        """Float32 [size], by which rotary frequencies are to be divided; None if the settings say it all."""
 
     def finish(self) -> None:
         """Raises ModelError if the checkpoint holds tensors that nobody asked for: it is another model then."""
