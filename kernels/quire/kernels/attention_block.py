@@ -1,0 +1,131 @@
+"""Attention over parts of a context, and what becomes of the parts: device functions of `paged_attention_triton`.
+
+Algorithm: FlashAttention-2 (Dao, 2023), and for the parts Flash-Decoding (Dao et al., 2023). Scores are in units of
+ln 2, so that exp2 serves; what a query may not see gets a large negative score and not -inf, so that nothing is ever
+NaN: a row that has seen nothing yet holds garbage, which the first real score's rescaling wipes out.
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from quire.kernels._triton import jit, tl
+
+
+@jit
+def attend_block(
+    start: tl.tensor,
+    end: tl.tensor,
+    q: tl.tensor,
+    best: tl.tensor,
+    weight: tl.tensor,
+    acc: tl.tensor,
+    positions: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    kv_head: tl.tensor,
+    scale: tl.tensor,
+    soft_cap: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    MASK: tl.constexpr,
+) -> tl.tensor:
+    """Takes the keys from `start` into account: returns the new maximum, denominator and weighted sum of values.
+
+    Without MASK all of a block's keys are there and all queries see them, but for the window.
+    """
+    key = start + tl.arange(0, BLOCK_KEYS)
+    element = tl.arange(0, BLOCK_SIZE)
+    inside = key < end
+    if MASK:
+        page = tl.load(table_ptr + key // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
+    else:
+        page = tl.load(table_ptr + key // PAGE_SIZE).to(tl.int64)
+    offset = ((page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE) * HEAD_SIZE
+    place = offset[:, None] + element[None, :]
+    if MASK:
+        there = inside[:, None] & (element < HEAD_SIZE)[None, :]
+        k = tl.load(keys_ptr + place, mask=there, other=0.0)
+        v = tl.load(values_ptr + place, mask=there, other=0.0)
+    elif HEAD_SIZE != BLOCK_SIZE:
+        k = tl.load(keys_ptr + place, mask=(element < HEAD_SIZE)[None, :], other=0.0)
+        v = tl.load(values_ptr + place, mask=(element < HEAD_SIZE)[None, :], other=0.0)
+    else:
+        k = tl.load(keys_ptr + place)
+        v = tl.load(values_ptr + place)
+
+    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
+    unit = scale
+    if SOFT_CAP:
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+        scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.0 * 1.4426950408889634 / soft_cap)) + 1.0))
+        unit = 1.0
+    if MASK:
+        scores = tl.where(inside[None, :] & (key[None, :] <= positions[:, None]), scores, -1e30)
+    if WINDOW > 0:
+        scores = tl.where(key[None, :] > positions[:, None] - WINDOW, scores, -1e30)
+    new_best = tl.maximum(best, tl.max(scores, 1) * unit)
+    # One fused multiply-add an element.
+    p = tl.exp2(scores * unit - new_best[:, None])
+    fade = tl.exp2(best - new_best)
+    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+    return new_best, weight * fade + tl.sum(p, 1), acc
+
+
+@jit
+def combine_parts(
+    partials_ptr: tl.tensor,
+    lses_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    first_slot: tl.tensor,
+    parts: tl.tensor,
+    first_row: tl.tensor,
+    num_queries: tl.tensor,
+    kv_head: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
+) -> None:
+    """Weighs the results of a tile's parts and writes the tile's output: some rows of many parts at a time.
+
+    So that the loads of many parts are in flight together, and registers suffice.
+    """
+    element = tl.arange(0, BLOCK_SIZE)
+    slot = (first_slot * NUM_KV_HEADS + kv_head).to(tl.int64)
+    for begin in range(0, num_queries * GROUP, BLOCK_ROWS):
+        row = begin + tl.arange(0, BLOCK_ROWS)
+        inside = row < num_queries * GROUP
+        best = tl.full((BLOCK_ROWS,), -1e30, tl.float32)
+        weight = tl.zeros((BLOCK_ROWS,), tl.float32)
+        acc = tl.zeros((BLOCK_ROWS, BLOCK_SIZE), tl.float32)
+        for first_part in range(0, parts, BLOCK_PARTS):
+            part = first_part + tl.arange(0, BLOCK_PARTS)
+            place = (slot + part * NUM_KV_HEADS)[:, None] * TILE_ROWS + row[None, :]
+            real = (part < parts)[:, None] & inside[None, :]
+            lse = tl.load(lses_ptr + place, mask=real, other=-1e30)
+            x = tl.load(
+                partials_ptr + place[:, :, None] * HEAD_SIZE + element[None, None, :],
+                mask=real[:, :, None] & (element < HEAD_SIZE)[None, None, :],
+                other=0.0,
+            )
+            new_best = tl.maximum(best, tl.max(lse, 0))
+            fade = tl.exp2(best - new_best)
+            share = tl.exp2(lse - new_best[None, :])
+            acc = acc * fade[:, None] + tl.sum(x * share[:, :, None], 0)
+            weight = weight * fade + tl.sum(share, 0)
+            best = new_best
+        head = (first_row + row // GROUP) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+        tl.store(
+            out_ptr + head[:, None] * HEAD_SIZE + element[None, :],
+            (acc / weight[:, None]).to(out_ptr.dtype.element_ty),
+            mask=inside[:, None] & (element < HEAD_SIZE)[None, :],
+        )

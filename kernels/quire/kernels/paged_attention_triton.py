@@ -1,0 +1,222 @@
+"""Causal attention over paged keys and values on a GPU: prefill chunks, verifications and decodes in any mix.
+
+Algorithm: FlashAttention-2 (Dao, 2023) over block tables, with the query heads that share a KV head packed into the
+rows of one product; long contexts are cut into parts among programs, whose results the last of them to finish combines
+(Flash-Decoding, Dao et al., 2023).
+
+All that depends on the batch is on the device. Once a step a small kernel turns lengths into lists of work
+(`quire.kernels.attention_worklist`), and the grid of each layer's attention is the longest list that there can be:
+programs past its end leave at once. So one captured graph serves any batch within its `AttentionLimits`.
+
+Slots past a sequence's end are never read. The same batch gives the same bits; another mix of sequences may cut a
+context elsewhere, and so may round elsewhere.
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.kernels._triton import jit, next_power_of_2, tl
+from quire.kernels.attention_block import attend_block, combine_parts
+from quire.kernels.attention_worklist import ITEM_FIELDS, AttentionLimits, AttentionShape, Tile, WorkList, list_work
+
+_LOG2_E = 1.4426950408889634
+# Elements that a combining program holds at a time: 64 registers of each of its threads.
+_COMBINED_PER_WARP = 2048
+
+
+@dataclass(frozen=True, slots=True)
+class TritonAttentionPlan:
+    """One step's work, the same for every layer of one `AttentionShape`."""
+
+    shape: AttentionShape
+    block_tables: Tensor  # int32 [tables, P]
+    lists: tuple[WorkList, ...]
+
+
+def plan_attention_triton(
+    query_start: Tensor,
+    context_lens: Tensor,
+    block_tables: Tensor,
+    shape: AttentionShape,
+    limits: AttentionLimits,
+    table_rows: Tensor | None = None,
+    tiles: tuple[Tile, Tile] | None = None,
+) -> TritonAttentionPlan:
+    """Launches the kernels that list a step's work; capture it in front of the layers.
+
+    query_start int32 [S + 1], S ≤ max_seqs: sequence i's queries are rows query_start[i] to query_start[i + 1] - 1, and
+    one without any is skipped, whatever else is said of it; context_lens int32 [S], keys that there are once the step's
+    are written; block_tables int32 [tables, P]; table_rows int [S]: each sequence's row in block_tables, i if None;
+    tiles: those of decodes and prefill chunks, for tuning.
+    """
+    if context_lens.shape[0] > limits.max_seqs:
+        raise ValueError(f"there are {context_lens.shape[0]} sequences, and the limit is {limits.max_seqs}")
+    if block_tables.stride(1) != 1:
+        raise ValueError(f"a block table must be contiguous, and the strides are {block_tables.stride()}")
+    lists = list_work(query_start, context_lens, shape, limits, table_rows, tiles)
+    return TritonAttentionPlan(shape, block_tables, lists)
+
+
+def paged_attention_triton(
+    queries: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    plan: TritonAttentionPlan,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """The attention output of every row that belongs to a sequence, [T, heads, D] in the queries' type.
+
+    queries [T, heads, D]; *_pages [pages, kv_heads, page_size, D], which hold the step's own keys and values already;
+    scale: of the products, positive, 1 / √D if None; soft_cap: bounds the scaled products by cap · tanh(x / cap), 0 is
+    off. Rows of no sequence are left as they were allocated.
+    """
+    shape = plan.shape
+    _check_layout(queries, key_pages, value_pages, shape)
+    if scale is None:
+        scale = shape.head_size**-0.5
+    if scale <= 0:
+        raise ValueError(f"scale must be positive, and is {scale}")
+    out = torch.empty_like(queries)
+    block_size = max(16, next_power_of_2(shape.head_size))
+    combine_rows = min(4, next_power_of_2(shape.group))
+    for index, work in enumerate(plan.lists):
+        tile = work.tile
+        _attend_kernel[(shape.num_kv_heads, work.items.shape[0])](
+            queries,
+            key_pages,
+            value_pages,
+            out,
+            plan.block_tables,
+            work.items,
+            work.count,
+            work.partials,
+            work.lses,
+            work.arrivals,
+            plan.block_tables.stride(0),
+            scale * _LOG2_E,
+            soft_cap * _LOG2_E,
+            NUM_KV_HEADS=shape.num_kv_heads,
+            GROUP=shape.group,
+            HEAD_SIZE=shape.head_size,
+            PAGE_SIZE=key_pages.shape[2],
+            WINDOW=shape.window,
+            SOFT_CAP=soft_cap != 0.0,
+            FIELDS=ITEM_FIELDS,
+            TILE_ROWS=tile.rows,
+            BLOCK_KEYS=tile.keys,
+            BLOCK_SIZE=block_size,
+            COMBINE_ROWS=combine_rows,
+            COMBINE_PARTS=max(2, _COMBINED_PER_WARP * tile.num_warps // (combine_rows * block_size)),
+            STAGES=tile.num_stages,
+            BULK=index > 0,
+            num_warps=tile.num_warps,
+        )
+    return out
+
+
+def _check_layout(queries: Tensor, key_pages: Tensor, value_pages: Tensor, shape: AttentionShape) -> None:
+    if queries.shape[1:] != (shape.num_heads, shape.head_size):
+        raise ValueError(f"queries must be [T, {shape.num_heads}, {shape.head_size}], and are {list(queries.shape)}")
+    pages = (shape.num_kv_heads, key_pages.shape[2], shape.head_size)
+    if key_pages.shape[1:] != pages or value_pages.shape != key_pages.shape:
+        raise ValueError(f"pages must be [pages, {pages[0]}, page_size, {pages[2]}], and are {list(key_pages.shape)}")
+    if not (queries.is_contiguous() and key_pages.is_contiguous() and value_pages.is_contiguous()):
+        raise ValueError("queries, key_pages and value_pages must be contiguous")
+
+
+@jit
+def _attend_kernel(
+    queries_ptr: tl.tensor,
+    keys_ptr: tl.tensor,
+    values_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    items_ptr: tl.tensor,
+    count_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
+    lses_ptr: tl.tensor,
+    arrivals_ptr: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
+    soft_cap: tl.tensor,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    FIELDS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    COMBINE_ROWS: tl.constexpr,
+    COMBINE_PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
+    BULK: tl.constexpr,
+) -> None:
+    """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's."""
+    kv_head = tl.program_id(0)
+    item = tl.program_id(1)
+    if item >= tl.load(count_ptr):
+        return
+    fields = items_ptr + item * FIELDS
+    table_ptr = tables_ptr + tl.load(fields).to(tl.int64) * table_stride
+    first_row = tl.load(fields + 1).to(tl.int64)
+    position = tl.load(fields + 2)
+    num_queries = tl.load(fields + 3)
+    begin = tl.load(fields + 4)
+    end = tl.load(fields + 5)
+    first_slot = tl.load(fields + 6)
+    part = tl.load(fields + 7)
+    parts = tl.load(fields + 8)
+
+    row = tl.arange(0, TILE_ROWS)
+    element = tl.arange(0, BLOCK_SIZE)
+    query = row // GROUP
+    there = (query < num_queries)[:, None] & (element < HEAD_SIZE)[None, :]
+    head = (first_row + query) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+    place = head[:, None] * HEAD_SIZE + element[None, :]
+    q = tl.load(queries_ptr + place, mask=there, other=0.0)
+    positions = position + query
+
+    best = tl.full((TILE_ROWS,), -1e30, tl.float32)
+    weight = tl.zeros((TILE_ROWS,), tl.float32)
+    acc = tl.zeros((TILE_ROWS, BLOCK_SIZE), tl.float32)
+    rest = begin
+    if BULK:
+        # All queries see all of these keys.
+        rest = begin + tl.maximum(tl.minimum(end, position + 1) - begin, 0) // BLOCK_KEYS * BLOCK_KEYS
+        for start in tl.range(begin, rest, BLOCK_KEYS, num_stages=STAGES):
+            best, weight, acc = attend_block(
+                start, end, q, best, weight, acc, positions, keys_ptr, values_ptr, table_ptr, kv_head, scale, soft_cap,
+                NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, False,
+            )  # fmt: skip
+    for start in tl.range(rest, end, BLOCK_KEYS, num_stages=STAGES):
+        best, weight, acc = attend_block(
+            start, end, q, best, weight, acc, positions, keys_ptr, values_ptr, table_ptr, kv_head, scale, soft_cap,
+            NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, True,
+        )  # fmt: skip
+
+    weight = tl.where(weight > 0.0, weight, 1.0)  # a part without a key, before the tile's first or after its last
+    acc = acc / weight[:, None]
+    if first_slot < 0:
+        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=there)
+    else:
+        slot = ((first_slot + part) * NUM_KV_HEADS + kv_head).to(tl.int64) * TILE_ROWS
+        tl.store(partials_ptr + (slot + row)[:, None] * HEAD_SIZE + element[None, :], acc, mask=there)
+        tl.store(lses_ptr + slot + row, best + tl.log2(weight), mask=query < num_queries)
+        # All threads' results must be out before this program says that it is done.
+        tl.debug_barrier()
+        arrivals = arrivals_ptr + first_slot * NUM_KV_HEADS + kv_head
+        if tl.atomic_add(arrivals, 1, sem="acq_rel") == parts - 1:
+            tl.store(arrivals, 0)
+            combine_parts(
+                partials_ptr, lses_ptr, out_ptr, first_slot, parts, first_row, num_queries, kv_head,
+                NUM_KV_HEADS, GROUP, HEAD_SIZE, TILE_ROWS, BLOCK_SIZE, COMBINE_ROWS, COMBINE_PARTS,
+            )  # fmt: skip
