@@ -184,9 +184,10 @@ def _logprobs_to_proto(logprobs: TokenLogprobs) -> session_pb2.TokenLogprobs:
 
 
 def _logprobs_from_proto(message: session_pb2.TokenLogprobs) -> TokenLogprobs:
-    return TokenLogprobs(
-        message.logprob, message.rank, tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
-    )
+    tokens, values = message.top_token_ids, message.top_logprobs
+    if len(tokens) != len(values):
+        raise InternalError(f"a peer sent {len(tokens)} most likely tokens with {len(values)} log-probabilities")
+    return TokenLogprobs(message.logprob, message.rank, tuple(zip(tokens, values, strict=True)))
 
 
 def finished_from_proto(message: session_pb2.Finished) -> Finished:
