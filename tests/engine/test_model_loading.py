@@ -12,15 +12,16 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 from safetensors.torch import load_file, save_file
+from teacher_forced import teacher_forced_logits
 from tiny_gguf import encode_as, write_gguf
 from tiny_models import tiny_llama
 
-from quire.engine.models.model import ForwardBatch, Model, ModelDtype
+from quire.engine.models.model import Model, ModelDtype
 from quire.engine.models.registry import load_model
 from quire.service.checkpoint.locate import CheckpointFormat, locate
 from quire.service.errors import ModelError
 
-TOKENS = torch.tensor([[3, 250, 17, 99, 4, 4, 181, 0, 258, 30, 31, 32, 33, 34, 35, 36, 37, 38]])
+TOKENS = [3, 250, 17, 99, 4, 4, 181, 0, 258, 30, 31, 32, 33, 34, 35, 36, 37, 38]
 
 
 @pytest.fixture
@@ -231,17 +232,4 @@ def test_rows_that_no_block_divides_are_refused(tmp_path: Path, dtype: ModelDtyp
 
 
 def logits(model: Model) -> torch.Tensor:
-    """Of every token of TOKENS, computed in one step."""
-    length = TOKENS.numel()
-    batch = ForwardBatch(
-        token_ids=TOKENS[0],
-        positions=torch.arange(length),
-        slot_mapping=torch.arange(length),
-        query_start=torch.tensor([0, length], dtype=torch.int32),
-        context_lens=torch.tensor([length], dtype=torch.int32),
-        block_tables=torch.tensor([[0, 1]], dtype=torch.int32),
-        logit_rows=torch.arange(length),
-        max_query_len=length,
-        max_context_len=length,
-    )
-    return model.forward(batch, model.new_kv_cache(2))
+    return teacher_forced_logits(model, [TOKENS], len(TOKENS))[0]

@@ -38,14 +38,13 @@ def encode_as(kind: GGMLQuantizationType) -> Encode:
 def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int, seed: int) -> Array:
     """Bytes of a random matrix [rows, columns] of any quantized `kind`, whose values are finite and not large."""
     block_size, block_bytes = GGML_QUANT_SIZES[kind]
-    wanted, found = rows * columns // block_size, np.empty((0, block_bytes), np.uint8)
-    generator = np.random.default_rng(seed)
-    while len(found) < wanted:
-        blocks = generator.integers(0, 256, (4 * wanted, block_bytes), np.uint8)
+    generator, pool = np.random.default_rng(seed), np.empty((0, block_bytes), np.uint8)
+    while len(pool) < 100:
+        blocks = generator.integers(0, 256, (2000, block_bytes), np.uint8)
         with np.errstate(all="ignore"):
             largest = np.abs(dequantize(blocks, kind)).max(axis=1)
-        found = np.concatenate((found, blocks[(largest > 0.05) & (largest < 0.5)]))
-    return found[:wanted].reshape(rows, -1)
+        pool = np.concatenate((pool, blocks[(largest > 0.05) & (largest < 0.5)]))
+    return pool[generator.integers(0, len(pool), rows * columns // block_size)].reshape(rows, -1)
 
 
 def write_gguf(path: Path, model: PreTrainedModel, encode: Encode | None = None, **overrides: Any) -> Path:

@@ -1,0 +1,153 @@
+"""Every family against transformers in float32: logits to 1e-4, the whole engine's greedy output token for token."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from teacher_forced import teacher_forced_logits
+from tiny_gguf import write_gguf
+from tiny_models import EOS, greedy, tiny_model
+
+from quire.engine.core import EngineCore
+from quire.engine.cpu_runner import CpuRunner
+from quire.engine.models.model import ModelDtype
+from quire.engine.models.registry import FAMILIES, load_model
+from quire.engine.page_pool import PagePool
+from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.service.checkpoint.locate import CheckpointFormat
+from quire.service.request import Request, SamplingParams, StopConditions
+
+VOCAB_SIZE = 259
+MAX_MODEL_LEN = 96
+PROMPTS = [tuple(3 + (p * 37 + i * i * (p + 1)) % 250 for i in range(n)) for p, n in enumerate((1, 7, 16, 33, 48, 60))]
+# Prompts that begin like others, so that pages are shared; one is another's whole pages and nothing more.
+PROMPTS += [(*PROMPTS[4][:40], 9, 8, 7), PROMPTS[4][:32], PROMPTS[5] + (250,)]
+
+# Stretched over a context that the prompts exceed, so that every branch of the stretching is taken.
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 300.0, "factor": 4.0, "original_max_position_embeddings": 32}
+WINDOW = {"use_sliding_window": True, "sliding_window": 19}
+
+MODELS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", {}),
+    "llama, tied": ("llama", {"num_key_value_heads": 6, "tie_word_embeddings": True}),
+    "llama, one kv head": ("llama", {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 1}),
+    "llama, wide heads": ("llama", {"head_dim": 16, "rms_norm_eps": 1e-5}),
+    "llama, rope llama3": ("llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
+    "llama, rope linear": ("llama", {"rope_parameters": LINEAR_ROPE}),
+    "llama, rope yarn": ("llama", {"rope_parameters": YARN_ROPE, "head_dim": 32}),
+    "llama, biases": ("llama", {"attention_bias": True}),
+    "mistral": ("mistral", {"sliding_window": 21}),
+    "mistral, window of a page": ("mistral", {"sliding_window": 16, "head_dim": 16}),
+    "mistral, no window": ("mistral", {"sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2, windows above": ("qwen2", {**WINDOW, "max_window_layers": 1}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+    "qwen3, tied, biases, window below": (
+        "qwen3",
+        {
+            **WINDOW,
+            "head_dim": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention"],
+        },
+    ),
+}
+
+
+class Reference:
+    """A model on both sides, and transformers' answers, each computed once."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        family, overrides = MODELS[name]
+        self.folder = folder
+        self.theirs = tiny_model(folder, family, seed=len(name), **overrides)
+        # Attention as it is written out in transformers: the least that could differ between versions of torch.
+        self.theirs.set_attn_implementation("eager")
+        self.ours = load_model(folder, CheckpointFormat.FOLDER, ModelDtype.FLOAT32, lambda *_: None)
+        self.answer = cache(lambda prompt: greedy(self.theirs, list(prompt), 24))
+
+    @torch.inference_mode()
+    def logits(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        logits: torch.Tensor = self.theirs(torch.tensor([tokens])).logits[0]
+        return logits
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    return Reference(tmp_path_factory.mktemp("model"), request.param)
+
+
+def test_every_family_is_compared() -> None:
+    """A family that is added without a row here would be untested."""
+    assert {family for family, _ in MODELS.values()} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("chunk", [1, 17, 61])
+def test_logits(reference: Reference, chunk: int) -> None:
+    """A setting that is read wrongly may change logits without changing most tokens."""
+    prompts = PROMPTS[2:6]
+    for prompt, logits in zip(prompts, teacher_forced_logits(reference.ours, prompts, chunk), strict=True):
+        torch.testing.assert_close(logits, reference.logits(prompt), rtol=0, atol=1e-4)
+
+
+# GGUF files of these families do not say which layers have windows.
+@pytest.mark.parametrize(
+    "reference", [name for name, (_, shape) in MODELS.items() if not shape.get("sliding_window")], indirect=True
+)
+def test_logits_of_a_gguf_file(reference: Reference, tmp_path: Path) -> None:
+    """llama.cpp's converter renames, reorders and computes: whatever is not undone changes the model."""
+    path = write_gguf(tmp_path / "tiny.gguf", reference.theirs)
+    ours = load_model(path, CheckpointFormat.GGUF, ModelDtype.FLOAT32, lambda *_: None)
+    (logits,) = teacher_forced_logits(ours, PROMPTS[5:6], 61)
+    torch.testing.assert_close(logits, reference.logits(PROMPTS[5]), rtol=0, atol=1e-4)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=15)
+def test_any_batch_chunking_prefix_hit_and_preemption(reference: Reference, data: st.DataObject) -> None:
+    """What else is in the batch, how a prompt is cut and what the cache holds must never change a token."""
+    num_pages = data.draw(st.integers(6, 14), label="pages")
+    max_num_seqs = data.draw(st.integers(1, 5), label="sequences")
+    config = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=data.draw(st.integers(max_num_seqs, 40), label="budget"),
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=data.draw(st.booleans(), label="caching"),
+    )
+    runner = CpuRunner(reference.ours, num_pages, max_num_seqs, MAX_MODEL_LEN, "float32")
+    core = EngineCore(runner, Scheduler(config, PagePool(num_pages), frozenset({EOS})), None, VOCAB_SIZE)
+    outputs: dict[int, list[int]] = {}
+    prompts: dict[int, tuple[int, ...]] = {}
+    wanted: dict[int, int] = {}
+    for key in range(data.draw(st.integers(1, 7), label="requests")):
+        prompts[key] = data.draw(st.sampled_from(PROMPTS), label="prompt")
+        wanted[key] = data.draw(st.integers(1, 24), label="max_tokens")
+        outputs[key] = []
+        core.submit(
+            key,
+            Request(str(key), "m", prompts[key], SamplingParams(temperature=0.0), StopConditions(wanted[key])),
+        )
+        for _ in range(data.draw(st.integers(0, 4), label="steps")):
+            collect(core, outputs)
+    while core.has_work:
+        collect(core, outputs)
+    for key, prompt in prompts.items():
+        assert outputs[key] == reference.answer(prompt)[: wanted[key]], f"request {key}"
+
+
+def collect(core: EngineCore, outputs: dict[int, list[int]]) -> None:
+    for update in core.step():
+        outputs[update.key].extend(update.token_ids)
+        if update.finished is not None:
+            assert update.finished.error is None
