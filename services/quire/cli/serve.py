@@ -187,7 +187,8 @@ def _welcome(config: ServeConfig, model_name: str, seconds: float) -> str:
     url = (
         "" if config.port == ServeConfig().port and config.local_host == ServeConfig().host else f" --url {config.url}"
     )
-    body = json.dumps({"model": model_name, "messages": [{"role": "user", "content": "What is a quire?"}]})
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = json.dumps({"model": model_name, "max_tokens": 60, "messages": [question]})
     grpc = f" and gRPC on port {config.grpc_port}" if config.grpc_port else ""
     return f"""
 Ready in {seconds:.1f} s: {model_name} on {config.url}/v1{grpc}. Ctrl-C stops it. In another terminal:

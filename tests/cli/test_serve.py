@@ -1,0 +1,239 @@
+"""`quire serve`: what it says before it starts anything, what it shows while it starts, and one whole life of it."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import httpx
+import pytest
+from served import MODEL, descendants, free_port
+from terminal import Terminal
+
+from quire.cli.main import main
+from quire.cli.progress import LoadProgress
+from quire.cli.runtime_dir import runtime_dir
+from quire.cli.services import ServeConfig, stages
+from quire.service.errors import ConfigError
+
+Output = pytest.CaptureFixture[str]
+
+SERVE = [sys.executable, "-m", "quire.cli.main", "serve"]
+
+
+@pytest.mark.parametrize("flag", ["--port", "--grpc-port"])
+def test_a_port_in_use_is_said_at_once(flag: str, capsys: Output) -> None:
+    """A second `quire serve` must not load a model for ten seconds to find its port taken."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        other = [] if flag == "--port" else ["--port", "0"]
+        assert main(["serve", *other, flag, str(port)]) == 2
+    error = capsys.readouterr().err
+    assert f"can't listen on 127.0.0.1 port {port} (Address already in use): choose another {flag}" in error
+    assert f"or {flag} 0 for one that is free" in error
+
+
+def commands(tmp_path: Path, config: ServeConfig) -> dict[str, list[str]]:
+    planned = stages(config, tmp_path, lambda name, activity, fraction: None)
+    return {spec.name: list(spec.command) for stage in planned for spec in stage}
+
+
+def test_flags_reach_the_services(tmp_path: Path) -> None:
+    """A flag that is dropped on the way is a setting that silently does not hold."""
+    config = ServeConfig("m.gguf", 2, "float32", "::", 81, 82, 512, 8, 99, 1 << 30, 3, "debug", "json")
+    planned = commands(tmp_path, config)
+    assert list(planned) == ["gateway", "router", "engine-0", "engine-1", "sidecar-0", "sidecar-1"]
+    assert len(planned) == config.num_processes
+    for command in planned.values():
+        assert {"--log-level=debug", "--log-format=json"} <= set(command)
+    assert {"--host=::", "--port=81", "--grpc-listen=[::]:82", "--max-model-len=512", "--model=m.gguf"} <= set(
+        planned["gateway"]
+    )
+    assert f"--engines=unix:{tmp_path}/engine-0.sock,unix:{tmp_path}/engine-1.sock" in planned["router"]
+    for index in range(2):
+        assert {
+            f"--name=engine-{index}", "--dtype=float32", "--max-model-len=512", "--max-num-seqs=8", "--num-pages=99",
+            f"--kv-cache-bytes={1 << 30}", "--threads=3", f"--sidecar=unix:{tmp_path}/sidecar-{index}.sock",
+        } <= set(planned[f"engine-{index}"])  # fmt: skip
+        assert "--model=m.gguf" in planned[f"sidecar-{index}"]
+
+
+def test_services_have_their_own_defaults(tmp_path: Path) -> None:
+    """What was not asked for is the service's to decide: two places for one default come to differ."""
+    given = {flag.partition("=")[0] for flag in commands(tmp_path, ServeConfig())["engine-0"]}
+    assert not given & {"--max-model-len", "--max-num-seqs", "--num-pages", "--kv-cache-bytes", "--model"}
+
+
+def test_sockets_fit_into_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A long TMPDIR, as on macOS and in CI, must not keep the services from meeting; the folder goes with the end."""
+    deep = tmp_path / ("d" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    with runtime_dir() as folder:
+        assert len(f"{folder}/sidecar-63.sock") < 104 and folder.stat().st_mode & 0o077 == 0
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{folder}/sidecar-63.sock")
+    assert not folder.exists() and not list(deep.iterdir())
+
+
+def test_no_folder_for_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only machine gets a reason and a way out, not a traceback."""
+
+    def refuse(**_: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(ConfigError, match=r"/tmp: Permission denied.*set TMPDIR to a short path"), runtime_dir():
+        pass
+
+
+def test_the_bar_goes_forward_and_stays_below_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log line in the middle of the bar would tear both."""
+    monkeypatch.setenv("COLUMNS", "40")
+    stream = io.StringIO()
+    progress = LoadProgress(4, stream, bar=True)
+    progress.loading("engine-0", "loading weights with a very long name", 0.5)
+    progress.write("a line")
+    progress.ready("gateway")
+    progress.clear()
+    progress.write("another")
+    drawn = stream.getvalue().split("\x1b[2K\r")
+    assert drawn[1].startswith("━━────") and " 12%  engine-0: lo" in drawn[1] and len(drawn[1]) == 39
+    assert drawn[2] == f"a line\n{drawn[1]}"
+    assert " 38%" in drawn[3]
+    assert drawn[4] == "another\n"
+
+
+def test_without_a_terminal_each_activity_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """A log file wants to know what happens, not a hundred percentages of it, and no control characters."""
+    stream = io.StringIO()
+    progress = LoadProgress(4, stream, bar=False)
+    with caplog.at_level("INFO"):
+        for percent in range(100):
+            progress.loading("engine-0", "loading weights", percent / 100)
+        progress.loading("engine-0", "warming up", 1.0)
+    progress.ready("engine-0")
+    progress.write("a line")
+    progress.clear()
+    assert [record.getMessage() for record in caplog.records] == ["engine-0: loading weights", "engine-0: warming up"]
+    assert stream.getvalue() == "a line\n"
+
+
+class ClosedTerminal(io.StringIO):
+    def write(self, text: str) -> int:
+        raise OSError(5, "Input/output error")
+
+
+def test_a_closed_terminal_is_no_error() -> None:
+    """Who closes the window wants everything stopped; a failing write must not be in the way."""
+    progress = LoadProgress(1, ClosedTerminal(), bar=True)
+    progress.loading("engine-0", "loading", 0.5)
+    progress.write("a line")
+    progress.clear()
+
+
+def is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True
+
+
+@pytest.mark.e2e
+def test_a_whole_life_in_a_terminal() -> None:
+    """What a newcomer sees: progress, a line to paste that works, and an end that leaves nothing behind."""
+    port, grpc_port = free_port(), free_port()
+    with Terminal([*SERVE, "--port", str(port), "--grpc-port", str(grpc_port)]) as terminal:
+        terminal.expect("0%  ")
+        terminal.expect("engine-0: loading weights")
+        terminal.expect("100%")
+        terminal.expect("Ready in ")
+        terminal.expect(f"{MODEL} on http://127.0.0.1:{port}/v1 and gRPC on port {grpc_port}. Ctrl-C stops it.")
+        terminal.expect("}'\r\n")
+        pasted = re.search(r"^  (curl .*)$", "\n".join(terminal.screen), flags=re.MULTILINE)
+        assert pasted and f"chat --url http://127.0.0.1:{port}" in terminal.output
+        assert answer_to(pasted[1])
+        pids = descendants(terminal.process.pid)
+        folders = sockets_of(pids)
+        terminal.type("\x03")
+        terminal.expect("stopping: Ctrl-C again stops at once")
+        assert terminal.wait() == 130
+        # One line each: the bar was taken away before, and after it nothing was drawn.
+        assert not [line for line in terminal.screen if "━" in line or "%" in line]
+        assert "ERROR" not in terminal.output and "Traceback" not in terminal.output
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert folders and not any(map(Path.exists, folders))
+    assert is_free(port) and is_free(grpc_port)
+
+
+def answer_to(line: str) -> str:
+    """What the pasted line answers; the request is sent as curl would if there is no curl."""
+    words = shlex.split(line)
+    assert words[:1] == ["curl"] and words[2::2] == ["-H", "-d"]
+    name, _, value = words[3].partition(": ")
+    response = httpx.post(words[1], content=words[5], headers={name: value}, timeout=60)
+    assert response.status_code == 200, response.text
+    return str(response.json()["choices"][0]["message"]["content"])
+
+
+def sockets_of(pids: dict[int, list[str]]) -> set[Path]:
+    """The folders of the sockets that the processes listen on."""
+    found = re.findall(r"unix:(/[^,\0]+)/[^/]+\.sock", "\0".join(word for words in pids.values() for word in words))
+    return {Path(folder) for folder in found}
+
+
+@pytest.mark.e2e
+def test_ctrl_c_while_it_loads() -> None:
+    """A wrong flag noticed too late: the load is broken off at once, and nothing is left of it."""
+    port = free_port()
+    with Terminal([*SERVE, "--port", str(port)]) as terminal:
+        terminal.expect("engine-0: starting")
+        pids = descendants(terminal.process.pid)
+        terminal.type("\x03")
+        assert terminal.wait() == 130
+        assert "Ready in" not in terminal.output and "Traceback" not in terminal.output
+    assert pids and not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert is_free(port)
+
+
+@pytest.mark.e2e
+def test_an_engine_that_can_not_start_ends_the_whole(tmp_path: Path) -> None:
+    """The reason stands last in the log, the status is a failure's, and no process goes on without its engine."""
+    port = free_port()
+    done = subprocess.run(
+        [*SERVE, "--port", str(port), "--max-model-len", "1000000"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1 and done.stdout == ""
+    *_, reason, last = done.stderr.splitlines()
+    assert "1000000" in done.stderr and "Traceback" not in done.stderr and "\x1b" not in done.stderr
+    assert re.search(r"ERROR +serve +\S+ ended with status 2 before it was ready: the log above says why", last), reason
+    assert is_free(port)
+
+
+@pytest.mark.e2e
+def test_a_closed_window_stops_everything() -> None:
+    """Closing the terminal must not leave a model in memory."""
+    terminal = Terminal([*SERVE, "--port", str(free_port())])
+    with terminal:
+        terminal.expect("engine-0: ")
+        pids = descendants(terminal.process.pid)
+        watches = [os.pidfd_open(pid) for pid in pids]
+        terminal.process.send_signal(signal.SIGHUP)
+        assert terminal.wait() == 0
+    for watch in watches:
+        os.close(watch)
+    assert pids and not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
