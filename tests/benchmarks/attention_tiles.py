@@ -1,0 +1,126 @@
+"""Finds the tiles that suit attention on this GPU: every candidate on decodes, verifications and prefill chunks.
+
+    PYTHONPATH=kernels python tests/benchmarks/attention_tiles.py --out figures
+
+Prints each workload's best five and the one in use; what to use is `decode_tile` and `prefill_tile` in
+`quire.kernels.attention_worklist`. Candidates are compiled by several processes first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import attention_cases
+import torch
+from attention_cases import PagedInput, Workload
+from gpu_timing import graph_us, summary
+from kernel_cases import SHAPES
+
+from quire.kernels.attention_worklist import Tile, decode_tile, prefill_tile
+
+DECODES = [
+    Workload("1 decode at 4096", [(1, 4096)]),
+    Workload("1 decode at 32768", [(1, 32768)]),
+    Workload("8 decodes at 4096", [(1, 4096)] * 8),
+    Workload("64 decodes at 1024", [(1, 1024)] * 64),
+    Workload("256 decodes at 100-2000", [(1, length) for length in attention_cases.uneven(256)]),
+]
+VERIFICATIONS = [
+    Workload("1 verification of 8 at 32768", [(8, 32768)], decode_query_len=8),
+    Workload("64 verifications of 8 at 2048", [(8, 2048)] * 64, decode_query_len=8),
+]
+PREFILLS = [
+    Workload("prefill 8192 of 8192", [(8192, 8192)]),
+    Workload("prefill 2048 of 2048", [(2048, 2048)]),
+    Workload("prefill 512 at 32768", [(512, 32768)]),
+]
+
+
+def decode_candidates(rows: int) -> Iterator[Tile]:
+    for keys, warps in ((32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)):
+        for stages in (3, 4, 5):
+            for programs in (2, 3, 4, 8):
+                yield Tile(rows, keys, warps, stages, programs, 128)
+
+
+def prefill_candidates() -> Iterator[Tile]:
+    for rows, warps in ((64, 4), (128, 8), (128, 4)):
+        for keys in (32, 64, 128):
+            for stages in (2, 3, 4):
+                for programs in (1, 2):
+                    yield Tile(rows, keys, warps, stages, programs, 1024)
+
+
+def compile_tile(task: tuple[Tile, Tile, int]) -> str:
+    """Fills Triton's cache on disk: runs the tiles once on a small input of the same kind."""
+    decode, prefill, query_len = task
+    attention_cases.POOL_TOKENS = 1 << 14
+    workload = Workload("", [(query_len, 4096), (query_len + 16, 4096)], decode_query_len=query_len)
+    try:
+        PagedInput(SHAPES[0], workload, (decode, prefill)).run(0)
+        torch.cuda.synchronize()
+    except Exception as error:  # noqa: BLE001 - a tile that does not fit the GPU is out
+        return summary(error)
+    return ""
+
+
+def sweep(workloads: list[Workload], tiles: list[tuple[Tile, Tile]], which: int) -> Iterator[dict[str, object]]:
+    for workload in workloads:
+        inputs = PagedInput(SHAPES[0], workload)
+        figures = []
+        for index, pair in enumerate(tiles):
+            try:
+                inputs.use(pair)
+                us = graph_us(inputs.launches(), replays=5, at_least=12)
+            except Exception as error:  # noqa: BLE001 - as above
+                print(pair[which], summary(error), flush=True)
+                continue
+            figures.append((us, index))
+        in_use = next(us for us, index in figures if index == 0)
+        print(f"{workload.detail}: {in_use:.1f} µs in use", flush=True)
+        for us, index in sorted(figures)[:5]:
+            print(f"    {us:9.1f} µs  {tiles[index][which]}", flush=True)
+        for us, index in figures:
+            yield {"workload": workload.detail, "us": us, "in_use": index == 0, **asdict(tiles[index][which])}
+        torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write attention_tiles.json")
+    parser.add_argument("--processes", type=int, default=12, help="that compile (default: %(default)s)")
+    args = parser.parse_args()
+    started = time.monotonic()
+    group, head_size = SHAPES[0].heads // SHAPES[0].kv_heads, SHAPES[0].head_size
+    prefill, drafts = prefill_tile(head_size), decode_tile(group, 8)
+    decode = decode_tile(group, 1)
+    of_decodes = [(tile, prefill) for tile in (decode, *decode_candidates(decode.rows))]
+    of_verifications = [(tile, prefill) for tile in (drafts, *decode_candidates(drafts.rows))]
+    of_prefills = [(decode, tile) for tile in (prefill, *prefill_candidates())]
+    tasks = {(a.rows, a.keys, a.num_warps, a.num_stages): (a, b, 1) for a, b in of_decodes}
+    tasks |= {(a.rows, a.keys, a.num_warps, a.num_stages): (a, b, 8) for a, b in of_verifications}
+    tasks |= {(0, b.rows, b.keys, b.num_warps, b.num_stages): (a, b, 1) for a, b in of_prefills}
+    with multiprocessing.get_context("spawn").Pool(args.processes) as workers:
+        for task, failure in zip(tasks.values(), workers.map(compile_tile, tasks.values(), chunksize=1), strict=True):
+            if failure:
+                print(task, failure, flush=True)
+    print(f"{len(tasks)} candidates compiled after {time.monotonic() - started:.0f} s", flush=True)
+    rows = [
+        *sweep(DECODES, of_decodes, 0),
+        *sweep(VERIFICATIONS, of_verifications, 0),
+        *sweep(PREFILLS, of_prefills, 1),
+    ]
+    print(f"{time.monotonic() - started:.0f} s in all", flush=True)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "attention_tiles.json").write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
