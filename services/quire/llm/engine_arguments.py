@@ -1,0 +1,93 @@
+"""The arguments of LLM, generate and chat: which are vLLM's and not supported, and what the engine is told."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from quire.engine.config import CoreConfig, Dtype
+from quire.llm.arguments import ArgumentError, Unsupported, check_arguments, check_number
+
+_ARGUMENTS = (
+    *("model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
+    *("enable_prefix_caching", "kv_cache_bytes", "kv_cache_memory_bytes", "num_pages", "seed", "threads"),
+)
+_ONE_DEVICE = "the model runs on one device: leave it out"
+_UNSUPPORTED: Unsupported = {
+    "tensor_parallel_size": ((None, 1), _ONE_DEVICE),
+    "pipeline_parallel_size": ((None, 1), _ONE_DEVICE),
+    "data_parallel_size": ((None, 1), _ONE_DEVICE),
+    "distributed_executor_backend": ((None,), _ONE_DEVICE),
+    "device": ((None, "auto", "cpu"), "the model runs on the CPU: leave it out"),
+    "quantization": ((None,), "a GGUF file's own quantization is used: leave it out"),
+    "load_format": ((None, "auto"), "GGUF files and safetensors are told apart by themselves: leave it out"),
+    "kv_cache_dtype": ((None, "auto"), "it follows dtype: leave it out"),
+    "gpu_memory_utilization": ((None,), "set kv_cache_bytes"),
+    "num_gpu_blocks_override": ((None,), "set num_pages"),
+    "block_size": ((None, 16), "pages have 16 tokens: leave it out"),
+    "swap_space": ((None, 0), "what is preempted is computed again: leave it out"),
+    "cpu_offload_gb": ((None, 0), "leave it out"),
+    "enforce_eager": ((None, True, False), "leave it out"),
+    "enable_chunked_prefill": ((None, True), "long prompts always come in chunks: set max_num_batched_tokens"),
+    "disable_log_stats": ((None, True, False), "leave it out: metrics() tells"),
+    "trust_remote_code": ((None, False), "models' own code is never run: leave it out"),
+    "tokenizer_mode": ((None, "auto"), "leave it out"),
+    "skip_tokenizer_init": ((None, False), "leave it out"),
+    "revision": ((None,), "name a folder that holds that revision as model"),
+    "tokenizer_revision": ((None,), "name a folder that holds that revision as tokenizer"),
+    "download_dir": ((None,), "set the environment's HF_HOME"),
+    "hf_token": ((None, False), "set the environment's HF_TOKEN"),
+    "hf_overrides": ((None,), "change the folder's config.json"),
+    "enable_lora": ((None, False), "leave it out"),
+    "speculative_config": ((None,), "leave it out"),
+    "compilation_config": ((None,), "leave it out"),
+    "limit_mm_per_prompt": ((None,), "models take text only: leave it out"),
+    "runner": ((None, "auto", "generate"), "models generate text only: leave it out"),
+    "task": ((None, "auto", "generate"), "models generate text only: leave it out"),
+}
+_CALL_UNSUPPORTED: Unsupported = {
+    "lora_request": ((None,), "leave it out"),
+    "tokenization_kwargs": ((None,), "give token ids"),
+    "tools": ((None,), "describe them in a system message"),
+    "add_generation_prompt": ((True,), "use generate with the text that you want"),
+    "continue_final_message": ((False,), "use generate with the text that you want"),
+    "chat_template_content_format": (("auto", "string"), "leave it out"),
+    "chat_template_kwargs": ((None,), "give a chat_template that needs none"),
+    "mm_processor_kwargs": ((None,), "models take text only: leave it out"),
+}
+
+
+def check_call(call: str, others: Mapping[str, object], known: Sequence[str]) -> None:
+    """Raises ArgumentError if one of `others`, given to `generate` or `chat`, is not among `known` and may matter."""
+    check_arguments(call, others, known, _CALL_UNSUPPORTED)
+
+
+def core_config(dtype: Any, others: Mapping[str, object], **given: Any) -> CoreConfig:
+    """The core's configuration from those arguments that are not None; `others` are those that LLM does not know.
+
+    Raises ConfigError for a wrong value, ArgumentError for a wrong name or type.
+    """
+    check_arguments("LLM", others, _ARGUMENTS, _UNSUPPORTED)
+    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages", "threads"):
+        check_number(name, given[name], whole=True, optional=True)
+    # Calls bring all their prompts at once.
+    config = CoreConfig(max_waiting=sys.maxsize, **{name: value for name, value in given.items() if value is not None})
+    # Whoever sets one of the two means it; the other follows.
+    if given["max_num_batched_tokens"] is None:
+        return replace(config, max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs))
+    if given["max_num_seqs"] is None:
+        return replace(config, max_num_seqs=max(1, min(config.max_num_seqs, config.max_num_batched_tokens)))
+    return config
+
+
+def _dtype(dtype: Any) -> Dtype:
+    name = str(dtype).removeprefix("torch.")
+    try:
+        return Dtype({"float": "float32"}.get(name, name))
+    except ValueError as error:
+        known = ", ".join(known.value for known in Dtype)
+        raise ArgumentError(
+            f"dtype is {name!r}, which is not supported: choose one of {known}", field="dtype"
+        ) from error

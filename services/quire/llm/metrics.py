@@ -1,0 +1,69 @@
+"""What an LLM tells of itself at one moment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from quire.engine.core import EngineCore
+from quire.engine.stats import Histogram
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """`counts[i]` values were at most `bounds[i]` and above the bound before; the last count is of those above all."""
+
+    count: int
+    mean: float
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LLMMetrics:
+    """Now: requests running and waiting, pages of 16 tokens by state. Since the start: all the rest; times in seconds.
+
+    hit_rate: the share of all prompt tokens whose pages were there already. tokens_per_step: computed ones, prompts
+    included. inter_token_seconds: from each token of a request to its next.
+    """
+
+    running: int
+    waiting: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    hit_rate: float
+    preemptions: int
+    prompt_tokens: int
+    output_tokens: int
+    steps: int
+    tokens_per_step: Distribution
+    step_seconds: Distribution
+    queue_seconds: Distribution
+    first_token_seconds: Distribution
+    inter_token_seconds: Distribution
+
+
+def metrics_of(core: EngineCore) -> LLMMetrics:
+    """The metrics of `core` as they are now."""
+    scheduler, pool, stats = core.scheduler, core.scheduler.pool, core.stats
+    return LLMMetrics(
+        running=scheduler.num_running,
+        waiting=scheduler.num_waiting,
+        pages_total=pool.num_pages,
+        pages_used=pool.num_pages - pool.available,
+        pages_cached=pool.cached,
+        hit_rate=stats.cached_prompt_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0,
+        preemptions=scheduler.num_preemptions,
+        prompt_tokens=stats.prompt_tokens,
+        output_tokens=stats.output_tokens,
+        steps=stats.steps,
+        tokens_per_step=_distribution(stats.step_tokens),
+        step_seconds=_distribution(stats.step_seconds),
+        queue_seconds=_distribution(stats.queue_seconds),
+        first_token_seconds=_distribution(stats.first_token_seconds),
+        inter_token_seconds=_distribution(stats.inter_token_seconds),
+    )
+
+
+def _distribution(histogram: Histogram) -> Distribution:
+    return Distribution(histogram.count, histogram.mean, histogram.bounds, tuple(histogram.counts))
