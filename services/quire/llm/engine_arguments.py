@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from quire.engine.config import CoreConfig, Dtype
+from quire.engine.scheduler import SchedulerConfig
 from quire.llm.arguments import ArgumentError, Unsupported, check_arguments, check_number
 
 _ARGUMENTS = (
@@ -73,12 +74,15 @@ def core_config(dtype: Any, others: Mapping[str, object], **given: Any) -> CoreC
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages", "threads"):
         check_number(name, given[name], whole=True, optional=True)
     # Calls bring all their prompts at once.
-    config = CoreConfig(max_waiting=sys.maxsize, **{name: value for name, value in given.items() if value is not None})
+    given_ones = {name: value for name, value in given.items() if value is not None}
+    config = CoreConfig(dtype=_dtype(dtype), max_waiting=sys.maxsize, **given_ones)
     # Whoever sets one of the two means it; the other follows.
     if given["max_num_batched_tokens"] is None:
-        return replace(config, max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs))
-    if given["max_num_seqs"] is None:
-        return replace(config, max_num_seqs=max(1, min(config.max_num_seqs, config.max_num_batched_tokens)))
+        config = replace(config, max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs))
+    elif given["max_num_seqs"] is None:
+        config = replace(config, max_num_seqs=max(1, min(config.max_num_seqs, config.max_num_batched_tokens)))
+    # Raises what is wrong with them, before the model is read.
+    SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens)
     return config
 
 
@@ -88,6 +92,4 @@ def _dtype(dtype: Any) -> Dtype:
         return Dtype({"float": "float32"}.get(name, name))
     except ValueError as error:
         known = ", ".join(known.value for known in Dtype)
-        raise ArgumentError(
-            f"dtype is {name!r}, which is not supported: choose one of {known}", field="dtype"
-        ) from error
+        raise ArgumentError(f"dtype is {name!r}: choose one of {known}", field="dtype") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -81,9 +82,9 @@ class SamplingParams:
                 raise ArgumentError(f"{name} is {words!r}: give a list of strings", field=name)
             if not all(words):
                 raise InvalidRequestError(f"{name} holds an empty string: remove it", field=name)
-        for count in (self.logprobs, self.prompt_logprobs):
+        _check_token_ids(self)
+        for name, count in (("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)):
             if count is not None and not 0 <= count <= contract.MAX_LOGPROBS:
-                name = "logprobs" if count is self.logprobs else "prompt_logprobs"
                 raise InvalidRequestError(f"{name} is {count}: it must lie in [0, {contract.MAX_LOGPROBS}]", field=name)
         try:
             self._sampling(0, ())
@@ -107,7 +108,7 @@ class SamplingParams:
         """The contract's conditions in a context with `room` for that many tokens of output."""
         return contract.StopConditions(
             max_tokens=room if self.max_tokens is None else self.max_tokens,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
+            stop_token_ids=tuple(map(operator.index, self.stop_token_ids or ())),
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
         )
@@ -125,6 +126,18 @@ class SamplingParams:
             logit_bias=tuple((int(token), float(bias)) for token, bias in (self.logit_bias or {}).items()),
             bad_words=bad_words,
         )
+
+
+def _check_token_ids(params: SamplingParams) -> None:
+    stop_token_ids, logit_bias = params.stop_token_ids, params.logit_bias
+    try:
+        tuple(operator.index(token_id) for token_id in stop_token_ids or ())
+    except TypeError as error:
+        raise ArgumentError(f"stop_token_ids is {stop_token_ids!r}: give token ids", field="stop_token_ids") from error
+    try:
+        {int(token_id): float(bias) for token_id, bias in (logit_bias or {}).items()}
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ArgumentError(f"logit_bias is {logit_bias!r}: give token ids and numbers", field="logit_bias") from error
 
 
 def _bad_word_tokens(words: Sequence[str], codec: PromptCodec) -> list[tuple[int, ...]]:

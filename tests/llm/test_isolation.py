@@ -1,0 +1,93 @@
+"""The offline API where only torch, numpy, safetensors, tokenizers and transformers are installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
+PORTIONS = ("services", "operator", "kernels")
+
+_RUN = """
+import sys
+from quire.llm import LLM, SamplingParams, StructuredOutputsParams
+from quire.service.errors import ConfigError
+
+with LLM(sys.argv[1], dtype="float32", max_model_len=64) as llm:
+    params = SamplingParams(temperature=0, max_tokens=4, stop=["zz"], logprobs=1)
+    print(llm.generate(["hello", [5, 6]], params)[0].outputs[0].token_ids)
+    print(llm.chat([{"role": "user", "content": "hi"}], params)[0].outputs[0].finish_reason)
+    for structured_outputs in (StructuredOutputsParams(regex="a"), int):
+        try:
+            llm.generate("a", SamplingParams(structured_outputs=structured_outputs))
+        except ConfigError as error:
+            print(error)
+try:
+    LLM(sys.argv[2])
+except ConfigError as error:
+    print(error)
+loaded = {name.partition(".")[0] for name in sys.modules}
+print(sorted(loaded & {"grpc", "google", "starlette", "msgspec", "prometheus_client", "opentelemetry", "httpx"}))
+"""
+
+
+def requirements(package: str, found: set[str]) -> set[str]:
+    """The distributions that pip would install with `package`, itself included."""
+    name = re.sub(r"[-_.]+", "-", package).lower()
+    if name not in found:
+        found.add(name)
+        for requirement in importlib.metadata.requires(name) or ():
+            needed = re.match(r"[\w.-]+", requirement)
+            if needed and "extra ==" not in requirement and installed(needed[0]):
+                requirements(needed[0], found)
+    return found
+
+
+def installed(name: str) -> bool:
+    return bool(list(importlib.metadata.distributions(name=name)))
+
+
+@pytest.fixture
+def site_packages(tmp_path: Path) -> Path:
+    """A folder that holds those packages and what they require, and nothing else."""
+    folder = tmp_path / "site-packages"
+    folder.mkdir()
+    found: set[str] = set()
+    for package in PACKAGES:
+        requirements(package, found)
+    for name in found:
+        distribution = importlib.metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
+            link = folder / top
+            if not link.exists():
+                link.symlink_to(Path(str(distribution.locate_file(top))).resolve())
+    assert (folder / "torch").is_dir() and not {"grpc", "google", "msgspec"} & {path.name for path in folder.iterdir()}
+    return folder
+
+
+def test_it_runs_with_torch_and_its_friends_alone(
+    site_packages: Path, checkpoint: Path, tiny: object, tmp_path: Path
+) -> None:
+    """Without it a notebook's user would have to install servers, or find out by an ImportError what is missing."""
+    gguf = tmp_path / "model.gguf"
+    gguf.write_bytes(b"GGUF")
+    path = [site_packages, *(ROOT / portion for portion in PORTIONS)]
+    done = subprocess.run(
+        # -S: without the site-packages of this interpreter.
+        [sys.executable, "-S", "-c", _RUN, str(checkpoint), str(gguf)],
+        env={"PYTHONPATH": ":".join(map(str, path)), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
+        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    tokens, reason, needs_llguidance, needs_outlines, broken, loaded = done.stdout.splitlines()
+    assert len(tokens.split(",")) == 4 and reason in ("length", "stop")
+    assert "needs llguidance, which is not installed: run pip install 'quire[llm,grammar]'" in needs_llguidance
+    assert "pip install 'quire[llm,grammar]'" in needs_outlines
+    assert str(gguf) in broken
+    assert loaded == "[]"
