@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from quire.service.checkpoint import locate
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
 PORTIONS = ("services", "operator", "kernels")
@@ -75,8 +77,7 @@ def test_it_runs_with_torch_and_its_friends_alone(
     site_packages: Path, checkpoint: Path, tiny: object, tmp_path: Path
 ) -> None:
     """Without it a notebook's user would have to install servers, or find out by an ImportError what is missing."""
-    gguf = tmp_path / "model.gguf"
-    gguf.write_bytes(b"GGUF")
+    gguf = locate().path
     path = [site_packages, *(ROOT / portion for portion in PORTIONS)]
     done = subprocess.run(
         # -S: without the site-packages of this interpreter.
@@ -85,9 +86,9 @@ def test_it_runs_with_torch_and_its_friends_alone(
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    tokens, reason, needs_llguidance, needs_outlines, broken, loaded = done.stdout.splitlines()
+    tokens, reason, needs_llguidance, needs_outlines, needs_gguf, loaded = done.stdout.splitlines()
     assert len(tokens.split(",")) == 4 and reason in ("length", "stop")
     assert "needs llguidance, which is not installed: run pip install 'quire[llm,grammar]'" in needs_llguidance
     assert "pip install 'quire[llm,grammar]'" in needs_outlines
-    assert str(gguf) in broken
+    assert "the package that reads its tensors is missing: run `pip install gguf`" in needs_gguf
     assert loaded == "[]"

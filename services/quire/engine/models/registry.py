@@ -9,13 +9,13 @@ from pathlib import Path
 from quire.engine.models import llama, mistral, qwen2, qwen3
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.decoder import Decoder
-from quire.engine.models.gguf import GgufWeights
 from quire.engine.models.layer import Layer, LayerLoader
 from quire.engine.models.model import Model, ModelDtype
 from quire.engine.models.safetensors import FolderWeights
 from quire.engine.models.settings import Settings
 from quire.engine.models.weights import Weights
 from quire.service.checkpoint.locate import CheckpointFormat
+from quire.service.errors import ModelError
 
 Progress = Callable[[float, str], None]
 
@@ -44,7 +44,7 @@ def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress
     or misshapen.
     """
     progress(0.0, f"reading {path.name}")
-    weights: Weights = GgufWeights(path) if format is CheckpointFormat.GGUF else FolderWeights(path)
+    weights: Weights = _gguf(path) if format is CheckpointFormat.GGUF else FolderWeights(path)
     family = FAMILIES.get(weights.settings.text("model_type"))
     if family is None:
         raise weights.settings.error("model_type", f"supported are {', '.join(FAMILIES)}")
@@ -52,3 +52,17 @@ def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress
     model = Decoder(weights, config, family.load_layer, dtype, lambda done: progress(done, "loading weights"))
     weights.finish()
     return model
+
+
+def _gguf(path: Path) -> Weights:
+    # The offline API runs without the package, as long as nobody names such a file.
+    try:
+        from quire.engine.models.gguf import GgufWeights
+    except ModuleNotFoundError as error:
+        if error.name != "gguf":
+            raise
+        raise ModelError(
+            f"{path} is a GGUF file, and the package that reads its tensors is missing: run `pip install gguf`",
+            field="model",
+        ) from error
+    return GgufWeights(path)
