@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quire.engine.models.config import ModelConfig
+from quire.engine.models.head import Head
 from quire.engine.models.layer import Layer, LayerLoader
 from quire.engine.models.linear import LinearKernels
 from quire.engine.models.memory import available_memory
@@ -43,16 +44,17 @@ class Decoder:
         self.kv_page_bytes = (
             2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_size * self._kv_dtype.itemsize
         )
-        embedding = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        self._embedding = dense(embedding).to(torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
+        head = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+        self._embedding = head_rows = dense(head).to(torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
         self._layers: list[Layer] = []
         for index in range(config.num_layers):
             progress(index / config.num_layers)
             self._layers.append(load_layer(LayerLoader(weights, config, self._kernels, index)))
         self._norm = weights.vector("model.norm.weight", config.hidden_size)
         if not config.tie_word_embeddings:
-            embedding = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
-        self._head = self._kernels.linear(embedding)
+            head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
+            head_rows = dense(head).to(self._embedding.dtype)
+        self._head = Head(self._kernels.linear(head), head_rows)
         self._rotary = _rotary_table(config, weights.frequency_divisors(config.head_size // 2))
         progress(1.0)
 
@@ -85,8 +87,7 @@ class Decoder:
             if norms:
                 hidden = add_rms_norm(residual, hidden, norms.pop(0), eps, dtype)
         rows = residual.add_(hidden)[batch.logit_rows]
-        logits = self._head(rms_norm(rows, self._norm, eps, self._kernels.input_dtype(rows.shape[0])))
-        return logits.to(torch.float32)
+        return self._head(rms_norm(rows, self._norm, eps, torch.float32))
 
 
 def _rotary_table(config: ModelConfig, divisors: Tensor | None) -> Tensor:
