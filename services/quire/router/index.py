@@ -138,7 +138,7 @@ class CacheReplica:
         self.epoch: int | None = None
         self.sequence = 0
 
-    def snapshot(self, epoch: int, sequence: int, stored: bytes) -> Iterator[None]:
+    def snapshot(self, epoch: int, sequence: int, stored: bytes, limit: int = SLICE) -> Iterator[None]:
         """Replaces everything; a generator, so that the caller can do other things between two slices.
 
         Pages known before stay in use until the last slice, unless they are of another epoch.
@@ -146,7 +146,7 @@ class CacheReplica:
         if epoch != self.epoch:
             self.forget()
         holder = self._index.open()
-        step = SLICE * HASH_BYTES
+        step = limit * HASH_BYTES
         try:
             for start in range(0, len(stored), step):
                 self._index.store(holder, page_keys(stored[start : start + step]))
