@@ -5,6 +5,7 @@ Addresses are gRPC's: `127.0.0.1:9000`, `[::]:9000`, `unix:/run/quire/engine.soc
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -64,7 +65,7 @@ class GrpcServer:
         self.server = grpc.aio.server(options=list({**dict(SERVER_OPTIONS), **dict(options)}.items()))
         self._address = address
         self._names = [""]
-        self._health = health_aio.HealthServicer()
+        self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
     def add(self, name: str, register: Callable[[S, grpc.aio.Server], None], servicer: S) -> None:
@@ -97,7 +98,32 @@ class GrpcServer:
     async def stop(self, grace: float = 5.0) -> None:
         """Ends every call within `grace` seconds and stops listening."""
         await self.set_serving(False)
+        self._health.end_watches()
         await self.server.stop(grace)
+
+
+class _Health(health_aio.HealthServicer):  # type: ignore[misc]
+    """Health whose watches can be ended: they never do by themselves, and would hold up the server's end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._watches: set[asyncio.Task[None]] = set()
+
+    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
+        watch = asyncio.create_task(super().Watch(request, context))
+        self._watches.add(watch)
+        try:
+            await asyncio.wait((watch,))
+        finally:
+            self._watches.discard(watch)
+            watch.cancel()
+        if watch.cancelled():
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
+        watch.result()
+
+    def end_watches(self) -> None:
+        for watch in self._watches:
+            watch.cancel()
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: QuireError) -> NoReturn:
