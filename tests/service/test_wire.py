@@ -76,7 +76,7 @@ requests = st.builds(
 scores = st.builds(
     TokenLogprobs, float32(-100, 0), st.integers(1, 2**31), st.lists(st.tuples(TOKEN, float32(-100, 0))).map(tuple)
 )
-errors = st.builds(error_of, st.sampled_from(ErrorCode), st.text(), st.text())
+errors = st.builds(error_of, st.sampled_from(ErrorCode), st.text(), st.text(), st.none() | st.floats(0, 1e6))
 finishes = st.builds(
     Finished, st.sampled_from([FinishReason.STOP, FinishReason.LENGTH, FinishReason.CANCELLED])
 ) | st.builds(Finished, st.just(FinishReason.ERROR), errors)
@@ -105,7 +105,8 @@ def test_an_update_arrives_as_it_was_sent(update: Update) -> None:
     if update.finished is not None and update.finished.error is not None:
         assert arrived.finished is not None and arrived.finished.error is not None
         sent, error = update.finished.error, arrived.finished.error
-        assert (type(error), error.message, error.field) == (type(sent), sent.message, sent.field)
+        assert type(error) is type(sent)
+        assert (error.message, error.field, error.retry_after) == (sent.message, sent.field, sent.retry_after)
     else:
         assert arrived == update
 

@@ -24,18 +24,20 @@ class QuireError(Exception):
     """Base of all errors that cross a service's edge.
 
     `field` is the request's field at fault in the contract's names ("sampling.top_p"), empty if none is.
+    `retry_after` is after how many seconds the same request may fare better, None if that is not known.
     """
 
     code = ErrorCode.INTERNAL
 
-    def __init__(self, message: str, *, field: str = "") -> None:
+    def __init__(self, message: str, *, field: str = "", retry_after: float | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
+        self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[object, ...]:
         # Errors cross process boundaries inside a service; keyword-only arguments need help to be unpickled.
-        return (_rebuild, (type(self), self.message, self.field))
+        return (_rebuild, (type(self), self.message, self.field, self.retry_after))
 
 
 class InvalidRequestError(QuireError):
@@ -104,10 +106,10 @@ ERROR_TYPES: dict[ErrorCode, type[QuireError]] = {
 }
 
 
-def error_of(code: ErrorCode, message: str, field: str = "") -> QuireError:
+def error_of(code: ErrorCode, message: str, field: str = "", retry_after: float | None = None) -> QuireError:
     """The error of the tree that carries `code`."""
-    return ERROR_TYPES[code](message, field=field)
+    return ERROR_TYPES[code](message, field=field, retry_after=retry_after)
 
 
-def _rebuild(kind: type[QuireError], message: str, field: str) -> QuireError:
-    return kind(message, field=field)
+def _rebuild(kind: type[QuireError], message: str, field: str, retry_after: float | None) -> QuireError:
+    return kind(message, field=field, retry_after=retry_after)

@@ -203,13 +203,14 @@ def finished_from_proto(message: session_pb2.Finished) -> Finished:
 def error_to_proto(error: QuireError) -> request_pb2.Error:
     """The message that carries `error`."""
     code = request_pb2.ErrorCode.Value(f"ERROR_CODE_{error.code.value}")
-    return request_pb2.Error(code=code, message=error.message, field=error.field)
+    return request_pb2.Error(code=code, message=error.message, field=error.field, retry_after_seconds=error.retry_after)
 
 
 def error_from_proto(message: request_pb2.Error) -> QuireError:
     """The error in `message`, as one of the tree."""
     name = _enum_name(request_pb2.ErrorCode.items(), message.code, "ERROR_CODE_")
-    return error_of(ErrorCode(name), message.message, message.field)
+    retry_after = message.retry_after_seconds if message.HasField("retry_after_seconds") else None
+    return error_of(ErrorCode(name), message.message, message.field, retry_after)
 
 
 def _enum_name(items: Iterable[tuple[str, int]], value: int, prefix: str) -> str:
