@@ -63,7 +63,7 @@ class Client:
 
 
 class Hub:
-    """Requests by core key, and the feeds. `send` reaches the core."""
+    """Requests by core key, and the feeds. `send` reaches the core. `cache_sequence` is the last cache event's."""
 
     def __init__(self, send: Callable[[ToCore], None], epoch: int) -> None:
         self.epoch = epoch
@@ -74,7 +74,7 @@ class Hub:
         self._core_keys = itertools.count(1)
         self._owners: dict[int, tuple[Client, int]] = {}
         self._pages: dict[bytes, None] = {}
-        self._cache_sequence = 0
+        self.cache_sequence = 0
         self._feeds: set[CacheFeed] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -147,7 +147,7 @@ class Hub:
 
     def subscribe(self) -> CacheFeed:
         """A feed that begins with a snapshot."""
-        feed = CacheFeed(CacheEvent(self._cache_sequence, tuple(self._pages), snapshot=True))
+        feed = CacheFeed(CacheEvent(self.cache_sequence, tuple(self._pages), snapshot=True))
         self._feeds.add(feed)
         return feed
 
@@ -163,8 +163,8 @@ class Hub:
             del self._pages[page_hash]
         for page_hash in stored:
             self._pages[page_hash] = None
-        self._cache_sequence += 1
-        event = CacheEvent(self._cache_sequence, stored, removed)
+        self.cache_sequence += 1
+        event = CacheEvent(self.cache_sequence, stored, removed)
         for feed in self._feeds:
             feed.push(event)
 

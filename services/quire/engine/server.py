@@ -282,7 +282,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         return engine_pb2.DrainResponse(cut_off=await drain(self._phase, self._hub, request.grace_ms / 1000))
 
     def _report(self) -> engine_pb2.WatchLoadResponse:
-        report = engine_pb2.WatchLoadResponse(phase=_phase_to_proto(self._phase.phase))
+        report = engine_pb2.WatchLoadResponse(
+            phase=_phase_to_proto(self._phase.phase), cache_sequence=self._hub.cache_sequence
+        )
         load: Load | None = self._hub.load
         if load is not None:
             report.running, report.waiting = load.running, load.waiting
