@@ -1,5 +1,10 @@
 """The engine's core: `step()` is schedule → run → commit.
 
+On a device that computes beside the host, the core runs ahead: it launches a step before it has read what the one
+before drew, so the device never waits for Python. A sequence that turns out to have ended then is in one step too many,
+whose result for it is dropped. Masks need the tokens before them: the forward pass is launched, the tokens are read,
+the masks asked for, and only the draw waits for them.
+
 Knows neither gRPC nor processes: `core_process` drives it for the server, the offline API drives it in process. All
 calls come from one thread.
 """
@@ -8,13 +13,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import chain
 
 from quire.engine.masks import MaskRequest, MaskSource
-from quire.engine.plan import StepResult
-from quire.engine.runner import Runner, StepMasks
+from quire.engine.runner import PendingStep, Runner, StepMasks
 from quire.engine.scheduler import Schedule, Scheduler
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import Sequence, SequenceState
 from quire.engine.stats import EngineStats
 from quire.service.errors import DeadlineExceededError, InternalError, InvalidRequestError, QuireError
 from quire.service.request import (
@@ -28,8 +33,22 @@ from quire.service.request import (
 )
 
 
+@dataclass(slots=True)
+class _Step:
+    """A step that was launched. `constrained` are the indexes of its work that masks apply to."""
+
+    schedule: Schedule
+    constrained: tuple[int, ...]
+    pending: PendingStep
+    masks: StepMasks | None
+    began: float
+
+
 class EngineCore:
-    """One model, one batch. Every request that `submit` accepts ends in exactly one update with `finished`."""
+    """One model, one batch. Every request that `submit` accepts ends in exactly one update with `finished`.
+
+    `run_ahead`: a step is launched before the last one's tokens are read.
+    """
 
     def __init__(
         self,
@@ -38,6 +57,8 @@ class EngineCore:
         masks: MaskSource | None,
         vocab_size: int,
         clock: Callable[[], float] = time.time,
+        *,
+        run_ahead: bool = False,
     ) -> None:
         self.scheduler = scheduler
         self.stats = EngineStats()
@@ -45,13 +66,17 @@ class EngineCore:
         self._masks = masks
         self._vocab_size = vocab_size
         self._clock = clock
+        self._run_ahead = run_ahead
+        self._in_flight: _Step | None = None
+        self._last_commit = 0.0
         self._updates: list[Update] = []
         self._released: list[int] = []
 
     @property
     def has_work(self) -> bool:
         """Whether `step` has anything to do or to report."""
-        return bool(self._updates) or self.scheduler.num_running + self.scheduler.num_waiting > 0
+        unended = self.scheduler.num_running + self.scheduler.num_waiting > 0
+        return unended or bool(self._updates) or self._in_flight is not None
 
     def submit(self, key: int, request: Request) -> None:
         """Queues a request; raises the error of a request that can't be run, which then never existed."""
@@ -83,13 +108,16 @@ class EngineCore:
         """Runs one step and returns what happened since the last."""
         self._end_expired()
         schedule = self.scheduler.schedule()
-        if schedule.plan.work:
-            began = time.perf_counter()
-            masks = self._begin_masks(schedule)
-            result = self._runner.launch(schedule.plan, masks).wait()
-            ended = time.perf_counter()
-            self.stats.record_step(schedule.plan, ended - began)
-            self._commit(schedule, result, masks, ended)
+        step = self._launch(schedule) if schedule.plan.work else None
+        if self._in_flight is not None:
+            self._commit(self._in_flight)
+            self._in_flight = None
+        if step is not None:
+            self._draw(step)
+            if self._run_ahead:
+                self._in_flight = step
+            else:
+                self._commit(step)
         updates, self._updates = self._updates, []
         return updates
 
@@ -98,29 +126,55 @@ class EngineCore:
         if self._masks is not None:
             self._masks.close()
 
-    def _begin_masks(self, schedule: Schedule) -> StepMasks | None:
-        if self._masks is None:
+    def _launch(self, schedule: Schedule) -> _Step:
+        began = time.perf_counter()
+        constrained: tuple[int, ...] = ()
+        if self._masks is not None:
+            constrained = tuple(
+                index
+                for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True))
+                if work.sample and sequence.request.constraint is not None
+            )
+        # Where all tokens are known the sidecar works while the forward pass does.
+        masks = self._ask_masks(schedule, constrained) if self._in_flight is None else None
+        pending = self._runner.launch(schedule.plan, masked=bool(constrained))
+        return _Step(schedule, constrained, pending, masks, began)
+
+    def _draw(self, step: _Step) -> None:
+        if step.masks is None:
+            step.masks = self._ask_masks(step.schedule, step.constrained)
+        if step.constrained:
+            step.pending.draw(step.masks)
+
+    def _ask_masks(self, schedule: Schedule, constrained: tuple[int, ...]) -> StepMasks | None:
+        if self._masks is None or not (constrained or self._released):
             return None
         work, requests = [], []
-        for index, (sequence, item) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
-            constraint = sequence.request.constraint
-            if item.sample and constraint is not None:
+        for index in constrained:
+            sequence = schedule.sequences[index]
+            # What ended after this step was launched is drawn without a mask, and dropped.
+            if sequence.state is not SequenceState.FINISHED and sequence.request.constraint is not None:
                 work.append(index)
-                requests.append(MaskRequest(sequence.key, constraint, sequence.output_token_ids))
-        if not requests and not self._released:
-            return None
+                requests.append(MaskRequest(sequence.key, sequence.request.constraint, sequence.output_token_ids))
         ticket = self._masks.begin(requests, self._released)
         self._released = []
         return StepMasks(tuple(work), ticket)
 
-    def _commit(self, schedule: Schedule, result: StepResult, masks: StepMasks | None, now: float) -> None:
-        self.scheduler.commit(schedule)
+    def _commit(self, step: _Step) -> None:
+        result, schedule = step.pending.wait(), step.schedule
+        now = time.perf_counter()
+        # A step that was launched while another ran began when that one ended.
+        self.stats.record_step(schedule.plan, now - max(step.began, self._last_commit))
+        self._last_commit = now
         for sequence, cached_tokens in schedule.started:
-            self.stats.record_start(sequence.num_prompt_tokens, cached_tokens, now - sequence.arrived_at)
-            self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
-        errors = masks.batch.errors if masks is not None else {}
+            if sequence.state is not SequenceState.FINISHED:
+                self.stats.record_start(sequence.num_prompt_tokens, cached_tokens, now - sequence.arrived_at)
+                self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
+        errors = step.masks.batch.errors if step.masks is not None else {}
         until_first, between = [], []
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
+            if sequence.state is SequenceState.FINISHED:
+                continue
             if work.score and (scores := result.prompt_logprobs.get(index)):
                 self._updates.append(Update(sequence.key, prompt_logprobs=PromptLogprobs(work.start + 1, scores)))
             if not work.sample:
@@ -142,7 +196,7 @@ class EngineCore:
         if error is not None:
             self._finish(sequence, Finished(FinishReason.ERROR, error))
             return
-        sequence.append(token_id)
+        self.scheduler.append(sequence, token_id)
         reason = sequence.finish_reason()
         if reason is None:
             self._updates.append(Update(sequence.key, (token_id,), None, None, logprobs))
@@ -162,6 +216,7 @@ class EngineCore:
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         self.scheduler.finish(sequence)
+        self.stats.record_finish(finished.reason, time.perf_counter() - sequence.arrived_at)
         if sequence.request.constraint is not None:
             self._released.append(sequence.key)
         self._updates.append(Update(sequence.key, token_ids, None, finished, logprobs))
