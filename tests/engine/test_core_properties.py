@@ -42,8 +42,11 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(5, 40),
         max_model_len=st.integers(20, 90),
         caching=st.booleans(),
+        run_ahead=st.booleans(),
     )
-    def start(self, extra_pages: int, max_num_seqs: int, budget: int, max_model_len: int, caching: bool) -> None:
+    def start(
+        self, extra_pages: int, max_num_seqs: int, budget: int, max_model_len: int, caching: bool, run_ahead: bool
+    ) -> None:
         num_pages = pages_for(max_model_len) + extra_pages
         self.pool = PagePool(num_pages)
         config = SchedulerConfig(max_num_seqs, budget, max_model_len, max_waiting=6, enable_prefix_caching=caching)
@@ -51,7 +54,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.now = 1000.0
         self.grammar = Grammar({})
         self.runner = PageMachine(num_pages, max_num_seqs, max_model_len)
-        self.core = EngineCore(self.runner, self.scheduler, self.grammar, VOCAB_SIZE, clock=lambda: self.now)
+        self.core = EngineCore(
+            self.runner, self.scheduler, self.grammar, VOCAB_SIZE, clock=lambda: self.now, run_ahead=run_ahead
+        )
         self.requests: dict[int, Request] = {}
         self.outputs: dict[int, list[int]] = {}
         self.started: set[int] = set()

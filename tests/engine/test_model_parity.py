@@ -126,7 +126,8 @@ def test_any_batch_chunking_prefix_hit_and_preemption(reference: Reference, data
         enable_prefix_caching=data.draw(st.booleans(), label="caching"),
     )
     runner = CpuRunner(reference.ours, num_pages, max_num_seqs, MAX_MODEL_LEN, "float32")
-    core = EngineCore(runner, Scheduler(config, PagePool(num_pages), frozenset({EOS})), None, VOCAB_SIZE)
+    scheduler = Scheduler(config, PagePool(num_pages), frozenset({EOS}))
+    core = EngineCore(runner, scheduler, None, VOCAB_SIZE, run_ahead=data.draw(st.booleans(), label="run ahead"))
     outputs: dict[int, list[int]] = {}
     prompts: dict[int, tuple[int, ...]] = {}
     wanted: dict[int, int] = {}

@@ -93,11 +93,22 @@ class Masks:
         return self.batch
 
 
-@dataclass(frozen=True)
-class Done:
-    result: StepResult
+@dataclass
+class Launched:
+    """Pages are written; tokens are drawn, too, unless the step's masks are still to come."""
+
+    machine: PageMachine
+    plan: StepPlan
+    scores: dict[int, tuple[TokenLogprobs, ...]]
+    result: StepResult | None = None
+
+    def draw(self, masks: StepMasks | None) -> None:
+        assert self.machine.waiting is self, "a step was launched before the one before it had drawn its tokens"
+        self.machine.waiting = None
+        self.result = StepResult(self.machine.draw(self.plan, masks), {}, self.scores)
 
     def wait(self) -> StepResult:
+        assert self.result is not None, "the masks never came"
         return self.result
 
 
@@ -110,8 +121,10 @@ class PageMachine:
         self.tables = np.full((max_num_seqs, pages_for(max_model_len)), -1, dtype=np.int64)
         self.tokens = np.full((max_num_seqs, max_model_len + 1), -1, dtype=np.int64)
         self.num_prompt_tokens = [0] * max_num_seqs
+        self.waiting: Launched | None = None
 
-    def launch(self, plan: StepPlan, masks: StepMasks | None) -> Done:
+    def launch(self, plan: StepPlan, *, masked: bool) -> Launched:
+        assert self.waiting is None, "a step was launched before the one before it had drawn its tokens"
         for admission in plan.admissions:
             self.tables[admission.slot] = -1
             self.tokens[admission.slot] = -1
@@ -125,19 +138,25 @@ class PageMachine:
                 page = self.tables[work.slot, position // PAGE_SIZE]
                 assert page >= 0, "a token without a page"
                 self.memory[page, position % PAGE_SIZE] = self.tokens[work.slot, position]
+        scores = {index: tuple(self.score_prompt(work)) for index, work in enumerate(plan.work) if work.score}
+        self.waiting = launched = Launched(self, plan, scores)
+        if not masked:
+            launched.draw(None)
+        return launched
+
+    def draw(self, plan: StepPlan, masks: StepMasks | None) -> tuple[int, ...]:
+        """What each of the plan's work draws; the next step reads it as its input."""
         allowed = {}
         if masks is not None:
             bits = np.unpackbits(masks.batch.rows.view(np.uint8), axis=1, bitorder="little")
             allowed = {index: np.flatnonzero(row).tolist() for index, row in zip(masks.work, bits, strict=True)}
-        drawn, scores = [-1] * len(plan.work), {}
+        drawn = [-1] * len(plan.work)
         for index, work in enumerate(plan.work):
-            if work.score:
-                scores[index] = tuple(self.score_prompt(work))
             if work.sample:
                 length = work.start + work.num_tokens
                 drawn[index] = next_token(self.seen(work.slot, length), allowed.get(index, range(VOCAB_SIZE)))
                 self.tokens[work.slot, length] = drawn[index]
-        return Done(StepResult(tuple(drawn), {}, scores))
+        return tuple(drawn)
 
     def seen(self, slot: int, length: int) -> list[int]:
         """The first `length` tokens as the slot's pages hold them."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +19,24 @@ from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.engine.sampler import sample
 from quire.kernels.token_mask import apply_token_mask
+from quire.service.errors import InternalError
 from quire.service.request import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class _DoneStep:
-    """A CPU computes in the caller's thread: a launched step is a finished one."""
+@dataclass(slots=True)
+class _CpuStep:
+    """A CPU computes in the caller's thread: what was launched is done, but for a draw that awaits its masks."""
 
-    result: StepResult
+    sample: Callable[[StepMasks | None], StepResult]
+    result: StepResult | None = None
+
+    def draw(self, masks: StepMasks | None) -> None:
+        if self.result is None:
+            self.result = self.sample(masks)
 
     def wait(self) -> StepResult:
+        if self.result is None:
+            raise InternalError("the step's masks never came")
         return self.result
 
 
@@ -40,8 +50,8 @@ class CpuRunner:
         self._cache = model.new_kv_cache(num_pages)
 
     @torch.inference_mode()
-    def launch(self, plan: StepPlan, masks: StepMasks | None) -> _DoneStep:
-        """Runs the step and returns it done."""
+    def launch(self, plan: StepPlan, *, masked: bool) -> _CpuStep:
+        """Runs the step; it is done when this returns, but for the draw if it is `masked`."""
         self._batch.apply(plan)
         work = WorkColumns.of(plan.work)
         logits = self._model.forward(self._batch.forward_batch(work), self._cache)
@@ -49,10 +59,23 @@ class CpuRunner:
         if work.score.any():
             prompt_logprobs = self._score(work, logits)
             logits = logits[torch.from_numpy((np.cumsum(_num_logits(work)) - 1)[work.sample])]
+        step = _CpuStep(partial(self._draw, work, logits, prompt_logprobs))
+        if not masked:
+            step.draw(None)
+        return step
+
+    @torch.inference_mode()
+    def _draw(
+        self,
+        work: WorkColumns,
+        logits: Tensor,
+        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]],
+        masks: StepMasks | None,
+    ) -> StepResult:
         sampled, logprobs = self._sample(work, logits, masks)
         token_ids = np.full(len(work), -1)
         token_ids[work.sample] = sampled
-        return _DoneStep(StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs))
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs)
 
     def _sample(
         self, all_work: WorkColumns, logits: Tensor, masks: StepMasks | None

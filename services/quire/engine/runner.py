@@ -29,6 +29,9 @@ class StepMasks:
 class PendingStep(Protocol):
     """A step that was launched."""
 
+    def draw(self, masks: StepMasks | None) -> None:
+        """Draws the tokens of a step that was launched `masked`: once, before the next launch. No effect on others."""
+
     def wait(self) -> StepResult:
         """Blocks until its tokens are known."""
 
@@ -50,5 +53,9 @@ class Runner(Protocol):
 
     info: DeviceInfo
 
-    def launch(self, plan: StepPlan, masks: StepMasks | None) -> PendingStep:
-        """Starts a step. Steps run in the order of their launches."""
+    def launch(self, plan: StepPlan, *, masked: bool) -> PendingStep:
+        """Starts a step. Steps run in the order of their launches.
+
+        Its tokens are drawn at once, unless it is `masked`: then `draw` brings the masks, which may depend on the
+        tokens of the step before. Raises QuireError if the device fails; the runner can't be used after that.
+        """

@@ -1,7 +1,11 @@
 """One scheduler for all tokens: prefill chunks and decodes share a step under one token budget.
 
-Called by the core: `schedule()` decides a step, `commit()` books what it computed. The scheduler owns the host's state
-(sequences, pages, slots) and knows nothing of tensors.
+Called by the core: `schedule()` decides a step and books it as done, `append()` adds what it drew. Between the two a
+token is known to exist but not its value, which is all that the next step's plan needs: so the core may be a step ahead
+of the device. The scheduler owns the host's state (sequences, pages, slots) and knows nothing of tensors.
+
+A step in flight may still write to pages, and to a slot, that were given back meanwhile: whoever gets them next is in
+a later step, and steps run in their order.
 
 - Sequences that decode go first, so a long prompt never stalls them; prompts fill the rest of the budget in chunks.
 - Waiting sequences join in order (priority, then arrival) and the first that does not fit stops the rest: a long
@@ -149,26 +153,38 @@ class Scheduler:
         return expired
 
     def schedule(self) -> Schedule:
-        """The next step; its plan has no work if there is nothing to do."""
+        """The next step, which is to be launched; its plan has no work if there is nothing to do."""
         step = _Step(self.config.max_num_batched_tokens)
         preempted = self._schedule_running(step)
         # Pages that a preemption freed belong to those who needed them, not to newcomers who would need more soon.
         if not preempted:
             self._schedule_waiting(step)
-        return step.schedule()
+        schedule = step.schedule()
+        self._book(schedule)
+        return schedule
 
-    def commit(self, schedule: Schedule) -> None:
-        """Books the tokens that a step computed: their full pages can be found from now on."""
-        caching = self.config.enable_prefix_caching
+    def append(self, sequence: Sequence, token_id: int) -> None:
+        """Adds the token that a step drew for a sequence that has not ended; it may have been preempted meanwhile."""
+        sequence.append(token_id)
+        if sequence.state is SequenceState.RUNNING:
+            self._publish(sequence)
+
+    def _book(self, schedule: Schedule) -> None:
+        """Takes a step as done: later ones may use its pages, which are written before they run."""
         for sequence, work in zip(schedule.sequences, schedule.plan.work, strict=True):
             sequence.num_computed = work.start + work.num_tokens
+            if work.sample:
+                sequence.num_drawn += 1
             if work.score:
                 sequence.num_scored = min(sequence.num_computed + 1, sequence.num_prompt_tokens)
-            if caching and sequence.num_computed // PAGE_SIZE > sequence.num_published:
-                self._publish(sequence)
+            self._publish(sequence)
 
     def _publish(self, sequence: Sequence) -> None:
-        for index in range(sequence.num_published, sequence.num_computed // PAGE_SIZE):
+        """Makes the pages that are full and whose tokens are known findable."""
+        num_full = sequence.num_computed // PAGE_SIZE
+        if num_full <= sequence.num_published or not self.config.enable_prefix_caching:
+            return
+        for index in range(sequence.num_published, min(num_full, len(sequence.page_hashes))):
             self.pool.publish(sequence.block_table[index], sequence.page_hashes[index])
             sequence.num_published = index + 1
 
@@ -177,6 +193,8 @@ class Scheduler:
         preemptions = self.num_preemptions
         prefilling = []
         for sequence in tuple(self._running):
+            if sequence.awaits_last_token:
+                continue
             if sequence.num_pending > 1:
                 prefilling.append(sequence)
             elif sequence.state is SequenceState.RUNNING:  # not preempted for one before it
@@ -201,6 +219,9 @@ class Scheduler:
             entry = heapq.heappop(self._waiting)
             sequence = entry[1]
             if sequence.state is not SequenceState.WAITING:
+                continue
+            if sequence.num_drawn:
+                put_off.append(entry)  # preempted before its last token was read: a plan must name all of them
                 continue
             cached = self._cached_pages(sequence)
             if self._is_being_computed(sequence, len(cached), step):
@@ -281,10 +302,12 @@ class Scheduler:
                 return False
         return True
 
-    def _loss(self, sequence: Sequence) -> tuple[int, int, int]:
-        """What preempting costs: lower priorities first, then computed tokens in pages that nobody else keeps alive."""
+    def _loss(self, sequence: Sequence) -> tuple[bool, int, int, int]:
+        """What preempting costs: nothing if only the last token is awaited, which comes all the same; then lower
+        priorities first, then computed tokens in pages that nobody else keeps alive."""
         shared = sum(1 for page in sequence.block_table if self.pool.references(page) > 1)
-        return (sequence.request.priority, sequence.num_computed - shared * PAGE_SIZE, -sequence.arrival)
+        priority = sequence.request.priority
+        return (not sequence.awaits_last_token, priority, sequence.num_computed - shared * PAGE_SIZE, -sequence.arrival)
 
 
 class _Step:
@@ -330,7 +353,7 @@ class _Step:
         """A sequence in the batch computes `num_tokens`."""
         self.budget -= num_tokens
         start = sequence.num_computed
-        sample = start + num_tokens == len(sequence.token_ids)
+        sample = start + num_tokens == sequence.num_tokens
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
         self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score)

@@ -19,12 +19,13 @@ class SequenceState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`token_ids` is prompt and output; the keys and values of the first `num_computed` lie in `block_table`'s pages.
+    """`token_ids` is prompt and output, as far as the host knows it; steps in flight draw `num_drawn` tokens more.
 
-    `max_tokens` is how many `token_ids` may become. `page_hashes` has a hash for every full page of `token_ids`; the
-    first `num_published` of them are in the pool. `arrived_at` and `last_token_at` (when a token was last drawn here)
-    are the core's, in seconds of a clock of its own.
-    The log-probabilities of the first `num_scored` prompt tokens have been reported; the first token has none.
+    The keys and values of the first `num_computed` tokens lie in `block_table`'s pages once the steps in flight are
+    done. `max_tokens` is how many tokens there may be in all. `page_hashes` has a hash for every full page of
+    `token_ids`; the first `num_published` of them are in the pool. `arrived_at` and `last_token_at` (when a token was
+    last drawn here) are the core's, in seconds of a clock of its own.
+    The log-probabilities of the first `num_scored` prompt tokens are reported or on their way; the first has none.
     """
 
     key: int
@@ -39,6 +40,7 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     slot: int = -1
     num_computed: int = 0
+    num_drawn: int = 0
     block_table: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -62,9 +64,19 @@ class Sequence:
         return (-self.request.priority, self.arrival)
 
     @property
+    def num_tokens(self) -> int:
+        """All tokens that there are, those of steps in flight included."""
+        return len(self.token_ids) + self.num_drawn
+
+    @property
     def num_pending(self) -> int:
         """Tokens still to be computed before the next one can be sampled; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_drawn - self.num_computed
+
+    @property
+    def awaits_last_token(self) -> bool:
+        """Whether the last token that it may have is drawn by a step in flight."""
+        return len(self.token_ids) + self.num_drawn >= self.max_tokens
 
     @property
     def scores_prompt(self) -> bool:
@@ -77,7 +89,8 @@ class Sequence:
         return self.token_ids[self.num_prompt_tokens :]
 
     def append(self, token_id: int) -> None:
-        """Adds a sampled token, and the hash of the page that it fills."""
+        """Adds the oldest token that a step in flight has drawn, and the hash of the page that it fills."""
+        self.num_drawn -= 1
         self.token_ids.append(token_id)
         if len(self.token_ids) % PAGE_SIZE == 0:
             parent = self.page_hashes[-1] if self.page_hashes else root_hash(self.request.cache_key)
