@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -272,6 +272,15 @@ def test_what_cannot_run_is_refused_before_anything_starts(
     assert tiny.generate("a", GREEDY, use_tqdm=False)[0].outputs[0].token_ids
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """A shell starts background jobs deaf to Ctrl-C, and the tests may be one."""
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, inherited)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_leaves_it_usable(tiny: LLM) -> None:
     """Without it an interrupted call would leave its requests running, or a step half done."""
     expected = tokens_of(tiny.generate(TEXTS, GREEDY, use_tqdm=False))
