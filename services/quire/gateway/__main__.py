@@ -64,9 +64,50 @@ def build_parser() -> argparse.ArgumentParser:
         help="what is in flight may finish for this long after SIGTERM (default: %(default)s)",
     )
     option("--max-body-bytes", type=int, default=4 << 20, metavar="BYTES", help="(default: %(default)s)")
+    _add_access_options(parser)
     option("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default: %(default)s)")
     option("--log-format", default="text", choices=[style.value for style in LogFormat], help="(default: %(default)s)")
     return parser
+
+
+def _add_access_options(parser: argparse.ArgumentParser) -> None:
+    default = GatewayConfig(routers=("-",))
+    option = parser.add_argument_group("access and limits").add_argument
+    option("--api-keys", default="", metavar="FILE", help="made by `quire keys`; without it everybody may ask")
+    option(
+        "--reload-interval",
+        type=float,
+        default=default.reload_interval,
+        metavar="SECONDS",
+        help="how often the files of keys and certificates are looked at (default: %(default)s)",
+    )
+    option(
+        "--max-requests",
+        type=int,
+        default=default.max_requests,
+        metavar="N",
+        help="in flight in one process; more are told to try again (default: %(default)s)",
+    )
+    option(
+        "--max-choices",
+        type=int,
+        default=default.max_choices,
+        metavar="N",
+        help="outputs that one request may ask for (default: %(default)s)",
+    )
+    option(
+        "--read-timeout",
+        type=float,
+        default=default.read_timeout,
+        metavar="SECONDS",
+        help="a request must have arrived within this time (default: %(default)s)",
+    )
+    option(
+        "--request-timeout",
+        type=float,
+        metavar="SECONDS",
+        help="for a request and its whole answer; X-Request-Timeout may ask for less (default: none)",
+    )
 
 
 def build_config(arguments: argparse.Namespace) -> GatewayConfig:
@@ -82,6 +123,12 @@ def build_config(arguments: argparse.Namespace) -> GatewayConfig:
         router_timeout=arguments.router_timeout,
         grace=arguments.grace,
         max_body_bytes=arguments.max_body_bytes,
+        api_keys=arguments.api_keys,
+        reload_interval=arguments.reload_interval,
+        max_requests=arguments.max_requests,
+        max_choices=arguments.max_choices,
+        read_timeout=arguments.read_timeout,
+        request_timeout=arguments.request_timeout,
     )
 
 

@@ -27,6 +27,16 @@ class GatewayConfig:
     # What is in flight may finish for this long after the process was asked to stop.
     grace: float = 30.0
     max_body_bytes: int = 4 * _MIB
+    # Empty: open to everybody. See quire.gateway.access.keys.
+    api_keys: str = ""
+    # How often the files are looked at.
+    reload_interval: float = 1.0
+    # In flight in this process; outputs that one request may ask for.
+    max_requests: int = 1024
+    max_choices: int = 128
+    # For a request's arrival, and for all of it.
+    read_timeout: float = 30.0
+    request_timeout: float | None = None
 
     def __post_init__(self) -> None:
         if not self.routers or not all(self.routers):
@@ -45,5 +55,11 @@ class GatewayConfig:
             raise ConfigError(f"--router-timeout is {self.router_timeout}: it must be above 0 seconds")
         if self.grace < 0:
             raise ConfigError(f"--grace is {self.grace}: it must be at least 0 seconds")
+        for name in ("max_requests", "max_choices"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+        for name in ("reload_interval", "read_timeout", "request_timeout"):
+            if (seconds := getattr(self, name)) is not None and not seconds > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} is {seconds}: it must be above 0 seconds")
         if self.max_body_bytes < 1024:
             raise ConfigError(f"--max-body-bytes is {self.max_body_bytes}: it must be at least 1024")

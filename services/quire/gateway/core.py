@@ -45,7 +45,8 @@ class Output:
     """The text of one or several generations while it comes: enter it, iterate over it, leave it.
 
     Iteration yields (index of the generation, new text) and, exactly once per generation, (index, Result). The error
-    that ends one generation is raised and ends them all. `progress` is called whenever new tokens have come.
+    that ends one generation is raised and ends them all. `progress` is called with the number of new
+    tokens whenever some have come.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Output:
         sessions: RouterSessions,
         model: ServedModel,
         generations: Sequence[Generation],
-        progress: Callable[[], None],
+        progress: Callable[[int], None],
     ) -> None:
         self._sessions = sessions
         self._model = model
@@ -94,7 +95,7 @@ class Output:
                 taken = stream.taken
                 text = stream.take()
                 if stream.taken > taken:
-                    self._progress()
+                    self._progress(stream.taken - taken)
                 if text:
                     yield index, text
                 result = stream.result()
@@ -162,7 +163,7 @@ class Core:
         )
         return Generation(operation, request, options.stop)
 
-    def open(self, generations: Sequence[Generation], progress: Callable[[], None]) -> Output:
+    def open(self, generations: Sequence[Generation], progress: Callable[[int], None]) -> Output:
         """The output of `generations`, which are sent when it is entered."""
         return Output(self._sessions, self.model, generations, progress)
 

@@ -5,7 +5,23 @@ They are types of their own because OpenAI's clients tell them apart by status o
 
 from __future__ import annotations
 
-from quire.service.errors import InvalidRequestError, NotFoundError
+from quire.service.errors import InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
+
+
+class AuthenticationError(InvalidRequestError):
+    """No API key, or one that is not known or has expired."""
+
+
+class RateLimitError(OverloadedError):
+    """An API key has used what it may for now."""
+
+
+class BusyError(UnavailableError):
+    """The gateway serves as many requests as it may."""
+
+
+class SlowRequestError(InvalidRequestError):
+    """The request did not arrive in time."""
 
 
 class BodyTooLargeError(InvalidRequestError):

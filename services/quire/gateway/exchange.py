@@ -6,36 +6,46 @@ Starlette's responses notice a disconnect only while they stream; a generation m
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
 
-from quire.gateway.errors import BodyTooLargeError
+from quire.gateway.access.deadline import Deadline
+from quire.gateway.errors import BodyTooLargeError, SlowRequestError
 from quire.service.errors import CancelledRequestError
 
 
 class Exchange:
-    """`started` and `complete` say how much of the answer is out."""
+    """`started` and `complete` say how much of the answer is out. `headers` makes some that every answer has."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, headers: Callable[[], Mapping[str, str]] = dict
+    ) -> None:
         self.request = Request(scope, receive)
         self.started = False
         self.complete = False
+        self._headers = headers
         self._receive = receive
         self._send = send
 
-    async def body(self, limit: int) -> bytes:
-        """The request's body; raises BodyTooLargeError beyond `limit` bytes, CancelledRequestError at a disconnect."""
+    async def body(self, limit: int, seconds: float) -> bytes:
+        """The request's body, whole within `seconds`.
+
+        Raises BodyTooLargeError beyond `limit` bytes, SlowRequestError, CancelledRequestError at a disconnect.
+        """
         too_large = BodyTooLargeError(f"the body is larger than {limit} bytes: shorten it, or raise --max-body-bytes")
         if int(self.request.headers.get("content-length", "0")) > limit:
             raise too_large
         body = bytearray()
         try:
-            async for chunk in self.request.stream():
-                body += chunk
-                if len(body) > limit:
-                    raise too_large
+            async with asyncio.timeout(seconds):
+                async for chunk in self.request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise too_large
+        except TimeoutError as error:
+            raise SlowRequestError(f"the body took longer than {seconds:g} s to arrive: send it faster") from error
         except ClientDisconnect as error:
             raise CancelledRequestError("the client went away") from error
         return bytes(body)
@@ -43,7 +53,8 @@ class Exchange:
     async def start(self, status: int, headers: Mapping[str, str]) -> None:
         """Sends the answer's head."""
         self.started = True
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        items = {**headers, **self._headers()}.items()
+        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in items]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, chunk: bytes) -> None:
@@ -55,12 +66,19 @@ class Exchange:
         self.complete = True
         await self._send({"type": "http.response.body", "body": chunk, "more_body": False})
 
-    async def while_connected(self, work: Coroutine[None, None, None]) -> None:
-        """Runs `work`; if the client goes away first, cancels it and raises CancelledRequestError."""
+    async def while_connected(self, work: Coroutine[None, None, None], deadline: Deadline) -> None:
+        """Runs `work`; if the client goes away first, cancels it and raises CancelledRequestError.
+
+        Raises DeadlineExceededError if `deadline` comes first.
+        """
         working = asyncio.ensure_future(work)
         watching = asyncio.ensure_future(self._disconnected())
         try:
-            await asyncio.wait((working, watching), return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(
+                (working, watching), timeout=deadline.left, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not done:
+                raise deadline.passed()
             if not working.done() and not self.complete:
                 raise CancelledRequestError("the client went away")
             await working

@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 import grpc
 
+from quire.gateway.access.gate import Caller, Gate
+from quire.gateway.access.grpc_access import authorization
 from quire.gateway.core import Core, Operation
 from quire.gateway.model import Conversation, Prompt
 from quire.gateway.observation import Observer
@@ -31,8 +33,9 @@ _Emit: TypeAlias = Callable[[str, str | Result], Awaitable[None]]
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Translates; a call that its client cancels is cancelled here and frees its pages."""
 
-    def __init__(self, core: Core, observer: Observer) -> None:
+    def __init__(self, core: Core, observer: Observer, gate: Gate) -> None:
         self._core = core
+        self._gate = gate
         self._observer = observer
 
     async def Generate(  # noqa: N802
@@ -77,8 +80,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.ListModelsResponse:
         """Every name that the served model answers to."""
         model = self._core.model
-        names = [inference_pb2.Model(name=name, max_model_len=model.max_model_len) for name in model.names]
+        caller = self._caller(context)
+        names = [
+            inference_pb2.Model(name=name, max_model_len=model.max_model_len)
+            for name in model.names
+            if caller.may_use(name)
+        ]
         return inference_pb2.ListModelsResponse(models=names)
+
+    def _caller(self, context: _Context) -> Caller:
+        return self._gate.caller(authorization(context.invocation_metadata()))
 
     async def _run(self, request: _GenerateRequest, context: _Context, emit: _Emit, *, stream: bool) -> None:
         """Emits each new text and at last the Result; ends the call with the status of the error that came instead."""
@@ -87,18 +98,24 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         operation = Operation.CHAT if request.prompt.HasField("chat") else Operation.TEXT_COMPLETION
         request_id = f"gen-{uuid.uuid4().hex}"
         try:
-            with self._observer.observe(operation, "grpc", metadata.get("x-request-id", request_id), trace) as seen:
+            caller = self._caller(context)
+            with (
+                self._observer.observe(operation, "grpc", metadata.get("x-request-id", request_id), trace) as seen,
+                self._gate.enter(caller) as admission,
+            ):
                 model = request.model or self._core.model.name
                 self._core.model.check_name(model)
+                caller.check_model(model)
                 generation = await self._core.prepare(
                     request_id,
                     _prompt(request),
-                    _options(request.options),
+                    admission.options(_options(request.options)),
                     trace=seen.trace,
                     deadline_unix_ms=_deadline(context.time_remaining()),
                 )
                 seen.prepared(model, [generation], request_id, stream=stream)
-                with self._core.open([generation], seen.progress) as output:
+                admission.start([generation])
+                with self._core.open([generation], admission.counting(seen.progress)) as output:
                     async for _, event in output:
                         await emit(request_id, event)
                         if isinstance(event, Result):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from http import HTTPStatus
 
 import msgspec
@@ -17,15 +19,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from quire.gateway.access.deadline import HEADER as TIMEOUT_HEADER
+from quire.gateway.access.deadline import Deadline
+from quire.gateway.access.gate import Admission, Caller, Gate
+from quire.gateway.access.http_access import Authentication
 from quire.gateway.core import Core, Generation, Operation, Output
-from quire.gateway.errors import MethodNotAllowedError, RouteNotFoundError
+from quire.gateway.errors import AuthenticationError, MethodNotAllowedError, RouteNotFoundError
 from quire.gateway.exchange import Exchange
 from quire.gateway.observation import Observation, Observer
 from quire.gateway.openai.errors import error_body, shape_of
 from quire.gateway.openai.requests import ApiRequest, parse_chat, parse_completion
 from quire.gateway.openai.responses import DONE, Events, answer_body, error_event, model_object, response_id
 from quire.gateway.stream import Result, total_usage
-from quire.service.errors import InternalError, InvalidRequestError, OverloadedError, QuireError
+from quire.service.errors import InternalError, InvalidRequestError, OverloadedError, QuireError, UnavailableError
 from quire.service.metrics import CONTENT_TYPE_LATEST, exposition
 from quire.service.request import TraceContext
 
@@ -39,17 +45,28 @@ _EVENT_STREAM = {
 _MAX_REQUEST_ID = 256
 
 
-def application(core: Core, observer: Observer, registry: CollectorRegistry, *, max_body_bytes: int) -> ASGIApp:
+@dataclass(frozen=True, slots=True)
+class HttpLimits:
+    """`read_timeout` and `request_timeout` in seconds: for a request's arrival, and for all of it (None: no limit)."""
+
+    max_body_bytes: int
+    read_timeout: float
+    request_timeout: float | None
+
+
+def application(core: Core, observer: Observer, gate: Gate, registry: CollectorRegistry, limits: HttpLimits) -> ASGIApp:
     """The ASGI application around `core`."""
     created = int(time.time())
 
     async def models(request: Request) -> Response:
-        data = [model_object(core.model, name, created) for name in core.model.names]
+        caller: Caller = request.scope["quire.caller"]
+        data = [model_object(core.model, name, created) for name in core.model.names if caller.may_use(name)]
         return _json({"object": "list", "data": data})
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
         core.model.check_name(name)
+        request.scope["quire.caller"].check_model(name)
         return _json(model_object(core.model, name, created))
 
     async def health(request: Request) -> Response:
@@ -62,8 +79,8 @@ def application(core: Core, observer: Observer, registry: CollectorRegistry, *, 
     async def metrics(request: Request) -> Response:
         return Response(exposition(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
-    chat = _Completions(core, observer, Operation.CHAT, parse_chat, max_body_bytes)
-    text = _Completions(core, observer, Operation.TEXT_COMPLETION, parse_completion, max_body_bytes)
+    chat = _Completions(core, observer, gate, Operation.CHAT, parse_chat, limits)
+    text = _Completions(core, observer, gate, Operation.TEXT_COMPLETION, parse_completion, limits)
     routes = [
         Route("/v1/chat/completions", chat, methods=["POST"]),
         Route("/v1/completions", text, methods=["POST"]),
@@ -74,7 +91,7 @@ def application(core: Core, observer: Observer, registry: CollectorRegistry, *, 
         Route("/metrics", metrics),
     ]
     handlers = {QuireError: _on_quire_error, HTTPException: _on_http_error, Exception: _on_bug}
-    return _RequestIds(Starlette(routes=routes, exception_handlers=handlers))
+    return _RequestIds(Authentication(Starlette(routes=routes, exception_handlers=handlers), gate, _error_response))
 
 
 class _Completions:
@@ -84,44 +101,55 @@ class _Completions:
         self,
         core: Core,
         observer: Observer,
+        gate: Gate,
         operation: Operation,
         parse: Callable[[bytes], ApiRequest],
-        max_body_bytes: int,
+        limits: HttpLimits,
     ) -> None:
         self._core = core
         self._observer = observer
+        self._gate = gate
         self._operation = operation
         self._parse = parse
-        self._max_body_bytes = max_body_bytes
+        self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        caller: Caller = scope["quire.caller"]
+        exchange = Exchange(scope, receive, send, lambda: self._gate.headers(caller))
         headers = exchange.request.headers
         trace = TraceContext(headers.get("traceparent", ""), headers.get("tracestate", ""))
         with self._observer.observe(self._operation, "http", scope["quire.request_id"], trace) as seen:
             try:
-                body = await exchange.body(self._max_body_bytes)
-                await exchange.while_connected(self._answer(exchange, body, seen))
+                deadline = Deadline(headers.get(TIMEOUT_HEADER), self._limits.request_timeout)
+                with self._gate.enter(caller) as admission:
+                    body = await exchange.body(self._limits.max_body_bytes, self._limits.read_timeout)
+                    await exchange.while_connected(self._answer(exchange, body, admission, deadline, seen), deadline)
             except QuireError as error:
                 seen.failed(error)
                 await _answer_error(exchange, error)
 
-    async def _answer(self, exchange: Exchange, body: bytes, seen: Observation) -> None:
+    async def _answer(
+        self, exchange: Exchange, body: bytes, admission: Admission, deadline: Deadline, seen: Observation
+    ) -> None:
         request = self._parse(body)
         self._core.model.check_name(request.model)
+        admission.caller.check_model(request.model)
+        options = admission.options(request.options)
         answer_id = response_id(self._operation, uuid.uuid4().hex)
         try:
             generations = [
                 await self._core.prepare(
                     answer_id if len(request.prompts) == 1 else f"{answer_id}-{index}",
                     prompt,
-                    request.options,
+                    options,
                     trace=seen.trace,
+                    deadline_unix_ms=deadline.unix_ms,
                 )
                 for index, prompt in enumerate(request.prompts)
             ]
             seen.prepared(request.model, generations, answer_id, stream=request.stream)
-            with self._core.open(generations, seen.progress) as output:
+            admission.start(generations)
+            with self._core.open(generations, admission.counting(seen.progress)) as output:
                 await output.begun()
                 answer = self._stream if request.stream else self._whole
                 await answer(exchange, request, generations, output, answer_id, seen)
@@ -231,7 +259,11 @@ def _json(value: object, status: int = 200) -> Response:
 
 
 def _error_response(error: QuireError) -> Response:
-    headers = _JSON | {"retry-after": "1"} if isinstance(error, OverloadedError) else _JSON
+    headers = dict(_JSON)
+    if isinstance(error, OverloadedError | UnavailableError):
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after or 1)))
+    if isinstance(error, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
     return Response(error_body(error), shape_of(error).status, headers=headers)
 
 

@@ -118,8 +118,8 @@ class Observation:
         self._span.set_attributes(attributes)
         self._facts |= {"answer_id": answer_id, "model": model}
 
-    def progress(self) -> None:
-        """New output tokens have come. Called at every step, so it does little."""
+    def progress(self, tokens: int) -> None:
+        """`tokens` more output tokens have come. Called at every step, so it does little."""
         now = time.perf_counter()
         if self._first_token is None:
             self._first_token = now - self._began

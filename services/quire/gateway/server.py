@@ -6,13 +6,20 @@ import asyncio
 import logging
 import os
 import socket
+from functools import partial
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from quire.gateway.access.gate import Gate, GateLimits
+from quire.gateway.access.grpc_access import Authentication
+from quire.gateway.access.keys import KeyRing, load_keys
+from quire.gateway.access.ledger import Ledger
+from quire.gateway.access.metrics import AccessMetrics
 from quire.gateway.config import GatewayConfig
 from quire.gateway.core import Core
 from quire.gateway.grpc_api import SERVICE, InferenceServicer
-from quire.gateway.http import application
+from quire.gateway.http import HttpLimits, application
 from quire.gateway.http_server import HttpServer
 from quire.gateway.metrics import GatewayMetrics
 from quire.gateway.model import ServedModel
@@ -21,6 +28,7 @@ from quire.gateway.session import RouterSessions
 from quire.service.checkpoint import load_text, locate
 from quire.service.errors import UnavailableError
 from quire.service.grpc_server import GrpcServer
+from quire.service.reload import Reloaded
 from quire.service.tracing import Tracing
 from quire.v1 import inference_pb2_grpc
 
@@ -67,13 +75,19 @@ class Gateway:
         core = Core(model, self._sessions)
         registry = CollectorRegistry()
         observer = Observer(tracing.tracer, GatewayMetrics(registry))
-        app = application(core, observer, registry, max_body_bytes=config.max_body_bytes)
+        access_metrics = AccessMetrics(registry)
+        self._keys = _load_keys(config, access_metrics)
+        self._ledger = Ledger()
+        limits = GateLimits(max_requests=config.max_requests, max_choices=config.max_choices)
+        gate = Gate(self._keys, self._ledger, limits, access_metrics)
+        http_limits = HttpLimits(config.max_body_bytes, config.read_timeout, config.request_timeout)
+        app = application(core, observer, gate, registry, http_limits)
         self._model = model
         self._http = HttpServer(app, config.host, config.port, stop_timeout=config.grace + _LAST_WORDS_SECONDS)
         limit = ("grpc.max_receive_message_length", config.max_body_bytes)
-        self._grpc = GrpcServer(config.grpc_listen, options=[limit])
+        self._grpc = GrpcServer(config.grpc_listen, options=[limit], interceptors=[Authentication(gate)])
         self._grpc.add(
-            SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(core, observer)
+            SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(core, observer, gate)
         )
         self.url = ""
         self.grpc_address = ""
@@ -88,7 +102,8 @@ class Gateway:
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set; raises what made a part of the gateway fail before."""
-        parts = (stop.wait(), self._http.ended(), self._sessions.failed(), self._report_readiness())
+        parts = [stop.wait(), self._http.ended(), self._sessions.failed(), self._report_readiness()]
+        parts += [files.watch(self._config.reload_interval) for files in self._watched]
         tasks = [asyncio.ensure_future(part) for part in parts]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -111,6 +126,11 @@ class Gateway:
             self._sessions.end_all(UnavailableError("the gateway is shutting down: send the request to another one"))
         await asyncio.gather(*ending)
         await self._sessions.close()
+        self._ledger.close()
+
+    @property
+    def _watched(self) -> list[Reloaded[Any]]:
+        return [self._keys] if self._keys is not None else []
 
     async def _report_readiness(self) -> None:
         ready = False
@@ -121,6 +141,16 @@ class Gateway:
                 ready = self._sessions.ready
                 await self._grpc.set_serving(ready)
                 logger.info("ready" if ready else "not ready", extra=self._sessions.states)
+
+
+def _load_keys(config: GatewayConfig, metrics: AccessMetrics) -> Reloaded[KeyRing] | None:
+    if not config.api_keys:
+        return None
+
+    def load() -> KeyRing:
+        return load_keys(config.api_keys)
+
+    return Reloaded("API keys", [config.api_keys], load, partial(metrics.reloaded, "api_keys"))
 
 
 def _instance() -> str:

@@ -60,9 +60,16 @@ class GrpcServer:
     one of them, and for the empty name, until `set_serving(True)`.
     """
 
-    def __init__(self, address: str, *, options: Sequence[tuple[str, int]] = ()) -> None:
+    def __init__(
+        self,
+        address: str,
+        *,
+        options: Sequence[tuple[str, int]] = (),
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         # Of an option that is given twice, gRPC takes the first.
-        self.server = grpc.aio.server(options=list({**dict(SERVER_OPTIONS), **dict(options)}.items()))
+        merged = {**dict(SERVER_OPTIONS), **dict(options)}
+        self.server = grpc.aio.server(options=list(merged.items()), interceptors=list(interceptors))
         self._address = address
         self._names = [""]
         self._health = _Health()

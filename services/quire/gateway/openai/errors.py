@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import msgspec
 
 from quire.gateway.errors import (
+    AuthenticationError,
     BodyTooLargeError,
     ContextLengthError,
     MethodNotAllowedError,
     ModelNotFoundError,
+    RateLimitError,
     RouteNotFoundError,
+    SlowRequestError,
 )
 from quire.service.errors import (
     CancelledRequestError,
@@ -38,11 +41,14 @@ SHAPES: dict[type[QuireError], ErrorShape] = {
     InvalidRequestError: ErrorShape(400, "invalid_request_error", None),
     ContextLengthError: ErrorShape(400, "invalid_request_error", "context_length_exceeded"),
     BodyTooLargeError: ErrorShape(413, "invalid_request_error", "body_too_large"),
+    AuthenticationError: ErrorShape(401, "invalid_request_error", "invalid_api_key"),
+    SlowRequestError: ErrorShape(408, "invalid_request_error", "request_timeout"),
     MethodNotAllowedError: ErrorShape(405, "invalid_request_error", "method_not_allowed"),
     NotFoundError: ErrorShape(404, "invalid_request_error", "not_found"),
     ModelNotFoundError: ErrorShape(404, "invalid_request_error", "model_not_found"),
     RouteNotFoundError: ErrorShape(404, "invalid_request_error", "unknown_url"),
     OverloadedError: ErrorShape(429, "rate_limit_error", "overloaded"),
+    RateLimitError: ErrorShape(429, "rate_limit_error", "rate_limit_exceeded"),
     DeadlineExceededError: ErrorShape(504, "server_error", "deadline_exceeded"),
     UnavailableError: ErrorShape(503, "server_error", "unavailable"),
     # The client went away: nobody reads this status, but logs and proxies know it by nginx's number.
