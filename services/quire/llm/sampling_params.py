@@ -100,7 +100,7 @@ class SamplingParams:
     def sampling(self, seed: int, codec: PromptCodec) -> contract.SamplingParams:
         """The contract's parameters of an output that draws with `seed`; raises InvalidRequestError."""
         try:
-            return self._sampling(seed, tuple(_bad_word_tokens(self.bad_words or (), codec)))
+            return self._sampling(seed, codec.encode_words(self.bad_words or ()))
         except InvalidRequestError as error:
             raise without_prefix(error) from error
 
@@ -138,9 +138,3 @@ def _check_token_ids(params: SamplingParams) -> None:
         {int(token_id): float(bias) for token_id, bias in (logit_bias or {}).items()}
     except (TypeError, ValueError, AttributeError) as error:
         raise ArgumentError(f"logit_bias is {logit_bias!r}: give token ids and numbers", field="logit_bias") from error
-
-
-def _bad_word_tokens(words: Sequence[str], codec: PromptCodec) -> list[tuple[int, ...]]:
-    """Each word as it is written at the beginning of a text and after a space, where that gives other tokens."""
-    forms = (codec.encode(form) for word in words for form in (word, f" {word.lstrip()}"))
-    return list(dict.fromkeys(tokens for tokens in forms if tokens))

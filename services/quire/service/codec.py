@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from quire.service.checkpoint.text import TextModel
 from quire.service.errors import InvalidRequestError, ModelError
@@ -23,6 +23,11 @@ class PromptCodec:
     def encode_prompt(self, text: str) -> tuple[int, ...]:
         """The tokens of a bare prompt, after the first token that the model wants."""
         return self._prefix + self.encode(text)
+
+    def encode_words(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The tokens of each word as it is written at the beginning of a text and after a space, where they differ."""
+        forms = (self.encode(form) for word in words for form in (word, f" {word.lstrip()}"))
+        return tuple(dict.fromkeys(tokens for tokens in forms if tokens))
 
     def check_token_ids(self, token_ids: Sequence[int], field: str) -> None:
         """Raises InvalidRequestError, naming the place in `field`, if one is not among the model's tokens."""

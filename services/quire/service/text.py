@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
@@ -22,20 +22,27 @@ _utf8_decoder = codecs.getincrementaldecoder("utf-8")
 class Pieces:
     """What each token id contributes to the text, in bytes. One per model, shared by all its requests.
 
-    Special tokens and `silent_ids` (the model's end tokens) contribute nothing. Known are the decoders of byte-level
-    BPE (GPT-2, Llama 3, Qwen, SmolLM) and of SentencePiece (Llama 2, Mistral). Raises ModelError for any other.
+    Special tokens and `silent_ids` (the model's end tokens) contribute nothing, but for the special tokens that
+    `visible` has. Known are the decoders of byte-level BPE (GPT-2, Llama 3, Qwen, SmolLM) and of SentencePiece (Llama
+    2, Mistral). Raises ModelError for any other.
     """
 
-    def __init__(self, tokenizer: Tokenizer, silent_ids: Iterable[int] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, silent_ids: Iterable[int] = (), *, visible: Collection[str] = ()
+    ) -> None:
         self.leading = ""
         convert = self._converter(_decoder_steps(tokenizer))
         vocab = tokenizer.get_vocab(with_added_tokens=True)
         added = tokenizer.get_added_tokens_decoder()
-        silent = {token_id for token_id, token in added.items() if token.special} | set(silent_ids)
+        special = {token_id for token_id, token in added.items() if token.special and token.content not in visible}
+        silent = special | set(silent_ids)
         self._bytes = [b""] * (max(vocab.values(), default=-1) + 1)
+        self._silent: dict[int, bytes] = {}
         for token, token_id in vocab.items():
             if token_id not in silent:
                 self._bytes[token_id] = convert(token)
+            else:
+                self._silent[token_id] = token.encode()
 
     def bytes_of(self, token_ids: Sequence[int]) -> bytes:
         """The bytes of `token_ids`, concatenated; ids beyond the vocabulary have none."""
@@ -43,6 +50,10 @@ class Pieces:
         if len(token_ids) == 1:
             return table[token_ids[0]] if token_ids[0] < size else b""
         return b"".join([table[token_id] for token_id in token_ids if token_id < size])
+
+    def shown(self, token_id: int) -> bytes:
+        """The token itself, for lists of tokens: what it contributes, or the name of one that contributes nothing."""
+        return self._silent.get(token_id) or self.bytes_of((token_id,))
 
     def _converter(self, steps: list[dict[str, Any]]) -> Callable[[str], bytes]:
         kinds = {step["type"] for step in steps}
@@ -156,11 +167,13 @@ class StopMatcher:
 class OutputText:
     """One output as text while its tokens come, cut before the first stop string.
 
-    The first `min_tokens` tokens are not searched for stop strings.
+    The first `min_tokens` tokens are not searched for stop strings. `num_characters` counts those of the whole text,
+    before it is cut.
     """
 
     def __init__(self, detokenizer: Detokenizer, stop: Sequence[str] = (), *, min_tokens: int = 0) -> None:
         self.num_tokens = 0
+        self.num_characters = 0
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stop) if stop else None
         self._min_tokens = min_tokens
@@ -174,13 +187,16 @@ class OutputText:
         """The text that is certain now; `num_tokens` counts all tokens, up to the one that completed a stop string."""
         if self._matcher is None:
             self.num_tokens += len(token_ids)
-            return self._detokenizer.feed(token_ids)
+            text = self._detokenizer.feed(token_ids)
+            self.num_characters += len(text)
+            return text
         text = ""
         for token_id in token_ids:
             if self._matcher.stopped:
                 break
             self.num_tokens += 1
             piece = self._detokenizer.feed((token_id,))
+            self.num_characters += len(piece)
             text += piece if self.num_tokens <= self._min_tokens else self._matcher.feed(piece)
         return text
 

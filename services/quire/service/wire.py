@@ -170,9 +170,9 @@ def update_from_proto(message: session_pb2.RequestUpdate) -> Update:
     if message.HasField("finished"):
         finished = finished_from_proto(message.finished)
     if message.HasField("prompt_logprobs"):
-        tokens = tuple(map(_logprobs_from_proto, message.prompt_logprobs.tokens))
+        tokens = tuple(map(logprobs_from_proto, message.prompt_logprobs.tokens))
         prompt_logprobs = PromptLogprobs(message.prompt_logprobs.first, tokens)
-    logprobs = tuple(map(_logprobs_from_proto, message.logprobs))
+    logprobs = tuple(map(logprobs_from_proto, message.logprobs))
     return Update(message.key, tuple(message.token_ids), started, finished, logprobs, prompt_logprobs)
 
 
@@ -183,7 +183,8 @@ def _logprobs_to_proto(logprobs: TokenLogprobs) -> session_pb2.TokenLogprobs:
     )
 
 
-def _logprobs_from_proto(message: session_pb2.TokenLogprobs) -> TokenLogprobs:
+def logprobs_from_proto(message: session_pb2.TokenLogprobs) -> TokenLogprobs:
+    """What `message` says of a token; raises InternalError if its lists don't match."""
     tokens, values = message.top_token_ids, message.top_logprobs
     if len(tokens) != len(values):
         raise InternalError(f"a peer sent {len(tokens)} most likely tokens with {len(values)} log-probabilities")
