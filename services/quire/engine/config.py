@@ -61,3 +61,10 @@ class EngineConfig:
     log_level: str = "info"
     log_format: LogFormat = LogFormat.TEXT
     core: CoreConfig = field(default_factory=CoreConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.metrics_port < 65536:
+            raise ConfigError(
+                f"--metrics-port is {self.metrics_port}: give a port from 1 to 65535, or 0 for none",
+                field="metrics_port",
+            )

@@ -1,8 +1,13 @@
-"""The engine's Prometheus metrics: the last step's report, in Prometheus' words when it asks."""
+"""The engine's Prometheus metrics: the last step's report, in Prometheus' words when it asks.
+
+What OpenTelemetry's GenAI conventions name has that name here, in Prometheus' spelling and behind `quire_engine_`:
+time to first token, request duration, input and output tokens. Rates and shares are counters, so that whoever asks
+chooses over how long: the hit rate is `cached_input_tokens` by `input_tokens`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -12,23 +17,14 @@ from prometheus_client.utils import floatToGoString
 
 from quire.engine.messages import Load, Ready, Stepped
 from quire.engine.stats import EngineStats, Histogram
+from quire.service.errors import ConfigError
+
+Family = CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily
 
 _PREFIX = "quire_engine"
 
-_COUNTERS = {
-    "steps": "Steps run.",
-    "prompt_tokens": "Prompt tokens of requests that started.",
-    "cached_prompt_tokens": "Those of them whose pages were there already.",
-    "computed_tokens": "Tokens that went through the model.",
-    "output_tokens": "Tokens drawn.",
-}
-_HISTOGRAMS = {
-    "step_seconds": "Time of a step.",
-    "step_tokens": "Tokens that a step computes.",
-    "queue_seconds": "From a request's arrival to its first step.",
-    "first_token_seconds": "From a request's arrival to its first token.",
-    "inter_token_seconds": "From each token of a request to its next.",
-}
+# The values of the labels, and the number.
+_Values = Iterable[tuple[tuple[str, ...], float]]
 
 
 class EngineMetrics(Collector):
@@ -39,59 +35,84 @@ class EngineMetrics(Collector):
         self._engine = engine
         # Replaced as a whole, never changed: Prometheus' requests come in a thread of their own.
         self._load = Load(0, 0, 0, 0, 0, 0, 0, EngineStats())
-        self._start: Mapping[str, float] = {}
+        self._ready: Ready | None = None
         self.registry.register(self)
 
     def serve(self, port: int) -> None:
-        """Exposes the metrics on `port`; 0 is off."""
-        if port:
+        """Exposes the metrics on `port`; 0 is off. Raises ConfigError."""
+        if not port:
+            return
+        try:
             start_http_server(port, registry=self.registry)
+        except OSError as error:
+            raise ConfigError(
+                f"can't serve metrics on port {port} ({error.strerror}): choose another --metrics-port",
+                field="metrics_port",
+            ) from error
 
     def record_start(self, ready: Ready) -> None:
         """The core is ready."""
-        self._start = ready.start_seconds
+        self._ready = ready
         self._load = Load(0, 0, 0, ready.num_pages, ready.num_pages, 0, 0, EngineStats())
 
     def record(self, message: Stepped) -> None:
         """The core has made a step."""
         self._load = message.load
 
-    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily | HistogramMetricFamily]:
+    def collect(self) -> Iterator[Family]:
         """The metrics as they are now."""
-        load = self._load
-        pages = {
-            "cached": load.pages_cached,
-            "free": load.pages_available - load.pages_cached,
-            "used": load.pages_total - load.pages_available,
-        }
+        load, stats = self._load, self._load.stats
+        if (ready := self._ready) is not None:
+            facts = (ready.model, ready.device.device, ready.device.dtype)
+            yield self._gauges("info", "What the engine runs, in its labels.", [(facts, 1)], "model", "device", "dtype")
+            phases = [((phase,), seconds) for phase, seconds in ready.start_seconds.items()]
+            yield self._gauges("start_seconds", "How long each phase of the start took.", phases, "phase")
         yield self._gauge("running_requests", "Requests in the batch.", load.running)
         yield self._gauge("waiting_requests", "Requests that wait for a slot or for pages.", load.waiting)
         yield self._gauge("pending_prefill_tokens", "Prompt tokens to be computed.", load.pending_prefill_tokens)
-        yield self._gauges("pages", "KV pages by state.", "state", pages)
-        yield self._gauges("start_seconds", "How long each phase of the start took.", "phase", self._start)
-        for name, help_text in _COUNTERS.items():
-            yield self._counter(name, help_text, getattr(load.stats, name))
+        pages = [
+            (("used",), load.pages_total - load.pages_available),
+            (("cached",), load.pages_cached),
+            (("free",), load.pages_available - load.pages_cached),
+        ]
+        yield self._gauges("pages", "KV pages by state; cached ones are free to be taken.", pages, "state")
+        ended = [((reason.lower(),), count) for reason, count in stats.finished.items()]
+        yield self._counters("requests", "Requests that ended, by how they did.", ended, "reason")
         yield self._counter("preemptions", "Times that a request gave its pages back.", load.preemptions)
-        for name, help_text in _HISTOGRAMS.items():
-            yield self._histogram(name, help_text, getattr(load.stats, name))
+        yield self._counter("input_tokens", "Prompt tokens of requests that started.", stats.prompt_tokens)
+        cached = "Those of them whose pages were there already."
+        yield self._counter("cached_input_tokens", cached, stats.cached_prompt_tokens)
+        yield self._counter("output_tokens", "Tokens drawn.", stats.output_tokens)
+        yield self._counter("computed_tokens", "Tokens that went through the model.", stats.computed_tokens)
+        yield self._counter("steps", "Steps run.", stats.steps)
+        yield self._histogram("step_duration_seconds", "Time of a step.", stats.step_seconds)
+        yield self._histogram("step_tokens", "Tokens that a step computes.", stats.step_tokens)
+        yield self._histogram("queue_seconds", "From a request's arrival to its first step's end.", stats.queue_seconds)
+        first = "From a request's arrival to its first token."
+        yield self._histogram("time_to_first_token_seconds", first, stats.first_token_seconds)
+        between = "From each token of a request to its next."
+        yield self._histogram("inter_token_seconds", between, stats.inter_token_seconds)
+        whole = "From a request's arrival to its last token; none of those that were cancelled or failed."
+        yield self._histogram("request_duration_seconds", whole, stats.request_seconds)
 
-    def _gauge(self, name: str, help_text: str, value: float) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine"])
-        family.add_metric([self._engine], value)
+    def _gauge(self, name: str, help_text: str, value: float) -> Family:
+        return self._gauges(name, help_text, [((), value)])
+
+    def _gauges(self, name: str, help_text: str, values: _Values, *labels: str) -> Family:
+        return self._fill(GaugeMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine", *labels]), values)
+
+    def _counter(self, name: str, help_text: str, value: float) -> Family:
+        return self._counters(name, help_text, [((), value)])
+
+    def _counters(self, name: str, help_text: str, values: _Values, *labels: str) -> Family:
+        return self._fill(CounterMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine", *labels]), values)
+
+    def _fill(self, family: GaugeMetricFamily | CounterMetricFamily, values: _Values) -> Family:
+        for label_values, value in values:
+            family.add_metric([self._engine, *label_values], value)
         return family
 
-    def _gauges(self, name: str, help_text: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
-        family = GaugeMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine", label])
-        for which, value in values.items():
-            family.add_metric([self._engine, which], value)
-        return family
-
-    def _counter(self, name: str, help_text: str, value: float) -> CounterMetricFamily:
-        family = CounterMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine"])
-        family.add_metric([self._engine], value)
-        return family
-
-    def _histogram(self, name: str, help_text: str, values: Histogram) -> HistogramMetricFamily:
+    def _histogram(self, name: str, help_text: str, values: Histogram) -> Family:
         family = HistogramMetricFamily(f"{_PREFIX}_{name}", help_text, labels=["engine"])
         bounds = [*map(floatToGoString, values.bounds), "+Inf"]
         family.add_metric([self._engine], list(zip(bounds, accumulate(values.counts), strict=True)), values.sum)

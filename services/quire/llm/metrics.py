@@ -23,7 +23,9 @@ class LLMMetrics:
     """Now: requests running and waiting, pages of 16 tokens by state. Since the start: all the rest; times in seconds.
 
     hit_rate: the share of all prompt tokens whose pages were there already. tokens_per_step: computed ones, prompts
-    included. inter_token_seconds: from each token of a request to its next.
+    included. queue_seconds, first_token_seconds: from a request's arrival. inter_token_seconds: from each token of a
+    request to its next. finished: requests by finish_reason, "cancelled" and "error" among them; request_seconds: how
+    long those took that came to an end of their own.
     """
 
     running: int
@@ -33,7 +35,9 @@ class LLMMetrics:
     pages_cached: int
     hit_rate: float
     preemptions: int
+    finished: dict[str, int]
     prompt_tokens: int
+    cached_prompt_tokens: int
     output_tokens: int
     steps: int
     tokens_per_step: Distribution
@@ -41,6 +45,7 @@ class LLMMetrics:
     queue_seconds: Distribution
     first_token_seconds: Distribution
     inter_token_seconds: Distribution
+    request_seconds: Distribution
 
 
 def metrics_of(core: EngineCore) -> LLMMetrics:
@@ -54,7 +59,9 @@ def metrics_of(core: EngineCore) -> LLMMetrics:
         pages_cached=pool.cached,
         hit_rate=stats.cached_prompt_tokens / stats.prompt_tokens if stats.prompt_tokens else 0.0,
         preemptions=scheduler.num_preemptions,
+        finished={reason.lower(): count for reason, count in stats.finished.items()},
         prompt_tokens=stats.prompt_tokens,
+        cached_prompt_tokens=stats.cached_prompt_tokens,
         output_tokens=stats.output_tokens,
         steps=stats.steps,
         tokens_per_step=_distribution(stats.step_tokens),
@@ -62,6 +69,7 @@ def metrics_of(core: EngineCore) -> LLMMetrics:
         queue_seconds=_distribution(stats.queue_seconds),
         first_token_seconds=_distribution(stats.first_token_seconds),
         inter_token_seconds=_distribution(stats.inter_token_seconds),
+        request_seconds=_distribution(stats.request_seconds),
     )
 
 
