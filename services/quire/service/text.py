@@ -27,9 +27,7 @@ class Pieces:
     2, Mistral). Raises ModelError for any other.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, silent_ids: Iterable[int] = (), *, visible: Collection[str] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, silent_ids: Iterable[int] = (), *, visible: Collection[str] = ()) -> None:
         self.leading = ""
         convert = self._converter(_decoder_steps(tokenizer))
         vocab = tokenizer.get_vocab(with_added_tokens=True)
