@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "start every service on this machine and serve a model",
     "chat": "talk to a model in the terminal",
     "bench": "measure the speed of a server",
+    "keys": "make API keys for a server",
 }
 
 _EXAMPLES = """\

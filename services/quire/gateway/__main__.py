@@ -74,6 +74,9 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     default = GatewayConfig(routers=("-",))
     option = parser.add_argument_group("access and limits").add_argument
     option("--api-keys", default="", metavar="FILE", help="made by `quire keys`; without it everybody may ask")
+    option("--tls-cert", default="", metavar="FILE", help="PEM chain for HTTP and gRPC; without it both are plain")
+    option("--tls-key", default="", metavar="FILE", help="its PEM key")
+    option("--tls-client-ca", default="", metavar="FILE", help="clients need a certificate that it signed")
     option(
         "--reload-interval",
         type=float,
@@ -94,6 +97,16 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
         default=default.max_choices,
         metavar="N",
         help="outputs that one request may ask for (default: %(default)s)",
+    )
+    option(
+        "--max-header-bytes", type=int, default=default.max_header_bytes, metavar="BYTES", help="(default: %(default)s)"
+    )
+    option(
+        "--write-timeout",
+        type=float,
+        default=default.write_timeout,
+        metavar="SECONDS",
+        help="a client that reads nothing for this long is cut off (default: %(default)s)",
     )
     option(
         "--read-timeout",
@@ -124,6 +137,11 @@ def build_config(arguments: argparse.Namespace) -> GatewayConfig:
         grace=arguments.grace,
         max_body_bytes=arguments.max_body_bytes,
         api_keys=arguments.api_keys,
+        tls_cert=arguments.tls_cert,
+        tls_key=arguments.tls_key,
+        tls_client_ca=arguments.tls_client_ca,
+        max_header_bytes=arguments.max_header_bytes,
+        write_timeout=arguments.write_timeout,
         reload_interval=arguments.reload_interval,
         max_requests=arguments.max_requests,
         max_choices=arguments.max_choices,

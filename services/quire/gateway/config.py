@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.service.errors import ConfigError
+from quire.service.tls import TlsFiles
 
 _MIB = 1 << 20
 
@@ -29,14 +30,26 @@ class GatewayConfig:
     max_body_bytes: int = 4 * _MIB
     # Empty: open to everybody. See quire.gateway.access.keys.
     api_keys: str = ""
+    # See quire.service.tls.
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
     # How often the files are looked at.
     reload_interval: float = 1.0
     # In flight in this process; outputs that one request may ask for.
     max_requests: int = 1024
     max_choices: int = 128
+    max_header_bytes: int = 32 << 10
+    # A reader that takes nothing for so long is cut off.
+    write_timeout: float = 30.0
     # For a request's arrival, and for all of it.
     read_timeout: float = 30.0
     request_timeout: float | None = None
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """None: plain text. Raises ConfigError if half of it is given."""
+        return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert or self.tls_key else None
 
     def __post_init__(self) -> None:
         if not self.routers or not all(self.routers):
@@ -58,7 +71,11 @@ class GatewayConfig:
         for name in ("max_requests", "max_choices"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
-        for name in ("reload_interval", "read_timeout", "request_timeout"):
+        if self.max_header_bytes < 1024:
+            raise ConfigError(f"--max-header-bytes is {self.max_header_bytes}: it must be at least 1024")
+        if self.tls_client_ca and not self.tls_cert:
+            raise ConfigError("--tls-client-ca is given without --tls-cert and --tls-key: give those too")
+        for name in ("reload_interval", "read_timeout", "write_timeout", "request_timeout"):
             if (seconds := getattr(self, name)) is not None and not seconds > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {seconds}: it must be above 0 seconds")
         if self.max_body_bytes < 1024:

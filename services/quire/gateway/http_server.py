@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import math
 import socket
+import ssl
 from collections.abc import Generator
+from typing import Any, cast
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from quire.gateway.connection import Connection, ConnectionLimits
 from quire.service.errors import ConfigError
 
 _BACKLOG = 2048
@@ -27,12 +30,30 @@ class _Server(uvicorn.Server):
 class HttpServer:
     """Serves `app` from `start` on. After `begin_stop` requests in flight have `stop_timeout` seconds to end."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, *, stop_timeout: float) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        host: str,
+        port: int,
+        *,
+        stop_timeout: float,
+        limits: ConnectionLimits,
+        tls: ssl.SSLContext | None = None,
+        reuse_port: bool = False,
+    ) -> None:
         self._host = host
         self._port = port
+        self._scheme = "http" if tls is None else "https"
+        self._reuse_port = reuse_port
+
+        def connection(*args: Any, **kwargs: Any) -> Connection:
+            return Connection(*args, limits=limits, **kwargs)
+
         config = uvicorn.Config(
             app,
-            http="httptools",
+            # uvicorn only calls it.
+            http=cast("type[asyncio.Protocol]", connection),
+            ssl_context_factory=None if tls is None else lambda config, default: tls,
             ws="none",
             lifespan="off",
             interface="asgi3",
@@ -52,7 +73,7 @@ class HttpServer:
         listener = self._listen()
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
         host, port = listener.getsockname()[:2]
-        return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+        return f"{self._scheme}://[{host}]:{port}" if ":" in host else f"{self._scheme}://{host}:{port}"
 
     def begin_stop(self) -> None:
         """Takes no more connections; those that are idle are closed."""
@@ -70,6 +91,8 @@ class HttpServer:
             )[0]
             listener = socket.socket(family, kind, protocol)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._reuse_port:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listener.bind(address)
             listener.listen(_BACKLOG)
         except OSError as error:

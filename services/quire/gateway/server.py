@@ -17,6 +17,7 @@ from quire.gateway.access.keys import KeyRing, load_keys
 from quire.gateway.access.ledger import Ledger
 from quire.gateway.access.metrics import AccessMetrics
 from quire.gateway.config import GatewayConfig
+from quire.gateway.connection import ConnectionLimits
 from quire.gateway.core import Core
 from quire.gateway.grpc_api import SERVICE, InferenceServicer
 from quire.gateway.http import HttpLimits, application
@@ -29,6 +30,7 @@ from quire.service.checkpoint import load_text, locate
 from quire.service.errors import UnavailableError
 from quire.service.grpc_server import GrpcServer
 from quire.service.reload import Reloaded
+from quire.service.tls import Tls
 from quire.service.tracing import Tracing
 from quire.v1 import inference_pb2_grpc
 
@@ -83,9 +85,30 @@ class Gateway:
         http_limits = HttpLimits(config.max_body_bytes, config.read_timeout, config.request_timeout)
         app = application(core, observer, gate, registry, http_limits)
         self._model = model
-        self._http = HttpServer(app, config.host, config.port, stop_timeout=config.grace + _LAST_WORDS_SECONDS)
-        limit = ("grpc.max_receive_message_length", config.max_body_bytes)
-        self._grpc = GrpcServer(config.grpc_listen, options=[limit], interceptors=[Authentication(gate)])
+        self._tls = Tls(config.tls, partial(access_metrics.reloaded, "tls")) if config.tls is not None else None
+        self._http = HttpServer(
+            app,
+            config.host,
+            config.port,
+            stop_timeout=config.grace + _LAST_WORDS_SECONDS,
+            limits=ConnectionLimits(
+                config.max_header_bytes,
+                config.read_timeout,
+                config.write_timeout,
+                access_metrics.stalled.labels("http").inc,
+            ),
+            tls=self._tls.context() if self._tls is not None else None,
+        )
+        self._grpc = GrpcServer(
+            config.grpc_listen,
+            options=[
+                ("grpc.max_receive_message_length", config.max_body_bytes),
+                ("grpc.max_metadata_size", config.max_header_bytes),
+                ("grpc.absolute_max_metadata_size", config.max_header_bytes),
+            ],
+            interceptors=[Authentication(gate)],
+            credentials=self._tls.grpc_credentials() if self._tls is not None else None,
+        )
         self._grpc.add(
             SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(core, observer, gate)
         )
@@ -130,7 +153,8 @@ class Gateway:
 
     @property
     def _watched(self) -> list[Reloaded[Any]]:
-        return [self._keys] if self._keys is not None else []
+        files: list[Reloaded[Any]] = [] if self._keys is None else [self._keys]
+        return files if self._tls is None else [*files, self._tls.files]
 
     async def _report_readiness(self) -> None:
         ready = False

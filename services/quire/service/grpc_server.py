@@ -66,11 +66,13 @@ class GrpcServer:
         *,
         options: Sequence[tuple[str, int]] = (),
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        credentials: grpc.ServerCredentials | None = None,
     ) -> None:
         # Of an option that is given twice, gRPC takes the first.
         merged = {**dict(SERVER_OPTIONS), **dict(options)}
         self.server = grpc.aio.server(options=list(merged.items()), interceptors=list(interceptors))
         self._address = address
+        self._credentials = credentials
         self._names = [""]
         self._health = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
@@ -85,7 +87,7 @@ class GrpcServer:
         services = [*self._names[1:], health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
         reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], self.server)
         try:
-            port = self.server.add_insecure_port(self._address)
+            port = self._add_port()
         except RuntimeError as error:
             raise ConfigError(
                 f"can't listen on {self._address}: choose an address that is free and allowed", field="listen"
@@ -95,6 +97,11 @@ class GrpcServer:
         if self._address.startswith("unix:"):
             return self._address
         return f"{self._address.rpartition(':')[0]}:{port}"
+
+    def _add_port(self) -> int:
+        if self._credentials is None:
+            return self.server.add_insecure_port(self._address)
+        return self.server.add_secure_port(self._address, self._credentials)
 
     async def set_serving(self, serving: bool) -> None:
         """What health answers from now on."""

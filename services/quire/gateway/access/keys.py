@@ -124,7 +124,7 @@ def _parse_line(text: str, where: str) -> ApiKey:
         line = msgspec.json.decode(text, type=KeyLine)
     except msgspec.DecodeError as error:
         # Never the line itself: somebody may have put a key there.
-        raise ConfigError(f"{where}: {error}: `quire keys new` prints such lines", field="api_keys") from error
+        raise ConfigError(f"{where}: {error}: `quire keys` prints such lines", field="api_keys") from error
     problem = _problem(line)
     if problem:
         raise ConfigError(f"{where}: {problem}", field="api_keys")
@@ -143,7 +143,7 @@ def _parse_line(text: str, where: str) -> ApiKey:
 
 def _problem(line: KeyLine) -> str:
     if not _HASH.fullmatch(line.hash):
-        return "hash must be sha256: and 64 hexadecimal digits, never the key itself: `quire keys new` prints it"
+        return "hash must be sha256: and 64 hexadecimal digits, never the key itself: `quire keys` prints it"
     if not _TENANT.fullmatch(line.tenant):
         return f"tenant is {line.tenant[:80]!r}: use 1 to 64 letters, digits and the characters . _ @ -"
     for name in ("requests_per_minute", "tokens_per_minute", "concurrency"):
