@@ -6,6 +6,7 @@ Addresses are gRPC's: `127.0.0.1:9000`, `[::]:9000`, `unix:/run/quire/engine.soc
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
@@ -141,9 +142,11 @@ class _Health(health_aio.HealthServicer):  # type: ignore[misc]
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: QuireError) -> NoReturn:
-    """Ends a call with `error`'s status; the field at fault travels in the trailing metadata `quire-field`."""
-    trailing = (("quire-field", error.field),) if error.field else ()
-    await context.abort(STATUS_OF[error.code], error.message, trailing)
+    """Ends a call with `error`'s status; `quire-field` and `retry-after` (seconds) travel in the trailing metadata."""
+    trailing = [("quire-field", error.field)] if error.field else []
+    if error.retry_after is not None:
+        trailing.append(("retry-after", str(math.ceil(error.retry_after))))
+    await context.abort(STATUS_OF[error.code], error.message, tuple(trailing))
 
 
 def channel(address: str) -> grpc.aio.Channel:
