@@ -8,12 +8,17 @@ import signal
 import sys
 from pathlib import Path
 
+import grpc
 import pytest
 from engine_process import GREEDY, core_of, engine, prompt_of, request
 from session_client import DEADLINE, SessionClient
 from tiny_models import greedy, tiny_llama
 
-from quire.service.errors import ErrorCode
+from quire.engine.engine_servicer import EngineServicer
+from quire.engine.hub import Hub
+from quire.engine.phase import PhaseState
+from quire.service.errors import ErrorCode, UnavailableError
+from quire.service.grpc_server import GrpcServer, channel
 from quire.service.pages import HASH_BYTES, prefix_hashes
 from quire.service.request import (
     CacheKey,
@@ -24,7 +29,7 @@ from quire.service.request import (
     StopConditions,
 )
 from quire.service.wire import request_to_proto
-from quire.v1 import engine_pb2
+from quire.v1 import engine_pb2, engine_pb2_grpc
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +145,78 @@ async def test_cache_events_tell_what_the_pages_hold(model, tmp_path: Path) -> N
         assert len(held) <= 17
         late = await pod.stub.WatchCache(engine_pb2.WatchCacheRequest()).read()
         assert set(split(late.snapshot.stored)) == held and late.sequence == sequence
+
+
+async def test_a_look_inside(tmp_path: Path) -> None:
+    """`quire top` shows what this says: through all processes, of one moment, and without a word of what is asked."""
+    tiny_llama(tmp_path / "tiny", max_position_embeddings=4096)
+    whole = engine_pb2.InspectRequest(max_cells=65536, max_sequences=10)
+    async with (
+        engine(tmp_path / "tiny", tmp_path / "e", "--num-pages", "600", "--max-num-seqs", "2") as pod,
+        SessionClient(pod.address) as session,
+    ):
+        idle = await pod.stub.Inspect(whole)
+        assert idle.pages.pages_per_cell == 1 and len(idle.pages.used) == 600 and not any(idle.pages.used)
+        assert idle.stats.steps == 0 and not idle.sequences and idle.status.model == "tiny"
+        # Long enough not to end before they are looked at.
+        stop = StopConditions(4000, ignore_eos=True)
+        held = [session.submit(request(prompt_of(64, seed), request_id=str(seed), stop=stop)) for seed in (1, 1, 2)]
+        for stream in held[:2]:
+            await stream.until_tokens(2)
+        seen = await pod.stub.Inspect(whole)
+        assert [row.request_id for row in seen.sequences] == ["1", "1", "2"]
+        decoding, waiting = engine_pb2.SEQUENCE_STATE_DECODING, engine_pb2.SEQUENCE_STATE_WAITING
+        assert [row.state for row in seen.sequences] == [decoding, decoding, waiting]
+        assert all(0 < row.age_ms < DEADLINE * 1000 and row.prompt_tokens == 64 for row in seen.sequences)
+        assert (seen.status.load.running, seen.status.load.waiting) == (2, 1)
+        # The second found three of the first one's pages: the last token of a prompt is computed in any case.
+        assert seen.stats.cached_prompt_tokens == 3 * 16 and sum(seen.stats.first_token_seconds.counts) == 2
+        assert sum(seen.pages.shared) == 3 and sum(seen.pages.used) == sum(row.pages for row in seen.sequences) - 3
+        few = await pod.stub.Inspect(engine_pb2.InspectRequest(max_cells=7, max_sequences=1))
+        assert few.pages.pages_per_cell == 86 and len(few.pages.used) == 7 and len(few.sequences) == 1
+        for stream in held:
+            session.cancel(stream)
+            await stream.result()
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"max_sequences": 1}, "max_cells is missing: set it"),
+        ({"max_cells": 1}, "max_sequences is missing: set it"),
+        ({"max_cells": 0, "max_sequences": 0}, "max_cells is 0: it must lie in [1, 65536]"),
+        ({"max_cells": 1, "max_sequences": 5000}, "max_sequences is 5000: it must lie in [0, 4096]"),
+    ],
+)
+async def test_a_look_inside_has_limits(limits: dict[str, int], said: str, tmp_path: Path) -> None:
+    """What is asked for must not be able to keep the core busy."""
+    hub = Hub(lambda message: None, epoch=1)
+    server = GrpcServer(f"unix:{tmp_path / 's'}")
+    servicer = EngineServicer("engine-0", PhaseState(), hub)
+    server.add("quire.v1.EngineService", engine_pb2_grpc.add_EngineServiceServicer_to_server, servicer)
+    address = await server.start()
+    async with channel(address) as connection:
+        with pytest.raises(grpc.aio.AioRpcError) as failure:
+            await engine_pb2_grpc.EngineServiceStub(connection).Inspect(engine_pb2.InspectRequest(**limits))
+        assert failure.value.code() is grpc.StatusCode.INVALID_ARGUMENT and failure.value.details() == said
+        loading = await engine_pb2_grpc.EngineServiceStub(connection).Inspect(
+            engine_pb2.InspectRequest(max_cells=1, max_sequences=0)
+        )
+    assert loading.status.phase == engine_pb2.ENGINE_PHASE_LOADING and not loading.HasField("pages")
+    await server.stop(0)
+
+
+async def test_who_asked_the_core_is_told_that_it_is_gone() -> None:
+    """A look inside must not wait for ever for a process that died."""
+    hub = Hub(lambda message: None, epoch=1)
+    asked = asyncio.create_task(hub.inspect(1, 1))
+    abandoned = asyncio.create_task(hub.inspect(1, 1))
+    await asyncio.sleep(0)
+    abandoned.cancel()
+    await asyncio.wait((abandoned,))
+    hub.fail_all(UnavailableError("gone"))
+    with pytest.raises(UnavailableError, match="gone"):
+        await asked
 
 
 async def test_drain_lets_requests_finish_and_takes_no_more(model, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from quire.engine.metrics import EngineMetrics
 from quire.service.errors import ConfigError
 from quire.service.request import StopConditions
 
-PAGES = 40
+PAGES = 900
 
 
 async def scrape(port: int) -> str:
@@ -64,7 +64,7 @@ def check_histogram(family: Metric) -> None:
 async def test_numbers_add_up_after_known_work(tmp_path: Path) -> None:
     """A dashboard that counts wrong is believed: every token, page and end of known requests must be in the numbers."""
     model = tmp_path / "tiny"
-    tiny_llama(model)
+    tiny_llama(model, max_position_embeddings=4096)
     port = free_port()
     flags = ["--metrics-port", str(port), "--num-pages", str(PAGES), "--max-num-seqs", "2"]
     async with engine(model, tmp_path / "e", *flags) as pod, SessionClient(pod.address) as session:
@@ -75,8 +75,9 @@ async def test_numbers_add_up_after_known_work(tmp_path: Path) -> None:
         for length, output in zip(lengths, outputs, strict=True):
             stop = StopConditions(output, ignore_eos=True)
             await session.submit(request(prompt_of(length, length), output, stop=stop)).result()
-        stop = StopConditions(150, ignore_eos=True)
-        held = [session.submit(request(prompt_of(40, seed), 150, stop=stop)) for seed in (2, 3, 4)]
+        # Long enough not to end before they are looked at.
+        stop = StopConditions(4000, ignore_eos=True)
+        held = [session.submit(request(prompt_of(40, seed), stop=stop)) for seed in (2, 3, 4)]
         await asyncio.gather(held[0].until_tokens(1), held[1].until_tokens(1))
         busy = samples_of(list(text_string_to_metric_families(await scrape(port))))
         for stream in held:

@@ -168,7 +168,7 @@ class EngineCore:
         self._last_commit = now
         for sequence, cached_tokens in schedule.started:
             if sequence.state is not SequenceState.FINISHED:
-                self.stats.record_start(sequence.num_prompt_tokens, cached_tokens, now - sequence.arrived_at)
+                self.stats.record_start(sequence.num_prompt_tokens, cached_tokens, step.began - sequence.arrived_at)
                 self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
         errors = step.masks.batch.errors if step.masks is not None else {}
         until_first, between = [], []

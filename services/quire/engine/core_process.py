@@ -17,11 +17,14 @@ from typing import NoReturn
 
 from quire.engine.config import CoreConfig
 from quire.engine.core import EngineCore
+from quire.engine.inspection import inspect_core
 from quire.engine.messages import (
     LENGTH,
     Cancel,
     Failed,
     FromCore,
+    Inspect,
+    Inspected,
     Load,
     Loading,
     StartCore,
@@ -106,6 +109,9 @@ class CoreLoop:
                     self._refused.append(Update(key, finished=Finished(FinishReason.ERROR, error)))
             case Cancel(key):
                 self._core.cancel(key)
+            case Inspect(ticket, max_cells, max_sequences):
+                inspection = inspect_core(self._core.scheduler, max_cells, max_sequences, time.perf_counter())
+                self._link.send(Inspected(ticket, inspection))
             case StartCore():
                 raise InternalError("the core is running already")
 

@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from quire.engine.messages import Cancel, Load, Ready, Stepped, Submit, ToCore
+from quire.engine.inspection import Inspection
+from quire.engine.messages import Cancel, Inspect, Inspected, Load, Ready, Stepped, Submit, ToCore
 from quire.service.errors import QuireError, UnavailableError
 from quire.service.request import Finished, FinishReason, Request, Update
 
@@ -76,6 +77,8 @@ class Hub:
         self._pages: dict[bytes, None] = {}
         self.cache_sequence = 0
         self._feeds: set[CacheFeed] = set()
+        self._tickets = itertools.count(1)
+        self._inspections: dict[int, asyncio.Future[Inspection]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -127,8 +130,27 @@ class Hub:
         async with self.load_changed:
             self.load_changed.notify_all()
 
+    async def inspect(self, max_cells: int, max_sequences: int) -> Inspection:
+        """What the core holds, between two steps. Raises UnavailableError if it is gone."""
+        ticket = next(self._tickets)
+        answer: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
+        self._inspections[ticket] = answer
+        self._send(Inspect(ticket, max_cells, max_sequences))
+        try:
+            return await answer
+        finally:
+            del self._inspections[ticket]
+
+    def inspected(self, message: Inspected) -> None:
+        """The core has answered; whoever asked may be gone."""
+        if (answer := self._inspections.get(message.ticket)) is not None and not answer.done():
+            answer.set_result(message.inspection)
+
     def fail_all(self, error: QuireError) -> None:
         """The core is gone: every request ends with `error`."""
+        for answer in self._inspections.values():
+            if not answer.done():
+                answer.set_exception(error)
         for core_key, (client, key) in list(self._owners.items()):
             self._forget(core_key)
             client.deliver([Update(key, finished=Finished(FinishReason.ERROR, error))])

@@ -11,6 +11,7 @@ import struct
 from dataclasses import dataclass
 
 from quire.engine.config import CoreConfig
+from quire.engine.inspection import Inspection
 from quire.engine.runner import DeviceInfo
 from quire.engine.stats import EngineStats
 from quire.service.logs import LogFormat
@@ -42,6 +43,15 @@ class Cancel:
     """End the request under `key`, if there still is one."""
 
     key: int
+
+
+@dataclass(frozen=True, slots=True)
+class Inspect:
+    """Tell what the core holds, in an Inspected with the same `ticket`."""
+
+    ticket: int
+    max_cells: int
+    max_sequences: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +94,11 @@ class Load:
     preemptions: int
     stats: EngineStats
 
+    @classmethod
+    def at_start(cls, ready: Ready) -> Load:
+        """That of a core that has done nothing yet."""
+        return cls(0, 0, 0, ready.num_pages, ready.num_pages, 0, 0, EngineStats())
+
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
@@ -95,8 +110,16 @@ class Stepped:
     load: Load
 
 
-ToCore = StartCore | Submit | Cancel
-FromCore = Loading | Ready | Failed | Stepped
+@dataclass(frozen=True, slots=True)
+class Inspected:
+    """The answer to an Inspect, made between two steps."""
+
+    ticket: int
+    inspection: Inspection
+
+
+ToCore = StartCore | Submit | Cancel | Inspect
+FromCore = Loading | Ready | Failed | Stepped | Inspected
 
 
 def encode(message: ToCore | FromCore) -> bytes:

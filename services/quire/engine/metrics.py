@@ -53,7 +53,7 @@ class EngineMetrics(Collector):
     def record_start(self, ready: Ready) -> None:
         """The core is ready."""
         self._ready = ready
-        self._load = Load(0, 0, 0, ready.num_pages, ready.num_pages, 0, 0, EngineStats())
+        self._load = Load.at_start(ready)
 
     def record(self, message: Stepped) -> None:
         """The core has made a step."""
@@ -87,7 +87,7 @@ class EngineMetrics(Collector):
         yield self._counter("steps", "Steps run.", stats.steps)
         yield self._histogram("step_duration_seconds", "Time of a step.", stats.step_seconds)
         yield self._histogram("step_tokens", "Tokens that a step computes.", stats.step_tokens)
-        yield self._histogram("queue_seconds", "From a request's arrival to its first step's end.", stats.queue_seconds)
+        yield self._histogram("queue_seconds", "From a request's arrival to its first step.", stats.queue_seconds)
         first = "From a request's arrival to its first token."
         yield self._histogram("time_to_first_token_seconds", first, stats.first_token_seconds)
         between = "From each token of a request to its next."

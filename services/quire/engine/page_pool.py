@@ -44,6 +44,16 @@ class PagePool:
         """How many block tables hold `page`."""
         return self._references[page]
 
+    @property
+    def all_references(self) -> Sequence[int]:
+        """`references` of every page, as it is now: not to be kept."""
+        return self._references
+
+    @property
+    def cached_pages(self) -> Iterable[int]:
+        """The pages that `cached` counts, the one to be evicted next first."""
+        return self._cached.keys()
+
     def match(self, hashes: Iterable[bytes]) -> list[int]:
         """The pages that hold the longest known prefix of `hashes`. Takes no reference: follow with `share`."""
         pages = []

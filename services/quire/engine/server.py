@@ -1,4 +1,4 @@
-"""The engine's gRPC side: sessions, cache events, load, status, drain. Translates; `hub` and the core do the work."""
+"""The sessions of routers, over gRPC. Translates; `hub` and the core do the work."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ import grpc
 from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
 
 from quire.engine.hub import Client, Hub
-from quire.engine.messages import Load
 from quire.engine.phase import Phase, PhaseState
 from quire.engine.sidecar_client import SidecarClient
 from quire.service.errors import InvalidRequestError, NotFoundError, QuireError, UnavailableError
 from quire.service.grpc_server import abort
-from quire.service.pages import PAGE_SIZE
 from quire.service.request import Finished, FinishReason, Request, Update
 from quire.service.tracing import parent_context, trace_context
 from quire.service.wire import request_from_proto, update_to_proto
-from quire.v1 import engine_pb2, engine_pb2_grpc, session_pb2, session_pb2_grpc
+from quire.v1 import session_pb2, session_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -201,113 +199,3 @@ class _Session:
                 span.set_attribute("error.type", update.finished.error.code.value)
                 span.set_status(StatusCode.ERROR, update.finished.error.message)
             self._spans.pop(update.key).end()
-
-
-class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
-    """What routers and the operator ask beside the tokens."""
-
-    def __init__(self, name: str, phase: PhaseState, hub: Hub) -> None:
-        self._name = name
-        self._phase = phase
-        self._hub = hub
-
-    async def WatchCache(  # noqa: N802
-        self,
-        request: engine_pb2.WatchCacheRequest,
-        context: grpc.aio.ServicerContext[engine_pb2.WatchCacheRequest, engine_pb2.WatchCacheResponse],
-    ) -> AsyncIterator[engine_pb2.WatchCacheResponse]:
-        """A snapshot, then each change; ends with UNAVAILABLE if the subscriber falls too far behind."""
-        feed = self._hub.subscribe()
-        try:
-            while (event := await feed.next()) is not None:
-                response = engine_pb2.WatchCacheResponse(epoch=self._hub.epoch, sequence=event.sequence)
-                if event.snapshot:
-                    response.snapshot.stored = b"".join(event.stored)
-                else:
-                    response.delta.stored = b"".join(event.stored)
-                    response.delta.removed = b"".join(event.removed)
-                yield response
-        finally:
-            self._hub.unsubscribe(feed)
-        await abort(context, UnavailableError("the subscriber fell behind: subscribe again for a snapshot"))
-
-    async def WatchLoad(  # noqa: N802
-        self,
-        request: engine_pb2.WatchLoadRequest,
-        context: grpc.aio.ServicerContext[engine_pb2.WatchLoadRequest, engine_pb2.WatchLoadResponse],
-    ) -> AsyncIterator[engine_pb2.WatchLoadResponse]:
-        """The load at once, then whenever it changed, at most once per interval."""
-        if not request.HasField("interval_ms"):
-            await abort(context, InvalidRequestError("interval_ms is missing: set it", field="interval_ms"))
-        loop = asyncio.get_running_loop()
-        while True:
-            sent, reported_at = self._report(), loop.time()
-            yield sent
-            async with self._hub.load_changed:
-                while self._report() == sent:
-                    await self._hub.load_changed.wait()
-            # Not a wait for something to happen, but the interval that the subscriber asked for.
-            await asyncio.sleep(max(0.0, reported_at + request.interval_ms / 1000 - loop.time()))
-
-    async def GetStatus(  # noqa: N802
-        self,
-        request: engine_pb2.GetStatusRequest,
-        context: grpc.aio.ServicerContext[engine_pb2.GetStatusRequest, engine_pb2.GetStatusResponse],
-    ) -> engine_pb2.GetStatusResponse:
-        """The phase and what is served."""
-        response = engine_pb2.GetStatusResponse(
-            engine=self._name,
-            phase=_phase_to_proto(self._phase.phase),
-            activity=self._phase.activity,
-            progress=self._phase.progress,
-            epoch=self._hub.epoch,
-            page_size=PAGE_SIZE,
-            load=self._report(),
-            failure=self._phase.failure,
-        )
-        if (ready := self._hub.ready) is not None:
-            response.model = ready.model
-            response.device, response.dtype = ready.device.device, ready.device.dtype
-            response.max_model_len, response.max_num_seqs = ready.max_model_len, ready.max_num_seqs
-        return response
-
-    async def Drain(  # noqa: N802
-        self,
-        request: engine_pb2.DrainRequest,
-        context: grpc.aio.ServicerContext[engine_pb2.DrainRequest, engine_pb2.DrainResponse],
-    ) -> engine_pb2.DrainResponse:
-        """Stops taking requests and answers when those in flight are done or cut off."""
-        if not request.HasField("grace_ms"):
-            await abort(context, InvalidRequestError("grace_ms is missing: set it", field="grace_ms"))
-        return engine_pb2.DrainResponse(cut_off=await drain(self._phase, self._hub, request.grace_ms / 1000))
-
-    def _report(self) -> engine_pb2.WatchLoadResponse:
-        report = engine_pb2.WatchLoadResponse(
-            phase=_phase_to_proto(self._phase.phase), cache_sequence=self._hub.cache_sequence
-        )
-        load: Load | None = self._hub.load
-        if load is not None:
-            report.running, report.waiting = load.running, load.waiting
-            report.pending_prefill_tokens = load.pending_prefill_tokens
-            report.pages_total, report.pages_available = load.pages_total, load.pages_available
-            report.prefill_tokens_per_second = load.stats.prefill_tokens_per_second
-            report.decode_step_seconds = load.stats.decode_step_seconds
-            report.steps = load.stats.steps
-        elif self._hub.ready is not None:
-            report.pages_total = report.pages_available = self._hub.ready.num_pages
-        return report
-
-
-async def drain(phase: PhaseState, hub: Hub, grace_s: float) -> int:
-    """Ends the engine's work in order; returns how many requests the end of the grace period cut off."""
-    phase.advance(Phase.DRAINING)
-    await hub.notify()
-    try:
-        await asyncio.wait_for(hub.until_idle(), grace_s)
-    except TimeoutError:
-        return hub.cut_off()
-    return 0
-
-
-def _phase_to_proto(phase: Phase) -> engine_pb2.EnginePhase.ValueType:
-    return engine_pb2.EnginePhase.Value(f"ENGINE_PHASE_{phase.name}")

@@ -9,11 +9,12 @@ from dataclasses import asdict
 
 from quire.engine.config import EngineConfig
 from quire.engine.core_client import CoreClient
+from quire.engine.engine_servicer import EngineServicer, drain
 from quire.engine.hub import Hub
-from quire.engine.messages import Failed, Loading, Ready, StartCore, Stepped
+from quire.engine.messages import Failed, Inspected, Load, Loading, Ready, StartCore, Stepped
 from quire.engine.metrics import EngineMetrics
 from quire.engine.phase import Phase, PhaseState
-from quire.engine.server import EngineServicer, SessionServicer, drain
+from quire.engine.server import SessionServicer
 from quire.engine.sidecar_client import SidecarClient
 from quire.service.errors import ConfigError, UnavailableError
 from quire.service.grpc_server import GrpcServer
@@ -75,10 +76,12 @@ class EngineService:
                 case Stepped():
                     self._metrics.record(message)
                     await hub.stepped(message)
+                case Inspected():
+                    hub.inspected(message)
                 case Loading(activity, progress):
                     self._phase.activity, self._phase.progress = activity, progress
                 case Ready():
-                    hub.ready = message
+                    hub.ready, hub.load = message, Load.at_start(message)
                     self._phase.model, self._phase.progress = message.model, 1.0
                     self._phase.advance(Phase.READY)
                     self._metrics.record_start(message)

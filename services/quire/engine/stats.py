@@ -62,7 +62,7 @@ class Histogram:
 class EngineStats:
     """Updated by the core after each step; times are in seconds.
 
-    `queue_seconds`: from arrival to the first step's end. `first_token_seconds`: from arrival to the first token drawn.
+    `queue_seconds`: from arrival to the first step. `first_token_seconds`: from arrival to the first token drawn.
     `inter_token_seconds`: from each token to the next of its request. `request_seconds`: from arrival to the end, of
     requests that came to an end of their own. `finished`: requests by the value of their FinishReason.
     """
