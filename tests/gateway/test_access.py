@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -53,7 +52,7 @@ class KeyFile:
         (version / "keys.jsonl").write_text("# keys\n\n" + "".join(lines))
         link = self._folder / "..next"
         link.symlink_to(version.name)
-        os.replace(link, self._folder / "..data")
+        link.replace(self._folder / "..data")
 
 
 @pytest.fixture
