@@ -77,6 +77,8 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         self.sessions_opened = 0
         # Whether prompts are cached as they start, as a real engine does.
         self.caches_prompts = True
+        # It hears no cancellation.
+        self.deaf = False
         self.changed = asyncio.Event()
         self._sequence = 0
         self._pages: dict[bytes, None] = {}
@@ -123,6 +125,10 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
     def fail_next(self, *errors: QuireError) -> None:
         """The next submissions end with these errors."""
         self._failures.extend(errors)
+
+    def forget_failures(self) -> None:
+        """What `fail_next` asked for and has not come yet."""
+        self._failures.clear()
 
     def fail_all(self, error: QuireError) -> None:
         """Every request ends with `error` now."""
@@ -229,7 +235,7 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         self._work.set()
 
     def _cancel(self, session: _Session, key: int) -> None:
-        sequence = session.sequences.pop(key, None)
+        sequence = None if self.deaf else session.sequences.pop(key, None)
         if sequence is not None:
             self.cancelled.append(sequence.request.request_id)
             session.send([Update(key, finished=Finished(FinishReason.CANCELLED))])

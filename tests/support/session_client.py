@@ -23,6 +23,7 @@ class Stream:
     token_ids: list[int] = field(default_factory=list)
     started: Started | None = None
     finished: Finished | None = None
+    starts: int = 0
     terminal_events: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -102,7 +103,9 @@ class SessionClient:
         update = update_from_proto(message)
         stream = self.streams[update.key]
         stream.token_ids.extend(update.token_ids)
-        stream.started = stream.started or update.started
+        if update.started is not None:
+            stream.starts += 1
+            stream.started = stream.started or update.started
         if update.finished is not None:
             stream.terminal_events += 1
             stream.finished = update.finished

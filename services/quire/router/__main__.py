@@ -16,6 +16,10 @@ _EXAMPLES = """examples:
   python -m quire.router --listen 127.0.0.1:9000 --engines 127.0.0.1:9100,127.0.0.1:9101
   python -m quire.router --listen unix:/run/quire/router.sock --engines unix:/run/quire/engine.sock --hold 60
       one engine, which may take a minute to load
+  python -m quire.router --listen [::]:9000 --engines dns:engines.models.svc:9100
+      an engine at each address that the name has, looked up again and again
+  python -m quire.router --listen [::]:9000 --engines kubernetes:models/engines:grpc
+      an engine in each ready pod of the Service `engines` in the namespace `models`, at its port `grpc`
 
 Spans are exported if OTEL_EXPORTER_OTLP_ENDPOINT is set.
 """
@@ -41,6 +45,9 @@ def build_config(arguments: argparse.Namespace) -> RouterConfig:
         name=arguments.name,
         hold=arguments.hold,
         max_moves=arguments.max_moves,
+        retry_share=arguments.retry_share,
+        stall_timeout=arguments.stall_timeout,
+        resolve_interval=arguments.resolve_interval,
         grace=arguments.grace,
         load_interval=arguments.load_interval,
         max_queued_updates=arguments.max_queued_updates,
@@ -60,7 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
     default = RouterConfig(listen="-", engines=("-",))
     option = parser.add_argument
     option("--listen", required=True, metavar="ADDR", help="where gateways connect: HOST:PORT or unix:PATH")
-    option("--engines", required=True, metavar="ADDR[,ADDR…]", help="gRPC addresses of the engines")
+    option(
+        "--engines",
+        required=True,
+        metavar="ADDR[,ADDR…]",
+        help="gRPC addresses of the engines, dns:NAME:PORT or kubernetes:[NAMESPACE/]SERVICE[:PORT]",
+    )
     option("--name", default=default.name, help="what logs and traces call it (default: %(default)s)")
     option(
         "--hold",
@@ -74,7 +86,28 @@ def build_parser() -> argparse.ArgumentParser:
         type=int,
         default=default.max_moves,
         metavar="N",
-        help="how often a request may be moved to another engine (default: %(default)s)",
+        help="how often a request may be moved to another engine without a token in between (default: %(default)s)",
+    )
+    option(
+        "--retry-share",
+        type=float,
+        default=default.retry_share,
+        metavar="SHARE",
+        help="share of the requests in flight that may be moved at a time; others wait (default: %(default)s)",
+    )
+    option(
+        "--stall-timeout",
+        type=float,
+        default=default.stall_timeout,
+        metavar="SECONDS",
+        help="an engine that has work and does nothing for so long is lost (default: %(default)s)",
+    )
+    option(
+        "--resolve-interval",
+        type=float,
+        default=default.resolve_interval,
+        metavar="SECONDS",
+        help="time between two look-ups of a name in DNS (default: %(default)s)",
     )
     option(
         "--grace",

@@ -24,6 +24,10 @@ class BrokenContractError(LostError):
     """The engine does not keep to the contract; the next call will hardly find it changed."""
 
 
+class StalledError(LostError):
+    """The engine has work and does nothing."""
+
+
 class ResponseStream(Protocol[M_co]):
     """A gRPC call that answers with a stream."""
 

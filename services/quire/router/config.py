@@ -9,15 +9,22 @@ from quire.service.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class RouterConfig:
-    """Addresses are gRPC's. Times are in seconds."""
+    """Addresses are gRPC's; instead of them `engines` may be one name that `discovery` knows. Times are in seconds."""
 
     listen: str
     engines: tuple[str, ...]
     name: str = "router-0"
     # A request for which no engine is ready waits this long for one.
     hold: float = 5.0
-    # How often a request may be moved to another engine before its error is passed on.
+    # How often a request may be moved to another engine, without a token in between, before its error is passed on.
     max_moves: int = 3
+    # The share of the requests in flight that may be moved at a time (see `budget`); the others wait for their turn.
+    retry_share: float = 1.0
+    # An engine that has work and does nothing for so long is lost. Longer than any step takes, and than a grammar may
+    # take to compile.
+    stall_timeout: float = 30.0
+    # Between two look-ups of a name in DNS.
+    resolve_interval: float = 5.0
     # What is in flight may finish for this long after the process was asked to stop.
     grace: float = 30.0
     # The shortest time between two load reports of an engine.
@@ -40,8 +47,15 @@ class RouterConfig:
         for flag, value in (("--hold", self.hold), ("--grace", self.grace)):
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"{flag} is {value:g}: it must be at least 0 seconds")
-        if not 0.001 <= self.load_interval <= 60:
-            raise ConfigError(f"--load-interval is {self.load_interval:g}: it must lie in [0.001, 60] seconds")
+        for flag, value, low, high in (
+            ("--load-interval", self.load_interval, 0.001, 60),
+            ("--stall-timeout", self.stall_timeout, 0.01, 3600),
+            ("--resolve-interval", self.resolve_interval, 0.01, 3600),
+        ):
+            if not low <= value <= high:
+                raise ConfigError(f"{flag} is {value:g}: it must lie in [{low:g}, {high:g}] seconds")
+        if not 0 <= self.retry_share < float("inf"):
+            raise ConfigError(f"--retry-share is {self.retry_share:g}: it must be at least 0")
         if self.max_moves < 0:
             raise ConfigError(f"--max-moves is {self.max_moves}: it must be at least 0")
         if self.max_queued_updates < 1:

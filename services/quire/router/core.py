@@ -1,25 +1,26 @@
 """The router's core: requests in flight, the choice of an engine, moves, cancellation. Knows no gRPC.
 
-Gateways' sessions (`server`) call submit, cancel and leave; the engines' links (`link`) call the engine_… methods; both
-get updates and requests handed to them. Everything runs on one event loop, and every request that is submitted ends
-with exactly one terminal event, unless its gateway has left.
+Gateways' sessions (`server`) call submit, cancel and leave; the engines' links (`links`, `link`) call the engine_…
+methods; both get updates and requests handed to them. Everything runs on one event loop, and every request that is
+submitted ends with exactly one terminal event, unless its gateway has left.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from opentelemetry.trace import SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Tracer
 
+from quire.router.budget import RetryBudget
 from quire.router.endpoint import Endpoint, EngineSession, Load
 from quire.router.fleet import Fleet
 from quire.router.flight import Flight, Peer
 from quire.router.index import page_keys
 from quire.router.metrics import RouterMetrics
+from quire.router.observation import RequestObserver
 from quire.service.errors import (
     DeadlineExceededError,
     ErrorCode,
@@ -30,35 +31,39 @@ from quire.service.errors import (
 )
 from quire.service.pages import prefix_hashes
 from quire.service.request import Finished, FinishReason, Request, Update
-from quire.service.tracing import parent_context, trace_context
+from quire.service.tracing import trace_context
 
 # Errors that say nothing against the request: another engine may take it.
 _ANOTHER_MAY = frozenset((ErrorCode.UNAVAILABLE, ErrorCode.RESOURCE_EXHAUSTED))
 
+# The hint of an error that says no engine is ready: about as long as a process takes to come back, in seconds.
+_RETRY_AFTER = 5.0
+
 # What one event means for the gateways: one frame for each.
 _Frames = dict[Peer, list[Update]]
-
-logger = logging.getLogger(__name__)
 
 
 class Router:
     """All requests of all gateways on all engines.
 
-    `hold` is how many seconds a request waits for an engine when none is ready, `max_moves` how often it may be moved.
+    `hold` is how many seconds a request waits for an engine when none is ready, `max_moves` how often it may be moved
+    without a token in between, `retry_share` the share of the requests in flight that may be moved at a time.
     """
 
     def __init__(
-        self, engines: Sequence[str], *, hold: float, max_moves: int, tracer: Tracer, metrics: RouterMetrics
+        self, *, hold: float, max_moves: int, retry_share: float, tracer: Tracer, metrics: RouterMetrics
     ) -> None:
-        self.fleet = Fleet(engines)
+        self.fleet = Fleet()
         # Set whenever `ready` may have changed.
         self.changed = asyncio.Event()
         self._hold_seconds = hold
         self._max_moves = max_moves
-        self._tracer = tracer
-        self._metrics = metrics
+        self._budget = RetryBudget(retry_share)
+        self._observer = RequestObserver(tracer, metrics)
         self._peers: dict[Peer, None] = {}
         self._held: dict[Flight, None] = {}
+        # Runs while a request waits for its turn to be moved.
+        self._turn: asyncio.TimerHandle | None = None
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -97,17 +102,9 @@ class Router:
         if self._draining:
             self.refuse(peer, key, UnavailableError("the router is shutting down: send the request to another"))
             return
-        span = self._tracer.start_span(
-            "route",
-            context=parent_context(request.trace),
-            kind=SpanKind.SERVER,
-            attributes={
-                "gen_ai.request.model": request.model,
-                "gen_ai.usage.input_tokens": len(request.prompt_token_ids),
-                "quire.request_id": request.request_id,
-            },
-        )
-        flight = Flight(peer, key, replace(request, trace=trace_context(span)), span, list(request.output_token_ids))
+        span = self._observer.submitted(request)
+        request = replace(request, trace=trace_context(span))
+        flight = Flight(peer, key, request, span, list(request.output_token_ids), _now())
         peer.flights[key] = flight
         self._in_flight += 1
         self._idle.clear()
@@ -118,7 +115,7 @@ class Router:
     def refuse(self, peer: Peer, key: int, error: QuireError) -> None:
         """Ends a submission that never became a request."""
         finished = Finished(FinishReason.ERROR, error)
-        self._metrics.finished(finished)
+        self._observer.refused(finished)
         peer.deliver([Update(key, finished=finished)])
 
     def cancel(self, peer: Peer, key: int) -> None:
@@ -134,6 +131,26 @@ class Router:
 
     # What engines do
 
+    def add_engine(self, address: str) -> Endpoint:
+        """There is an engine at `address`; it is not connected yet."""
+        self.changed.set()
+        return self.fleet.add(address)
+
+    def withdraw_engine(self, endpoint: Endpoint) -> None:
+        """An engine is not among the router's any more: what it has in flight goes on there."""
+        endpoint.withdraw()
+        self.changed.set()
+
+    def restore_engine(self, endpoint: Endpoint) -> None:
+        """An engine that was withdrawn is back before it was removed."""
+        endpoint.restore()
+        self._engine_changed()
+
+    def remove_engine(self, endpoint: Endpoint) -> None:
+        """A withdrawn engine is lost, too: nothing of it is left."""
+        self.fleet.remove(endpoint)
+        self.changed.set()
+
     def engine_connected(
         self, endpoint: Endpoint, session: EngineSession, *, name: str, model: str, max_num_seqs: int
     ) -> None:
@@ -145,7 +162,7 @@ class Router:
         """An engine's session is over: what it held goes on elsewhere."""
         flights = endpoint.disconnected()
         self.changed.set()
-        error = UnavailableError(f"engine {endpoint.name} was lost: {reason}")
+        error = UnavailableError(f"engine {endpoint.name} was lost: {reason}", retry_after=_RETRY_AFTER)
         frames: _Frames = {}
         for flight in flights:
             finished = self._after_loss(flight, endpoint, error)
@@ -173,6 +190,7 @@ class Router:
 
         Keys that are not known here are of requests whose gateway left, or whose terminal event has come.
         """
+        endpoint.progressed()
         frames: _Frames = {}
         for update in updates:
             flight = endpoint.flights.get(update.key)
@@ -207,6 +225,11 @@ class Router:
     # One request
 
     def _dispatch(self, flight: Flight, frames: _Frames) -> None:
+        now = _now()
+        if flight.moving and not self._budget.allows(now, self._in_flight):
+            self._hold(flight, frames)
+            self._await_turn(now)
+            return
         tokens = (*flight.request.prompt_token_ids, *flight.tokens)
         pages = page_keys(b"".join(prefix_hashes(flight.request.cache_key, tokens)))
         began = time.perf_counter()
@@ -214,16 +237,11 @@ class Router:
         if choice is None:
             self._hold(flight, frames)
             return
-        self._metrics.chosen(time.perf_counter() - began, choice.matched_tokens)
-        _stop_timer(flight)
-        flight.span.set_attributes(
-            {
-                "quire.engine": choice.endpoint.name,
-                "quire.matched_tokens": choice.matched_tokens,
-                "quire.expected_ttft_seconds": choice.expected_ttft,
-                "quire.moves": flight.moves,
-            }
-        )
+        if flight.moving:
+            flight.moving = False
+            self._budget.spend(now)
+        self._observer.dispatched(flight, choice, time.perf_counter() - began, now)
+        flight.stop_waiting()
         request = replace(flight.request, output_token_ids=tuple(flight.tokens))
         choice.endpoint.send(flight, request, pages, len(tokens) - choice.matched_tokens)
 
@@ -237,32 +255,47 @@ class Router:
             until_deadline = float("inf")
             if request.deadline_unix_ms is not None:
                 until_deadline = max(0.0, request.deadline_unix_ms / 1000 - time.time())
+            flight.held_at = _now()
             flight.timer = asyncio.get_running_loop().call_later(
                 min(self._hold_seconds, until_deadline), self._hold_over, flight, until_deadline <= self._hold_seconds
             )
 
     def _hold_over(self, flight: Flight, deadline_passed: bool) -> None:
+        model = flight.request.model
         if deadline_passed:
             error: QuireError = DeadlineExceededError(
                 f"the deadline passed before an engine was ready: {self.fleet.states}", field="deadline_unix_ms"
             )
-        elif self.fleet.ready:
-            error = self._not_found(flight.request.model)
+        elif self.fleet.ready and model not in self.fleet.models:
+            error = self._not_found(model)
+        elif self.fleet.ready_for(model):
+            error = UnavailableError("too many requests wait for another engine at once", retry_after=_RETRY_AFTER)
         else:
-            error = UnavailableError(f"no engine is ready: {self.fleet.states}")
+            error = UnavailableError(f"no engine is ready: {self.fleet.states}", retry_after=_RETRY_AFTER)
         self._finish_now(flight, Finished(FinishReason.ERROR, error))
+
+    def _await_turn(self, now: float) -> None:
+        if self._turn is None:
+            self._turn = asyncio.get_running_loop().call_at(self._budget.next_turn(now), self._next_turn)
+
+    def _next_turn(self) -> None:
+        self._turn = None
+        self._dispatch_held()
 
     def _not_found(self, model: str) -> NotFoundError:
         served = ", ".join(self.fleet.models)
         return NotFoundError(f"model {model} is not served here: the engines run {served}", field="model")
 
     def _progress(self, flight: Flight, endpoint: Endpoint, update: Update, frames: _Frames) -> None:
-        flight.tokens.extend(update.token_ids)
+        if update.token_ids:
+            flight.advance(update.token_ids)
+            if flight.first_token_at is None:
+                self._observer.first_token(flight, _now())
         endpoint.progress(flight, has_tokens=bool(update.token_ids))
         started = None
         if update.started is not None and not flight.started:
             started, flight.started = update.started, True
-            self._metrics.started(len(flight.request.prompt_token_ids), started.cached_tokens)
+            self._observer.started(flight, endpoint, started)
         finished = update.finished
         error = finished.error if finished is not None else None
         if error is not None and error.code in _ANOTHER_MAY:
@@ -282,25 +315,25 @@ class Router:
         if (over := flight.already_over()) is not None:
             return over
         flight.left.add(endpoint)
-        if flight.moves == self._max_moves:
+        if flight.fruitless_moves >= self._max_moves:
             return Finished(FinishReason.ERROR, error)
         # A queue is full for a while: waiting for it is the client's choice, another engine's queue may have room now.
-        full = error.code is ErrorCode.RESOURCE_EXHAUSTED
-        if full and flight.left.issuperset(self.fleet.ready_for(flight.request.model)):
+        if error.code is ErrorCode.RESOURCE_EXHAUSTED and not self._worth_a_try(flight):
             return Finished(FinishReason.ERROR, error)
         return None
+
+    def _worth_a_try(self, flight: Flight) -> bool:
+        """Whether a request that a full queue refused goes to another engine, rather than back to the client."""
+        untried = not flight.left.issuperset(self.fleet.ready_for(flight.request.model))
+        return untried and self._budget.allows(_now(), self._in_flight)
 
     def _move(self, flight: Flight, endpoint: Endpoint, error: QuireError, frames: _Frames) -> None:
         if flight.endpoint is not None:
             endpoint.release(flight)
         flight.moves += 1
-        self._metrics.moved(endpoint)
-        flight.span.add_event("moved", {"quire.engine": endpoint.name, "error.type": error.code.value})
-        logger.debug(
-            "request moves on: %s",
-            error.message,
-            extra={"request_id": flight.request.request_id, "engine": endpoint.name, "tokens": len(flight.tokens)},
-        )
+        flight.fruitless_moves += 1
+        flight.moving = True
+        self._observer.moved(flight, endpoint, error)
         self._dispatch(flight, frames)
 
     def _finish(self, flight: Flight, finished: Finished, frames: _Frames) -> None:
@@ -318,11 +351,10 @@ class Router:
         if flight.endpoint is not None:
             flight.endpoint.release(flight)
         self._held.pop(flight, None)
-        _stop_timer(flight)
+        flight.stop_waiting()
         if finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.fleet.learn_output(len(flight.tokens))
-        self._metrics.finished(finished)
-        _end_span(flight, finished)
+        self._observer.ended(flight, finished, _now())
         self._in_flight -= 1
         if self._in_flight == 0:
             self._idle.set()
@@ -331,8 +363,10 @@ class Router:
 
     def _engine_changed(self) -> None:
         self.changed.set()
-        if not self.fleet.ready:
-            return
+        if self.fleet.ready:
+            self._dispatch_held()
+
+    def _dispatch_held(self) -> None:
         frames: _Frames = {}
         held, self._held = self._held, {}
         for flight in held:
@@ -340,27 +374,10 @@ class Router:
         _deliver(frames)
 
 
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
 def _deliver(frames: _Frames) -> None:
     for peer, updates in frames.items():
         peer.deliver(updates)
-
-
-def _stop_timer(flight: Flight) -> None:
-    if flight.timer is not None:
-        flight.timer.cancel()
-        flight.timer = None
-
-
-def _end_span(flight: Flight, finished: Finished) -> None:
-    span = flight.span
-    span.set_attributes(
-        {
-            "quire.moves": flight.moves,
-            "gen_ai.usage.output_tokens": len(flight.tokens),
-            "gen_ai.response.finish_reasons": [finished.reason.value.lower()],
-        }
-    )
-    if finished.error is not None:
-        span.set_attribute("error.type", finished.error.code.value)
-        span.set_status(StatusCode.ERROR, finished.error.message)
-    span.end()

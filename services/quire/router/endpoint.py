@@ -5,7 +5,9 @@ Written by the engine's link and the core, read by the core's choice.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import time
 from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
@@ -47,6 +49,8 @@ class Load:
     prefill_tokens_per_second: float
     decode_step_seconds: float
     phase: Phase
+    steps: int = 0
+    cache_sequence: int = 0
 
 
 NO_LOAD = Load(0, 0, 0, 0, 0, 0.0, 0.0, Phase.READY)
@@ -60,10 +64,11 @@ class _Unreported:
 
 
 class Endpoint:
-    """One engine of the configuration, whether it is there or not.
+    """One engine, whether it is there or not.
 
     `name` and `model` are the engine's own, known since its first welcome. `flights` are the requests that it holds,
-    by the key they have on its session; keys are never used twice, not even on another session.
+    by the key they have on its session; keys are never used twice, not even on another session. `withdrawn` says that
+    it is not among the router's engines any more; it is `unused` once it has nothing in flight, too.
     """
 
     def __init__(self, address: str, index: PrefixIndex) -> None:
@@ -74,6 +79,8 @@ class Endpoint:
         self.in_progress = PagesInProgress()
         self.flights: dict[int, Flight] = {}
         self.view = EngineView()
+        self.withdrawn = False
+        self.unused = asyncio.Event()
         self._session: EngineSession | None = None
         self._draining = False
         self._max_num_seqs = 0
@@ -82,12 +89,16 @@ class Endpoint:
         # Requests sent that the last report may not include, and what they add to it.
         self._unreported: dict[Flight, _Unreported] = {}
         self._unreported_tokens = 0
+        self._progressed_at = time.monotonic()
+        # The step at which it was found stalled, until it is seen at another.
+        self._stalled_at: int | None = None
         self._keys = itertools.count(1)
 
     @property
     def routable(self) -> bool:
         """Whether it takes new requests."""
-        return self._session is not None and not self._draining and self._load.phase is Phase.READY
+        there = self._session is not None and not self.withdrawn and not self._draining
+        return there and self._stalled_at is None and self._load.phase is Phase.READY
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -99,13 +110,23 @@ class Endpoint:
         """For messages: why it is not routable, or "ready"."""
         if self._session is None:
             return "not connected"
+        if self._stalled_at is not None:
+            return "stalled"
+        if self.withdrawn:
+            return "withdrawn"
         return "draining" if self._draining else self._load.phase.value.lower()
+
+    @property
+    def cache_lag(self) -> int:
+        """How many of its cache events have not been applied, as of its last report."""
+        return max(0, self._load.cache_sequence - self.cache.sequence)
 
     def connected(self, session: EngineSession, *, name: str, model: str, max_num_seqs: int) -> None:
         """The engine said welcome. `max_num_seqs` 0 is not known."""
         self._session = session
         self.name, self.model = name, model
         self._max_num_seqs = max_num_seqs
+        self.progressed()
         self._refresh()
 
     def disconnected(self) -> list[Flight]:
@@ -122,8 +143,35 @@ class Endpoint:
         """The engine wants no new requests."""
         self._draining = True
 
+    def withdraw(self) -> None:
+        """Takes it off the router's engines: what it has in flight goes on, and nothing comes to it."""
+        self.withdrawn = True
+        if not self.flights:
+            self.unused.set()
+
+    def restore(self) -> None:
+        """It is one of the router's engines again."""
+        self.withdrawn = False
+        self.unused.clear()
+
+    def progressed(self) -> None:
+        """The engine has done something, or has just been given something to do."""
+        self._progressed_at = time.monotonic()
+
+    def idle_seconds(self) -> float:
+        """For how long it has done nothing although it has work; 0 if it has none."""
+        return time.monotonic() - self._progressed_at if self.flights else 0.0
+
+    def stall(self) -> None:
+        """It does nothing although it has work: nothing comes to it until it is seen to step, or to have no work."""
+        self._stalled_at = self._load.steps
+
     def report(self, load: Load) -> None:
         """The engine's load. It may have left before the request sent last came in; the next one can't have."""
+        if load.steps != self._load.steps:
+            self.progressed()
+        if load.steps != self._stalled_at or not load.running + load.waiting:
+            self._stalled_at = None
         self._load = load
         self._reports += 1
         for flight, sent in list(self._unreported.items()):
@@ -135,6 +183,8 @@ class Endpoint:
         """Submits a request; it counts here until `release`."""
         if self._session is None:
             raise RuntimeError(f"engine {self.name} is not connected")
+        if not self.flights:
+            self.progressed()
         flight.endpoint, flight.engine_key, flight.page_keys = self, next(self._keys), page_keys
         self.flights[flight.engine_key] = flight
         self.in_progress.add(page_keys)
@@ -163,6 +213,8 @@ class Endpoint:
         self._reported(flight)
         self._refresh()
         flight.endpoint, flight.page_keys = None, ()
+        if self.withdrawn and not self.flights:
+            self.unused.set()
 
     def _reported(self, flight: Flight) -> None:
         if (sent := self._unreported.pop(flight, None)) is not None:

@@ -1,4 +1,4 @@
-"""All engines together: which of them are ready, and which one a request goes to."""
+"""All engines together: which there are, which of them are ready, and which one a request goes to."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Choice:
 
 
 class Fleet:
-    """The engines of the configuration and one index of all their pages."""
+    """The engines and one index of all their pages."""
 
-    def __init__(self, engines: Sequence[str]) -> None:
+    def __init__(self) -> None:
         self.index = PrefixIndex()
-        self.endpoints = [Endpoint(address, self.index) for address in engines]
+        self.endpoints: list[Endpoint] = []
         self._expectations = Expectations()
         self._output_tokens = FIRST_GUESS_OUTPUT_TOKENS
         self._turn = 0
@@ -52,7 +52,18 @@ class Fleet:
     @property
     def states(self) -> str:
         """Each engine's state, for messages."""
-        return "; ".join(f"{endpoint.name} {endpoint.state}" for endpoint in self.endpoints)
+        return "; ".join(f"{endpoint.name} {endpoint.state}" for endpoint in self.endpoints) or "there is none"
+
+    def add(self, address: str) -> Endpoint:
+        """A new engine, not connected yet."""
+        endpoint = Endpoint(address, self.index)
+        self.endpoints.append(endpoint)
+        return endpoint
+
+    def remove(self, endpoint: Endpoint) -> None:
+        """Forgets an engine that is not connected."""
+        self.endpoints.remove(endpoint)
+        endpoint.cache.close()
 
     def ready_for(self, model: str) -> list[Endpoint]:
         """The engines that take requests for `model`."""

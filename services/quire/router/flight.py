@@ -26,23 +26,46 @@ class Peer:
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """`tokens` are all output tokens so far, those from before the request came here included."""
+    """`tokens` are all output tokens so far, those from before the request came here included. Times are the loop's."""
 
     peer: Peer
     key: int
     request: Request
     span: Span
     tokens: list[int]
+    submitted_at: float
+    first_token_at: float | None = None
+    # Of the engine that had it last, once one had.
+    engine: str = ""
+    cached_tokens: int = 0
     started: bool = False
     cancelled: bool = False
     moves: int = 0
-    # Engines that lost or refused it: another is tried first.
+    # Since the last token: how often it was moved, and the engines that lost or refused it. Another is tried first.
+    fruitless_moves: int = 0
     left: set[Endpoint] = field(default_factory=set)
+    # It is between two engines and its move has not been granted yet.
+    moving: bool = False
     endpoint: Endpoint | None = None
     engine_key: int = 0
     page_keys: Sequence[int] = ()
-    # Runs while the request is held because no engine is ready.
+    # While it is held because no engine is ready or it waits for its turn.
+    held_at: float | None = None
     timer: asyncio.TimerHandle | None = None
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        """An engine has generated these: what was tried in vain before them is forgotten."""
+        self.tokens.extend(token_ids)
+        if self.fruitless_moves:
+            self.fruitless_moves = 0
+            self.left.clear()
+
+    def stop_waiting(self) -> None:
+        """It is held no more."""
+        self.held_at = None
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
 
     def already_over(self) -> Finished | None:
         """How it ended if its last token has been seen and only its terminal event was lost with an engine.

@@ -169,6 +169,10 @@ class CacheReplica:
         self.sequence = sequence
         return True
 
+    def close(self) -> None:
+        """The engine is no longer of interest."""
+        self._index.retire(self.holder)
+
     def forget(self) -> None:
         """Nothing is known of the engine's cache any more."""
         if self.epoch is not None:
@@ -185,6 +189,9 @@ class PagesInProgress:
 
     def __init__(self) -> None:
         self._requests_of: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._requests_of)
 
     def add(self, keys: Iterable[int]) -> None:
         """A prompt with these pages was sent to the engine."""

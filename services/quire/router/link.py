@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import grpc
 
-from quire.router.calls import BrokenContractError, LostError, next_message, outcome
+from quire.router.calls import BrokenContractError, LostError, StalledError, next_message, outcome
 from quire.router.core import Router
 from quire.router.endpoint import Endpoint
 from quire.router.metrics import RouterMetrics
@@ -39,15 +39,28 @@ logger = logging.getLogger(__name__)
 
 
 class EngineLink:
-    """Keeps one endpoint connected. `peer` names this router in the engine's log; `load_interval` is in seconds."""
+    """Keeps one endpoint connected.
+
+    `peer` names this router in the engine's log. Times are in seconds: `load_interval` the shortest between two load
+    reports, `stall_timeout` how long an engine with work may do nothing before it is lost.
+    """
 
     def __init__(
-        self, endpoint: Endpoint, router: Router, metrics: RouterMetrics, *, peer: str, load_interval: float
+        self,
+        endpoint: Endpoint,
+        router: Router,
+        metrics: RouterMetrics,
+        *,
+        peer: str,
+        load_interval: float,
+        stall_timeout: float,
     ) -> None:
         self._endpoint = endpoint
         self._router = router
+        self._metrics = metrics
         self._watches = EngineWatches(endpoint, router, metrics, load_interval=load_interval)
         self._peer = peer
+        self._stall_timeout = stall_timeout
         self._outgoing: _Outgoing = asyncio.Queue()
         self._connected = False
         # Reasons that have been logged since the engine last worked: one that fails the same way again is no news.
@@ -73,6 +86,8 @@ class EngineLink:
                     delay = _FIRST_RETRY
                     self._told.clear()
                 self._tell(lost, logging.WARNING if self._connected or broken else logging.INFO)
+                if self._connected:
+                    self._metrics.lost(self._endpoint, stalled=isinstance(lost, StalledError))
                 self._connected = False
                 self._router.engine_lost(self._endpoint, str(lost))
                 await self._watches.sweep()
@@ -90,6 +105,7 @@ class EngineLink:
             _write(stream, self._outgoing),
             self._watches.watch_cache(stub),
             self._watches.watch_load(stub),
+            self._watch_progress(),
         )
         tasks = [asyncio.create_task(part, name=f"engine {self._endpoint.address}") for part in parts]
         try:
@@ -134,6 +150,15 @@ class EngineLink:
         )
         facts = {"engine": name, "address": self._endpoint.address, "model": welcome.model}
         logger.info("session with engine", extra=facts)
+
+    async def _watch_progress(self) -> NoReturn:
+        """Raises StalledError when the engine does nothing although it has work."""
+        while True:
+            # A clock, looked at often enough to be a quarter late at most.
+            await asyncio.sleep(self._stall_timeout / 4)
+            if self._endpoint.idle_seconds() > self._stall_timeout:
+                self._endpoint.stall()
+                raise StalledError(f"it has done nothing for {self._stall_timeout:g} s although it has work")
 
     def _update(self, message: session_pb2.RequestUpdate) -> Update:
         """The update; one that makes no sense ends its request here and at the engine."""

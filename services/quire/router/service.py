@@ -7,7 +7,10 @@ import logging
 
 from quire.router.config import RouterConfig
 from quire.router.core import Router
+from quire.router.discovery import discovery_of
+from quire.router.endpoint import Endpoint
 from quire.router.link import EngineLink
+from quire.router.links import EngineLinks
 from quire.router.metrics import RouterMetrics
 from quire.router.server import SERVICE, SessionServicer
 from quire.service.errors import UnavailableError
@@ -25,39 +28,45 @@ logger = logging.getLogger(__name__)
 
 
 class RouterService:
-    """One router in this process: `run` it until asked to stop; `address` is where it listens once `started` is set."""
+    """One router in this process: `run` it until asked to stop; `address` is where it listens once `started` is set.
+
+    `router` is its core, `metrics` what it counts.
+    """
 
     def __init__(self, config: RouterConfig, tracing: Tracing | None = None) -> None:
         self.started = asyncio.Event()
         self.address = ""
         self._config = config
         self._tracing = tracing or Tracing("router", config.name)
-        self._metrics = RouterMetrics()
-        self._router = Router(
-            config.engines,
+        self.metrics = RouterMetrics()
+        self.router = Router(
             hold=config.hold,
             max_moves=config.max_moves,
+            retry_share=config.retry_share,
             tracer=self._tracing.tracer,
-            metrics=self._metrics,
+            metrics=self.metrics,
         )
         self._server = GrpcServer(config.listen)
-        self._servicer = SessionServicer(config.name, self._router, max_queued_updates=config.max_queued_updates)
+        self._servicer = SessionServicer(config.name, self.router, max_queued_updates=config.max_queued_updates)
         self._server.add(SERVICE, session_pb2_grpc.add_SessionServiceServicer_to_server, self._servicer)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serves until `stop` is set, then lets what is in flight finish. Raises ConfigError if it can't listen."""
+        """Serves until `stop` is set, then lets what is in flight finish.
+
+        Raises ConfigError if it can't listen, or knows no way to find the engines.
+        """
         config = self._config
+        discovery = await discovery_of(config.engines, resolve_interval=config.resolve_interval)
         try:
             self.address = await self._server.start()
-            self._metrics.serve(config.metrics_port)
+            self.metrics.serve(config.metrics_port)
             logger.info("router listens", extra={"address": self.address, "engines": ",".join(config.engines)})
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._report_readiness(), name="readiness")]
-                for endpoint in self._router.fleet.endpoints:
-                    link = EngineLink(
-                        endpoint, self._router, self._metrics, peer=config.name, load_interval=config.load_interval
-                    )
-                    tasks.append(group.create_task(link.run(), name=f"engine {endpoint.address}"))
+                links = EngineLinks(discovery, self.router, self.metrics, self._link_to)
+                tasks = (
+                    group.create_task(self._report_readiness(), name="readiness"),
+                    group.create_task(links.run(), name="engines"),
+                )
                 self.started.set()
                 await stop.wait()
                 await self._drain()
@@ -67,22 +76,33 @@ class RouterService:
             await self._server.stop(_STOP_SECONDS)
             self._tracing.close()
 
+    def _link_to(self, endpoint: Endpoint) -> EngineLink:
+        config = self._config
+        return EngineLink(
+            endpoint,
+            self.router,
+            self.metrics,
+            peer=config.name,
+            load_interval=config.load_interval,
+            stall_timeout=config.stall_timeout,
+        )
+
     async def _drain(self) -> None:
         await self._server.set_serving(False)
-        self._router.drain()
+        self.router.drain()
         try:
-            await asyncio.wait_for(self._router.until_idle(), self._config.grace)
+            await asyncio.wait_for(self.router.until_idle(), self._config.grace)
         except TimeoutError:
             error = UnavailableError("the router is shutting down: send the request to another")
-            logger.warning("the grace period is over", extra={"cut_off": self._router.end_all(error)})
+            logger.warning("the grace period is over", extra={"cut_off": self.router.end_all(error)})
         await self._servicer.close(_LAST_WORDS_SECONDS)
 
     async def _report_readiness(self) -> None:
         ready = False
         while True:
-            await self._router.changed.wait()
-            self._router.changed.clear()
-            if self._router.ready != ready:
-                ready = self._router.ready
+            await self.router.changed.wait()
+            self.router.changed.clear()
+            if self.router.ready != ready:
+                ready = self.router.ready
                 await self._server.set_serving(ready)
-                logger.info("ready" if ready else "not ready", extra={"engines": self._router.fleet.states})
+                logger.info("ready" if ready else "not ready", extra={"engines": self.router.fleet.states})

@@ -117,4 +117,6 @@ def _load(report: engine_pb2.WatchLoadResponse) -> Load:
         prefill_tokens_per_second=report.prefill_tokens_per_second,
         decode_step_seconds=report.decode_step_seconds,
         phase=phase,
+        steps=report.steps,
+        cache_sequence=report.cache_sequence,
     )
