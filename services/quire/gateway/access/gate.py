@@ -148,6 +148,10 @@ class Gate:
         if key is not None and key.concurrency is not None:
             self._ledger.leave(key.digest)
 
+    def reader_stalled(self, api: str) -> None:
+        """A client was cut off because it had stopped reading."""
+        self._metrics.stalled.labels(api).inc()
+
     def check_choices(self, choices: int) -> None:
         """Raises InvalidRequestError if one request asks for too many outputs."""
         if choices > self._limits.max_choices:
