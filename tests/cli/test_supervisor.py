@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quire.cli.output import OutputPipe
-from quire.cli.supervisor import ChildDiedError, ChildSpec, Supervisor, Timing
 from quire.service.errors import ConfigError
+from quire.service.supervisor import ChildDiedError, ChildSpec, Supervisor, Timing
 
 DEADLINE = 20.0
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
-from quire.cli.supervisor import ChildSpec
+from quire.service.supervisor import ChildSpec
 
 DEADLINE = 20.0
 
