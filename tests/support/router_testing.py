@@ -69,7 +69,7 @@ async def router(
     tmp_path: Path, fakes: Sequence[FakeEngine], *, name: str = "router", wait: bool = True, **config: Any
 ) -> AsyncIterator[RouterService]:
     """A router of these engines, connected to all of them unless `wait` is off. It leaves no task behind."""
-    before = asyncio.all_tasks()
+    outermost = not _tasks()
     addresses = config.pop("engines", tuple(fake.address for fake in fakes))
     settings = {"grace": 0.2, "load_interval": 0.01, **config}
     service = RouterService(RouterConfig(f"unix:{tmp_path}/{name}", addresses, name, **settings))
@@ -84,8 +84,9 @@ async def router(
         stop.set()
         await asyncio.wait_for(running, DEADLINE)
         assert_nothing_held(service)
-    # gRPC's own tasks end with the loop's next turns.
-    await until(lambda: not {task for task in asyncio.all_tasks() - before if not task.done() and _ours(task)})
+    if outermost:
+        # Those of calls that gRPC has just cancelled end with the loop's next turns.
+        await until(lambda: not _tasks())
 
 
 async def until_or_failed(running: asyncio.Task[None], condition: Callable[[], object]) -> None:
@@ -131,6 +132,7 @@ async def gateway(service: RouterService) -> AsyncIterator[SessionClient]:
         yield session
 
 
-def _ours(task: asyncio.Task[Any]) -> bool:
-    code = getattr(task.get_coro(), "cr_code", None)
-    return code is not None and "/quire/router/" in code.co_filename
+def _tasks() -> list[asyncio.Task[Any]]:
+    """The tasks of routers."""
+    codes = {task: getattr(task.get_coro(), "cr_code", None) for task in asyncio.all_tasks()}
+    return [task for task, code in codes.items() if code is not None and "/quire/router/" in code.co_filename]
