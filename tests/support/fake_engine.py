@@ -170,6 +170,12 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         self.store(prompt)
         self._cache_watches = watches
 
+    def restart_cache(self) -> None:
+        """A new epoch with an empty cache, of which nobody is told."""
+        self.epoch += 1
+        self._sequence = 0
+        self._pages.clear()
+
     def send_cache_event(self, event: engine_pb2.WatchCacheResponse) -> None:
         """Any cache event, to every subscriber."""
         for watch in self._cache_watches:
@@ -189,6 +195,10 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
             while not condition():
                 self.changed.clear()
                 await self.changed.wait()
+
+    @property
+    def sessions_open(self) -> int:
+        return len(self._sessions)
 
     @property
     def in_flight(self) -> int:

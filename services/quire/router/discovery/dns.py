@@ -44,7 +44,7 @@ class DnsNames:
             except OSError as error:
                 if str(error) != failure:
                     failure = str(error)
-                    logger.warning("can't resolve the engines' name: %s", failure, extra={"name": self._host})
+                    logger.warning("can't resolve the engines' name: %s", failure, extra={"host": self._host})
             else:
                 failure = ""
                 if found != known:
