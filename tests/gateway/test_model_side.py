@@ -18,15 +18,15 @@ async def test_model_without_template(text_model: TextModel) -> None:
     """Without it a base model would be given some other model's chat format."""
     base = ServedModel(("base",), dataclasses.replace(text_model, chat_template=None))
     with pytest.raises(InvalidRequestError, match="/v1/completions"):
-        await base.tokens_of(Conversation(HI))
-    assert await base.tokens_of("hi")
+        await base.tokenize(Conversation(HI))
+    assert (await base.tokenize("hi")).token_ids
 
 
 async def test_first_token(text_model: TextModel) -> None:
     """Without it models that want a first token would miss it in completions, or have it twice in chats."""
     model = ServedModel(("m",), dataclasses.replace(text_model, add_bos=True))
-    assert (await model.tokens_of("hi"))[0] == 1
-    assert (await model.tokens_of(Conversation(HI)))[:2] != (1, 1)
+    assert (await model.tokenize("hi")).token_ids[0] == 1
+    assert (await model.tokenize(Conversation(HI))).token_ids[:2] != (1, 1)
     with pytest.raises(ModelError, match="first token"):
         ServedModel(("m",), dataclasses.replace(text_model, add_bos=True, bos_token=""))
 
@@ -35,7 +35,7 @@ async def test_long_text_is_the_same_beside_the_loop(text_model: TextModel) -> N
     """Without it long prompts, which are tokenized in a thread, could differ from short ones."""
     model = ServedModel(("m",), text_model)
     text = "A sentence of some words. " * 1000
-    assert list(await model.tokens_of(text)) == text_model.tokenizer.encode(text).ids
+    assert list((await model.tokenize(text)).token_ids) == text_model.tokenizer.encode(text).ids
 
 
 def test_max_model_len(text_model: TextModel) -> None:

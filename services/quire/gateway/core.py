@@ -1,4 +1,4 @@
-"""What the gateway does, without HTTP or gRPC: a prompt and options become a Generation, a Generation becomes text.
+"""What the gateway does, without HTTP or gRPC: a prompt and options become Generations, a Generation becomes text.
 
 Both servers (`http`, `grpc_api`) do the same three things: `prepare` what the client asked for, `open` an Output and
 read it. Leaving the Output's `with` block early cancels what is still running, so a client that goes away frees its
@@ -10,17 +10,22 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import TracebackType
 
+from quire.gateway.answer import AnswerParser
+from quire.gateway.deltas import Delta, Scores
 from quire.gateway.errors import ContextLengthError
-from quire.gateway.model import Conversation, Prompt, ServedModel
+from quire.gateway.grammar import compose
+from quire.gateway.model import Conversation, Prompt, ServedModel, Tokenized
 from quire.gateway.options import Options
+from quire.gateway.reasoning import Thinking
 from quire.gateway.session import RouterSessions
-from quire.gateway.stream import Result, TextStream
-from quire.service.request import CacheKey, Request, SamplingParams, StopConditions, TraceContext
-from quire.service.text import Detokenizer
+from quire.gateway.stream import Echo, Result, Shown, TextStream
+from quire.gateway.tools.choice import ToolChoice
+from quire.service.errors import InvalidRequestError, error_of
+from quire.service.request import CacheKey, Constraint, Request, SamplingParams, StopConditions, TraceContext
 
 _COMPLETION_MAX_TOKENS = 16
 
@@ -34,17 +39,28 @@ class Operation(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One output to generate: the request for the engine, and the stop strings that are matched here."""
+    """One output to generate: the request for the engine, and what becomes of its text here.
+
+    `choice` numbers the outputs of one prompt, from 0.
+    """
 
     operation: Operation
     request: Request
-    stop: tuple[str, ...] = ()
+    shown: Shown = field(default_factory=Shown)
+    choice: int = 0
+    thinking: Thinking = Thinking.NEVER
+    tools: tuple[str, ...] = ()
+
+    @property
+    def parsed(self) -> bool:
+        """Whether there may be more in its text than text."""
+        return bool(self.tools) or self.thinking is not Thinking.NEVER
 
 
 class Output:
     """The text of one or several generations while it comes: enter it, iterate over it, leave it.
 
-    Iteration yields (index of the generation, new text) and, exactly once per generation, (index, Result). The error
+    Iteration yields (index of the generation, Delta) and, exactly once per generation, (index, Result). The error
     that ends one generation is raised and ends them all. `progress` is called with the number of new
     tokens whenever some have come.
     """
@@ -66,8 +82,8 @@ class Output:
     def __enter__(self) -> Output:
         for generation in self._generations:
             call = self._sessions.submit(generation.request, self._wake)
-            detokenizer = Detokenizer(self._model.pieces, strip_leading=generation.operation is Operation.CHAT)
-            self._streams.append(TextStream(call, detokenizer, generation.stop))
+            detokenizer = self._model.detokenizer(strip_leading=generation.operation is Operation.CHAT)
+            self._streams.append(TextStream(call, detokenizer, generation.shown))
         return self
 
     def __exit__(
@@ -77,35 +93,53 @@ class Output:
             self._sessions.cancel(stream.call)
 
     async def begun(self) -> None:
-        """Returns when one generation was scheduled or has ended; raises the error if it ended with one.
+        """Returns when one generation was scheduled or has ended; raises the error if one ended with an error.
 
         Before that a server has not promised the client anything: it can still answer with an error's status.
         """
-        while not any(stream.call.started or stream.call.token_ids for stream in self._streams):
+        while True:
             for stream in self._streams:
-                stream.take()
-                if stream.result() is not None:
-                    return
+                stream.check()
+            if any(stream.call.started or stream.call.token_ids or stream.call.finished for stream in self._streams):
+                return
             await self._changed()
 
-    async def __aiter__(self) -> AsyncIterator[tuple[int, str | Result]]:
+    async def __aiter__(self) -> AsyncIterator[tuple[int, Delta | Result]]:
         open_streams = dict(enumerate(self._streams))
+        parsers = {index: self._parser(index) for index in open_streams}
         while True:
             for index, stream in list(open_streams.items()):
                 taken = stream.taken
                 text = stream.take()
                 if stream.taken > taken:
                     self._progress(stream.taken - taken)
+                if stream.scored and (scores := stream.take_scores()):
+                    yield index, Scores(tuple(scores))
+                parser = parsers[index]
                 if text:
-                    yield index, text
+                    if parser is None:
+                        yield index, text
+                    else:
+                        for part in parser.feed(text):
+                            yield index, part
                 result = stream.result()
                 if result is not None:
                     del open_streams[index]
                     self._sessions.cancel(stream.call)
+                    if parser is not None:
+                        for part in parser.flush():
+                            yield index, part
+                        result = replace(result, calls=parser.num_calls)
                     yield index, result
             if not open_streams:
                 return
             await self._changed()
+
+    def _parser(self, index: int) -> AnswerParser | None:
+        generation = self._generations[index]
+        if not generation.parsed:
+            return None
+        return AnswerParser(generation.thinking, self._model.tool_format, generation.tools)
 
     async def _changed(self) -> None:
         await self._wake.wait()
@@ -137,51 +171,146 @@ class Core:
         *,
         trace: TraceContext,
         deadline_unix_ms: int | None = None,
-    ) -> Generation:
-        """Tokenizes `prompt` and fills in all defaults.
+    ) -> list[Generation]:
+        """Tokenizes `prompt` and fills in all defaults; as many Generations as `options.n`.
 
         Raises InvalidRequestError and ContextLengthError, whose field is `prompt`, `messages` or an option's name.
         """
-        token_ids = await self.model.tokens_of(prompt)
-        operation = Operation.CHAT if isinstance(prompt, Conversation) else Operation.TEXT_COMPLETION
+        tokenized = await self.model.tokenize(prompt)
+        chat = isinstance(prompt, Conversation)
+        if not tokenized.token_ids:
+            field = "messages" if chat else "prompt"
+            raise InvalidRequestError(f"{field} is empty: send at least one token", field=field)
+        tools = prompt.tools if isinstance(prompt, Conversation) else ToolChoice()
         request = Request(
             request_id=request_id,
             model=self.model.name,
-            prompt_token_ids=token_ids,
-            sampling=SamplingParams(
-                temperature=1.0 if options.temperature is None else options.temperature,
-                top_p=1.0 if options.top_p is None else options.top_p,
-                top_k=options.top_k or 0,
-                seed=secrets.randbits(63) if options.seed is None else options.seed % 2**64,
-            ),
-            stop=StopConditions(max_tokens=self._max_tokens(operation, len(token_ids), options.max_tokens)),
-            constraint=options.constraint,
+            prompt_token_ids=tokenized.token_ids,
+            sampling=self._sampling(options),
+            stop=self._stop(options, len(tokenized.token_ids), chat),
+            constraint=self._constraint(options, tokenized, tools),
             cache_key=CacheKey(salt=options.cache_salt),
             priority=options.priority,
             deadline_unix_ms=deadline_unix_ms,
             trace=trace,
+            logprobs=options.logprobs,
+            prompt_logprobs=_prompt_logprobs(options),
         )
-        return Generation(operation, request, options.stop)
+        generation = Generation(
+            Operation.CHAT if chat else Operation.TEXT_COMPLETION,
+            request,
+            self._shown(options, prompt, tokenized),
+            thinking=tokenized.thinking,
+            tools=tuple(tool.name for tool in tools.tools),
+        )
+        return [_choice(generation, index) for index in range(options.n)] if options.n > 1 else [generation]
 
     def open(self, generations: Sequence[Generation], progress: Callable[[int], None]) -> Output:
         """The output of `generations`, which are sent when it is entered."""
         return Output(self._sessions, self.model, generations, progress)
 
-    def _max_tokens(self, operation: Operation, prompt_tokens: int, asked: int | None) -> int:
-        context = self.model.max_model_len
+    def _sampling(self, options: Options) -> SamplingParams:
+        self._check_token_ids("logit_bias", [token_id for token_id, _ in options.logit_bias])
+        return SamplingParams(
+            temperature=1.0 if options.temperature is None else options.temperature,
+            top_p=1.0 if options.top_p is None else options.top_p,
+            top_k=max(options.top_k or 0, 0),
+            seed=secrets.randbits(63) if options.seed is None else options.seed % 2**64,
+            min_p=options.min_p or 0.0,
+            presence_penalty=options.presence_penalty or 0.0,
+            frequency_penalty=options.frequency_penalty or 0.0,
+            repetition_penalty=1.0 if options.repetition_penalty is None else options.repetition_penalty,
+            logit_bias=options.logit_bias,
+            bad_words=self.model.codec.encode_words(options.bad_words),
+        )
+
+    def _stop(self, options: Options, prompt_tokens: int, chat: bool) -> StopConditions:
+        self._check_token_ids("stop_token_ids", options.stop_token_ids)
+        max_tokens = self._max_tokens(options, prompt_tokens, chat)
+        if options.min_tokens > max_tokens:
+            raise InvalidRequestError(
+                f"min_tokens is {options.min_tokens} and there is room for {max_tokens} tokens: set it to at most that",
+                field="min_tokens",
+            )
+        return StopConditions(max_tokens, options.stop_token_ids, options.min_tokens, options.ignore_eos)
+
+    def _check_token_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        size = self.model.codec.vocab_size
+        for token_id in token_ids:
+            if not 0 <= token_id < size:
+                raise InvalidRequestError(
+                    f"{name} has token {token_id}: this model's token ids lie in [0, {size - 1}]", field=name
+                )
+
+    def _constraint(self, options: Options, tokenized: Tokenized, tools: ToolChoice) -> Constraint | None:
+        model = self.model
+        try:
+            constraint = compose(options.constraint, tokenized.thinking, tools, model.tool_format, model.lark_literal)
+        except InvalidRequestError as error:
+            message = error.message.replace(error.field, options.constraint_field, 1)
+            raise error_of(error.code, message, options.constraint_field) from error
+        except RecursionError as error:
+            name = options.constraint_field if options.constraint is not None else "tools"
+            raise InvalidRequestError(f"{name} is nested too deeply: flatten it", field=name) from error
+        if constraint is not None and options.ignore_eos:
+            raise InvalidRequestError(
+                "ignore_eos is set and the tools hold the output to a grammar, whose end is the model's end token: "
+                "leave one of them out",
+                field="ignore_eos",
+            )
+        return constraint
+
+    def _shown(self, options: Options, prompt: Prompt, tokenized: Tokenized) -> Shown:
+        ends = set(options.stop_token_ids)
+        if not options.ignore_eos:
+            ends.update(self.model.end_token_ids)
+        return Shown(
+            stop=options.stop,
+            end_token_ids=frozenset(ends),
+            echo=self._echo(options, prompt, tokenized.token_ids) if options.echo else None,
+            without_output=options.max_tokens == 0,
+            prompt_logprobs=options.prompt_logprobs is not None,
+            constraint_field="tools" if options.constraint is None else options.constraint_field,
+        )
+
+    def _echo(self, options: Options, prompt: Prompt, token_ids: Sequence[int]) -> Echo:
+        detokenizer = self.model.detokenizer(strip_leading=True)
+        offsets, texts, length = [], [], 0
+        for token_id in token_ids:
+            offsets.append(length)
+            texts.append(detokenizer.feed((token_id,)))
+            length += len(texts[-1])
+        text = prompt if isinstance(prompt, str) else "".join([*texts, detokenizer.flush()])
+        return Echo(text, tuple(offsets))
+
+    def _max_tokens(self, options: Options, prompt_tokens: int, chat: bool) -> int:
+        context, asked = self.model.max_model_len, options.max_tokens
         room = context - prompt_tokens
         if room < 1:
             raise ContextLengthError(
                 f"the prompt has {prompt_tokens} tokens and the model's context holds {context}, output included: "
                 f"shorten the prompt by at least {1 - room} tokens",
-                field="messages" if operation is Operation.CHAT else "prompt",
+                field="messages" if chat else "prompt",
             )
         if asked is None:
-            return room if operation is Operation.CHAT else min(_COMPLETION_MAX_TOKENS, room)
+            return room if chat else min(_COMPLETION_MAX_TOKENS, room)
         if asked > room:
             raise ContextLengthError(
                 f"max_tokens is {asked} and the prompt has {prompt_tokens} tokens, together more than the model's "
                 f"context of {context}: set max_tokens to at most {room} or shorten the prompt",
                 field="max_tokens",
             )
-        return asked
+        # The prompt is computed for the sake of an output: one token is the least, and is not shown.
+        return max(asked, 1)
+
+
+def _prompt_logprobs(options: Options) -> int | None:
+    wanted = [options.prompt_logprobs, options.logprobs if options.echo else None]
+    return max((count for count in wanted if count is not None), default=None)
+
+
+def _choice(generation: Generation, index: int) -> Generation:
+    request = generation.request
+    sampling = replace(request.sampling, seed=(request.sampling.seed + index) % 2**64)
+    request = replace(request, request_id=f"{request.request_id}-{index}", sampling=sampling)
+    return replace(generation, request=request, choice=index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -15,9 +16,11 @@ from quire.gateway.core import Core, Operation
 from quire.gateway.model import Conversation, Prompt
 from quire.gateway.observation import Observer
 from quire.gateway.options import Options
+from quire.gateway.request_id import HEADER as REQUEST_ID_HEADER
+from quire.gateway.request_id import check_request_id
 from quire.gateway.stream import Result
 from quire.service.chat import Message
-from quire.service.errors import InvalidRequestError, QuireError
+from quire.service.errors import CancelledRequestError, InvalidRequestError, QuireError
 from quire.service.grpc_server import abort
 from quire.service.request import TraceContext
 from quire.service.wire import constraint_from_proto
@@ -33,8 +36,9 @@ _Emit: TypeAlias = Callable[[str, str | Result], Awaitable[None]]
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     """Translates; a call that its client cancels is cancelled here and frees its pages."""
 
-    def __init__(self, core: Core, observer: Observer, gate: Gate) -> None:
+    def __init__(self, core: Core, observer: Observer, gate: Gate, *, write_timeout: float = 30.0) -> None:
         self._core = core
+        self._write_timeout = write_timeout
         self._gate = gate
         self._observer = observer
 
@@ -71,7 +75,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
             else:
                 message.finish_reason = _finish_reason(event)
                 message.usage.CopyFrom(_usage(event))
-            await context.write(message)
+            await self._write(context, message)
 
         await self._run(request, context, write, stream=True)
 
@@ -88,6 +92,16 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         ]
         return inference_pb2.ListModelsResponse(models=names)
 
+    async def _write(self, context: _Context, message: inference_pb2.GenerateStreamResponse) -> None:
+        try:
+            async with asyncio.timeout(self._write_timeout):
+                await context.write(message)
+        except TimeoutError as error:
+            self._gate.reader_stalled("grpc")
+            raise CancelledRequestError(
+                f"the client has read nothing for {self._write_timeout:g} s: read faster, or ask for less at once"
+            ) from error
+
     def _caller(self, context: _Context) -> Caller:
         return self._gate.caller(authorization(context.invocation_metadata()))
 
@@ -97,27 +111,31 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         trace = TraceContext(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
         operation = Operation.CHAT if request.prompt.HasField("chat") else Operation.TEXT_COMPLETION
         request_id = f"gen-{uuid.uuid4().hex}"
+        client_id = metadata.get(REQUEST_ID_HEADER.lower(), request_id)
         try:
+            check_request_id(client_id)
             caller = self._caller(context)
             with (
-                self._observer.observe(operation, "grpc", metadata.get("x-request-id", request_id), trace) as seen,
+                self._observer.observe(operation, "grpc", client_id, trace) as seen,
                 self._gate.enter(caller) as admission,
             ):
+                await context.send_initial_metadata(((REQUEST_ID_HEADER.lower(), client_id),))
                 model = request.model or self._core.model.name
                 self._core.model.check_name(model)
                 caller.check_model(model)
-                generation = await self._core.prepare(
+                generations = await self._core.prepare(
                     request_id,
                     _prompt(request),
                     admission.options(_options(request.options)),
                     trace=seen.trace,
                     deadline_unix_ms=_deadline(context.time_remaining()),
                 )
-                seen.prepared(model, [generation], request_id, stream=stream)
-                admission.start([generation])
-                with self._core.open([generation], admission.counting(seen.progress)) as output:
+                seen.prepared(model, generations, request_id, stream=stream)
+                admission.start(generations)
+                with self._core.open(generations, admission.counting(seen.progress)) as output:
                     async for _, event in output:
-                        await emit(request_id, event)
+                        if isinstance(event, str | Result):
+                            await emit(request_id, event)
                         if isinstance(event, Result):
                             seen.finished([event])
         except QuireError as error:
@@ -138,6 +156,7 @@ def _prompt(request: _GenerateRequest) -> Prompt:
 
 
 def _options(options: inference_pb2.GenerationOptions) -> Options:
+    constraint = constraint_from_proto(options.constraint) if options.HasField("constraint") else None
     return Options(
         max_tokens=options.max_tokens if options.HasField("max_tokens") else None,
         temperature=options.temperature if options.HasField("temperature") else None,
@@ -145,7 +164,8 @@ def _options(options: inference_pb2.GenerationOptions) -> Options:
         top_k=options.top_k if options.HasField("top_k") else None,
         seed=options.seed if options.HasField("seed") else None,
         stop=tuple(options.stop),
-        constraint=constraint_from_proto(options.constraint) if options.HasField("constraint") else None,
+        constraint=constraint,
+        constraint_field=f"constraint.{constraint.kind.value}" if constraint else "",
         priority=options.priority,
     )
 

@@ -113,8 +113,8 @@ class Observation:
         }
         if request.sampling.top_k:
             attributes[gen_ai.GEN_AI_REQUEST_TOP_K] = request.sampling.top_k
-        if generations[0].stop:
-            attributes[gen_ai.GEN_AI_REQUEST_STOP_SEQUENCES] = generations[0].stop
+        if generations[0].shown.stop:
+            attributes[gen_ai.GEN_AI_REQUEST_STOP_SEQUENCES] = generations[0].shown.stop
         self._span.set_attributes(attributes)
         self._facts |= {"answer_id": answer_id, "model": model}
 
@@ -128,9 +128,9 @@ class Observation:
             self._inter_token.observe(now - self._last_token)
         self._last_token = now
 
-    def finished(self, results: Sequence[Result]) -> None:
-        """All choices have ended well."""
-        usage = total_usage(results)
+    def finished(self, results: Sequence[Result], choices: int = 1) -> None:
+        """All outputs have ended well; there are `choices` of each prompt."""
+        usage = total_usage(results, choices)
         reasons = [result.finish_reason.value.lower() for result in results]
         self._metrics.input_tokens.inc(usage.prompt_tokens)
         self._metrics.cached_input_tokens.inc(usage.cached_tokens)

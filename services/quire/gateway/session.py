@@ -144,8 +144,10 @@ class RouterSessions:
 
     def _already_over(self, call: Call) -> Finished | None:
         # The last token came and the terminal event got lost with the router: there is nothing left to generate.
-        if call.token_ids and call.token_ids[-1] in self._end_token_ids.union(call.request.stop.stop_token_ids):
+        stop = call.request.stop
+        ends = frozenset(stop.stop_token_ids).union(() if stop.ignore_eos else self._end_token_ids)
+        if call.token_ids and call.token_ids[-1] in ends:
             return Finished(FinishReason.STOP)
-        if len(call.token_ids) >= call.request.stop.max_tokens:
+        if len(call.token_ids) >= stop.max_tokens:
             return Finished(FinishReason.LENGTH)
         return None
