@@ -111,14 +111,17 @@ class CoreLoop:
                 self._core.cancel(key)
             case Inspect(ticket, max_cells, max_sequences):
                 inspection = inspect_core(self._core.scheduler, max_cells, max_sequences, time.perf_counter())
-                self._link.send(Inspected(ticket, inspection))
+                self._link.send(Inspected(ticket, inspection, self._load()))
             case StartCore():
                 raise InternalError("the core is running already")
 
     def _report(self, updates: list[Update]) -> Stepped:
+        stored, removed = self._core.scheduler.pool.drain_events()
+        return Stepped(tuple(updates), tuple(stored), tuple(removed), self._load())
+
+    def _load(self) -> Load:
         scheduler = self._core.scheduler
-        stored, removed = scheduler.pool.drain_events()
-        load = Load(
+        return Load(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
             pending_prefill_tokens=scheduler.num_pending_prefill_tokens,
@@ -128,7 +131,6 @@ class CoreLoop:
             preemptions=scheduler.num_preemptions,
             stats=self._core.stats,
         )
-        return Stepped(tuple(updates), tuple(stored), tuple(removed), load)
 
 
 def main(fd: int) -> int:

@@ -143,6 +143,7 @@ class Hub:
 
     def inspected(self, message: Inspected) -> None:
         """The core has answered; whoever asked may be gone."""
+        self.load = message.load
         if (answer := self._inspections.get(message.ticket)) is not None and not answer.done():
             answer.set_result(message.inspection)
 

@@ -112,10 +112,11 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class Inspected:
-    """The answer to an Inspect, made between two steps."""
+    """The answer to an Inspect, made between two steps; `load` is of the same moment."""
 
     ticket: int
     inspection: Inspection
+    load: Load
 
 
 ToCore = StartCore | Submit | Cancel | Inspect
