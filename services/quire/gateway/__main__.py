@@ -10,6 +10,7 @@ import uvloop
 
 from quire.gateway.config import GatewayConfig
 from quire.gateway.server import serve
+from quire.gateway.workers import run_workers, this_worker
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
@@ -65,6 +66,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option("--max-body-bytes", type=int, default=4 << 20, metavar="BYTES", help="(default: %(default)s)")
     _add_access_options(parser)
+    option(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes on the same ports; one uses about one core (default: %(default)s)",
+    )
     option("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default: %(default)s)")
     option("--log-format", default="text", choices=[style.value for style in LogFormat], help="(default: %(default)s)")
     return parser
@@ -77,6 +85,7 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     option("--tls-cert", default="", metavar="FILE", help="PEM chain for HTTP and gRPC; without it both are plain")
     option("--tls-key", default="", metavar="FILE", help="its PEM key")
     option("--tls-client-ca", default="", metavar="FILE", help="clients need a certificate that it signed")
+    option("--log-prompts", action="store_true", help="log each request as it came; without it no text is logged")
     option(
         "--reload-interval",
         type=float,
@@ -142,6 +151,8 @@ def build_config(arguments: argparse.Namespace) -> GatewayConfig:
         tls_client_ca=arguments.tls_client_ca,
         max_header_bytes=arguments.max_header_bytes,
         write_timeout=arguments.write_timeout,
+        log_prompts=arguments.log_prompts,
+        workers=arguments.workers,
         reload_interval=arguments.reload_interval,
         max_requests=arguments.max_requests,
         max_choices=arguments.max_choices,
@@ -153,7 +164,9 @@ def build_config(arguments: argparse.Namespace) -> GatewayConfig:
 def main(argv: list[str] | None = None) -> int:
     """Runs until SIGTERM or SIGINT; returns the exit status."""
     arguments = build_parser().parse_args(argv)
-    setup_logging("gateway", level=arguments.log_level, style=LogFormat(arguments.log_format))
+    worker = this_worker()
+    name = "gateway" if worker is None else f"gateway-{worker.index}"
+    setup_logging(name, level=arguments.log_level, style=LogFormat(arguments.log_format))
     # It tells of its own start and end; those of the gateway are enough.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     try:
@@ -161,7 +174,10 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         logging.getLogger(__name__).error("%s", error.message)
         return 2
-    return run_service(lambda stop: serve(config, stop), loop_factory=uvloop.new_event_loop)
+    if config.workers > 1 and worker is None:
+        flags = sys.argv[1:] if argv is None else argv
+        return run_service(lambda stop: run_workers(config, flags, stop))
+    return run_service(lambda stop: serve(config, stop, worker), loop_factory=uvloop.new_event_loop)
 
 
 if __name__ == "__main__":

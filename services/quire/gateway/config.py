@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from quire.gateway.access.ledger import MAX_WORKERS
 from quire.service.errors import ConfigError
 from quire.service.tls import TlsFiles
 
@@ -34,6 +35,9 @@ class GatewayConfig:
     tls_cert: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
+    log_prompts: bool = False
+    # Processes on one port.
+    workers: int = 1
     # How often the files are looked at.
     reload_interval: float = 1.0
     # In flight in this process; outputs that one request may ask for.
@@ -68,6 +72,8 @@ class GatewayConfig:
             raise ConfigError(f"--router-timeout is {self.router_timeout}: it must be above 0 seconds")
         if self.grace < 0:
             raise ConfigError(f"--grace is {self.grace}: it must be at least 0 seconds")
+        if not 1 <= self.workers <= MAX_WORKERS:
+            raise ConfigError(f"--workers is {self.workers}: it must lie in [1, {MAX_WORKERS}]")
         for name in ("max_requests", "max_choices"):
             if (value := getattr(self, name)) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")

@@ -120,6 +120,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 self._gate.enter(caller) as admission,
             ):
                 await context.send_initial_metadata(((REQUEST_ID_HEADER.lower(), client_id),))
+                seen.asked(request)
                 model = request.model or self._core.model.name
                 self._core.model.check_name(model)
                 caller.check_model(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from http import HTTPStatus
 from typing import Literal
 
@@ -28,11 +27,12 @@ from quire.gateway.observation import Observer
 from quire.gateway.openai import answers
 from quire.gateway.openai.requests import parse_chat, parse_completion
 from quire.gateway.openai.responses import model_object
+from quire.gateway.request_id import HEADER as REQUEST_ID_HEADER
+from quire.gateway.request_id import check_request_id, new_request_id
 from quire.service.errors import InternalError, InvalidRequestError, QuireError
 from quire.service.metrics import CONTENT_TYPE_LATEST, exposition
 
 _JSON = {"content-type": "application/json"}
-_MAX_REQUEST_ID = 256
 
 
 def application(core: Core, observer: Observer, gate: Gate, registry: CollectorRegistry, limits: HttpLimits) -> ASGIApp:
@@ -85,9 +85,14 @@ class _RequestIds:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        wanted = Headers(scope=scope).get("x-request-id")
-        usable = wanted is not None and 0 < len(wanted) <= _MAX_REQUEST_ID and wanted.isascii() and wanted.isprintable()
-        request_id = wanted if wanted is not None and usable else f"req-{uuid.uuid4().hex}"
+        wanted = Headers(scope=scope).get(REQUEST_ID_HEADER)
+        app, request_id = self._app, wanted
+        if wanted is not None:
+            try:
+                check_request_id(wanted)
+            except InvalidRequestError as error:
+                app, request_id = error_response(error), None
+        request_id = request_id or new_request_id()
         scope["quire.request_id"] = request_id
 
         async def send_with_id(message: Message) -> None:
@@ -95,14 +100,7 @@ class _RequestIds:
                 message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
-        if wanted is not None and not usable:
-            error = InvalidRequestError(
-                f"X-Request-Id has {len(wanted)} characters: send 1 to {_MAX_REQUEST_ID}, printable ASCII",
-                field="X-Request-Id",
-            )
-            await error_response(error)(scope, receive, send_with_id)
-        else:
-            await self._app(scope, receive, send_with_id)
+        await app(scope, receive, send_with_id)
 
 
 def _json(value: object, status: int = 200) -> Response:

@@ -79,6 +79,7 @@ class Completions:
     async def _answer(
         self, exchange: Exchange, body: bytes, admission: Admission, deadline: Deadline, seen: Observation
     ) -> None:
+        seen.asked(body)
         request = self._parse(body)
         self._core.model.check_name(request.model)
         admission.caller.check_model(request.model)

@@ -16,7 +16,13 @@ class GatewayMetrics:
         self.requests = Counter(
             "quire_gateway_requests_total", "Requests that ended.", (*route, "outcome"), registry=registry
         )
-        self.in_flight = Gauge("quire_gateway_requests_in_flight", "Requests being served.", route, registry=registry)
+        self.in_flight = Gauge(
+            "quire_gateway_requests_in_flight",
+            "Requests being served.",
+            route,
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.duration = Histogram(
             "quire_gateway_request_duration_seconds",
             "From a request's arrival to its end.",

@@ -1,7 +1,7 @@
 """What is seen of one request from outside: its span, its metrics and its line in the log.
 
 Both servers wrap each generation request in an Observation. It is the one place that knows when a request began, had
-its first token and ended, and how; prompts and answers never pass through it.
+its first token and ended, and how; prompts pass through it only to be logged, if that was asked for.
 """
 
 from __future__ import annotations
@@ -36,13 +36,14 @@ logger = logging.getLogger(__name__)
 class Observer:
     """Makes the Observation of each request of a process."""
 
-    def __init__(self, tracer: Tracer, metrics: GatewayMetrics) -> None:
+    def __init__(self, tracer: Tracer, metrics: GatewayMetrics, *, log_prompts: bool = False) -> None:
         self._tracer = tracer
         self._metrics = metrics
+        self._log_prompts = log_prompts
 
     def observe(self, operation: Operation, api: str, request_id: str, parent: TraceContext) -> Observation:
         """A request has arrived over `api`, "http" or "grpc"; `parent` is its sender's trace context."""
-        return Observation(self._tracer, self._metrics, operation, api, request_id, parent)
+        return Observation(self._tracer, self._metrics, operation, api, request_id, parent, self._log_prompts)
 
 
 class Observation:
@@ -56,8 +57,10 @@ class Observation:
         api: str,
         request_id: str,
         parent: TraceContext,
+        log_prompts: bool,
     ) -> None:
         self._metrics = metrics
+        self._log_prompts = log_prompts
         self._operation = operation.value
         self._api = api
         self._request_id = request_id
@@ -94,6 +97,12 @@ class Observation:
             self.failed(InternalError(f"{type(error).__name__}: {error}"))
         elif not self._ended:
             self.failed(InternalError("the request ended without a result"))
+
+    def asked(self, body: object) -> None:
+        """The request as it came: the one place that logs prompts, and only if the operator wants it."""
+        if self._log_prompts:
+            text = body.decode(errors="replace") if isinstance(body, bytes) else str(body)
+            logger.info("request", extra={"request_id": self._request_id, "body": text})
 
     def prepared(self, model: str, generations: Sequence[Generation], answer_id: str, *, stream: bool) -> None:
         """The request is understood: `model` is what the client called it."""

@@ -20,12 +20,15 @@ from quire.gateway.config import GatewayConfig
 from quire.gateway.connection import ConnectionLimits
 from quire.gateway.core import Core
 from quire.gateway.grpc_api import SERVICE, InferenceServicer
-from quire.gateway.http import HttpLimits, application
+from quire.gateway.http import application
+from quire.gateway.http_completions import HttpLimits
 from quire.gateway.http_server import HttpServer
 from quire.gateway.metrics import GatewayMetrics
 from quire.gateway.model import ServedModel
 from quire.gateway.observation import Observer
 from quire.gateway.session import RouterSessions
+from quire.gateway.worker_metrics import registry_of_all, share_values
+from quire.gateway.workers import Worker
 from quire.service.checkpoint import load_text, locate
 from quire.service.errors import UnavailableError
 from quire.service.grpc_server import GrpcServer
@@ -40,13 +43,17 @@ _LAST_WORDS_SECONDS = 2.0
 logger = logging.getLogger(__name__)
 
 
-async def serve(config: GatewayConfig, stop: asyncio.Event) -> None:
+async def serve(config: GatewayConfig, stop: asyncio.Event, worker: Worker | None = None) -> None:
     """Runs a gateway until `stop` is set. Raises ConfigError if it can't start."""
+    if worker is not None:
+        share_values(worker)
     model = await asyncio.to_thread(load_model, config)
     tracing = Tracing("gateway", _instance())
-    gateway = Gateway(config, model, tracing)
+    gateway = Gateway(config, model, tracing, worker)
     try:
         await gateway.start()
+        if worker is not None:
+            await worker.report(url=gateway.url, grpc=gateway.grpc_address)
         await gateway.run(stop)
     finally:
         await gateway.close()
@@ -63,8 +70,11 @@ def load_model(config: GatewayConfig) -> ServedModel:
 class Gateway:
     """One gateway in this process: `start`, `run` until asked to stop, `close`."""
 
-    def __init__(self, config: GatewayConfig, model: ServedModel, tracing: Tracing) -> None:
+    def __init__(
+        self, config: GatewayConfig, model: ServedModel, tracing: Tracing, worker: Worker | None = None
+    ) -> None:
         self._config = config
+        self._worker = worker
         self._changed = asyncio.Event()
         self._sessions = RouterSessions(
             config.routers,
@@ -76,14 +86,15 @@ class Gateway:
         )
         core = Core(model, self._sessions)
         registry = CollectorRegistry()
-        observer = Observer(tracing.tracer, GatewayMetrics(registry))
+        shown = registry if worker is None else registry_of_all(worker)
+        observer = Observer(tracing.tracer, GatewayMetrics(registry), log_prompts=config.log_prompts)
         access_metrics = AccessMetrics(registry)
         self._keys = _load_keys(config, access_metrics)
-        self._ledger = Ledger()
+        self._ledger = Ledger() if worker is None else Ledger(worker.ledger, worker.index)
         limits = GateLimits(max_requests=config.max_requests, max_choices=config.max_choices)
         gate = Gate(self._keys, self._ledger, limits, access_metrics)
         http_limits = HttpLimits(config.max_body_bytes, config.read_timeout, config.request_timeout)
-        app = application(core, observer, gate, registry, http_limits)
+        app = application(core, observer, gate, shown, http_limits)
         self._model = model
         self._tls = Tls(config.tls, partial(access_metrics.reloaded, "tls")) if config.tls is not None else None
         self._http = HttpServer(
@@ -95,13 +106,16 @@ class Gateway:
                 config.max_header_bytes,
                 config.read_timeout,
                 config.write_timeout,
-                access_metrics.stalled.labels("http").inc,
+                partial(gate.reader_stalled, "http"),
             ),
             tls=self._tls.context() if self._tls is not None else None,
+            reuse_port=worker is not None,
         )
         self._grpc = GrpcServer(
             config.grpc_listen,
             options=[
+                # Only workers share a port; anybody else on it is a mistake.
+                ("grpc.so_reuseport", int(worker is not None)),
                 ("grpc.max_receive_message_length", config.max_body_bytes),
                 ("grpc.max_metadata_size", config.max_header_bytes),
                 ("grpc.absolute_max_metadata_size", config.max_header_bytes),
@@ -110,7 +124,9 @@ class Gateway:
             credentials=self._tls.grpc_credentials() if self._tls is not None else None,
         )
         self._grpc.add(
-            SERVICE, inference_pb2_grpc.add_InferenceServiceServicer_to_server, InferenceServicer(core, observer, gate)
+            SERVICE,
+            inference_pb2_grpc.add_InferenceServiceServicer_to_server,
+            InferenceServicer(core, observer, gate, write_timeout=config.write_timeout),
         )
         self.url = ""
         self.grpc_address = ""
@@ -121,7 +137,7 @@ class Gateway:
         self.grpc_address = await self._grpc.start()
         self._sessions.start()
         facts = {"url": self.url, "grpc": self.grpc_address, "model": self._model.name}
-        logger.info("gateway listens", extra=facts)
+        logger.info("gateway listens" if self._worker is None else "worker listens", extra=facts)
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set; raises what made a part of the gateway fail before."""
