@@ -25,6 +25,8 @@ class AnswerParser:
 
     def feed(self, text: str) -> list[Part]:
         """What is certain now and was not before."""
+        if not text:
+            return []
         return self._answer([text] if self._reasoning.answering else self._reasoning.feed(text))
 
     def flush(self) -> list[Part]:

@@ -1,17 +1,19 @@
-"""Finding a tag in a text that comes in pieces, however it is split."""
+"""Finding tags in a text that comes in pieces, however it is split."""
 
 from __future__ import annotations
 
 
-def split_at(text: str, tag: str) -> tuple[str, bool, str]:
-    """(what is before `tag`, whether it is there, the rest).
+def split_at(text: str, *tags: str) -> tuple[str, str, str]:
+    """(what is before the first of `tags`, which of them it is, the rest).
 
-    If it is not there, the rest is what has to wait: the longest end of `text` that `tag` could begin with.
+    If none is there, the second is empty and the third has to wait: the longest end of `text` that a tag could begin
+    with.
     """
-    before, found, rest = text.partition(tag)
-    if found:
-        return before, True, rest
-    for length in range(min(len(tag) - 1, len(text)), 0, -1):
-        if text.endswith(tag[:length]):
-            return text[:-length], False, text[-length:]
-    return text, False, ""
+    places = [(place, tag) for tag in tags if (place := text.find(tag)) >= 0]
+    if places:
+        place, tag = min(places)
+        return text[:place], tag, text[place + len(tag) :]
+    for length in range(min(max(map(len, tags)) - 1, len(text)), 0, -1):
+        if any(tag.startswith(text[-length:]) for tag in tags):
+            return text[:-length], "", text[-length:]
+    return text, "", ""

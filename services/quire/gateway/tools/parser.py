@@ -85,7 +85,6 @@ class _Hermes(Enum):
     TEXT = auto()
     CALL = auto()
     CLOSING = auto()
-    NO_CALL = auto()
 
 
 class HermesParser:
@@ -113,7 +112,7 @@ class HermesParser:
 
     def flush(self) -> list[Part]:
         """What was held back; of a call that was cut off before its name, what there is of it."""
-        if self._state in (_Hermes.TEXT, _Hermes.NO_CALL):
+        if self._state is _Hermes.TEXT:
             self._calls.text(self._held)
         elif self._state is _Hermes.CALL and not self._begun:
             self._calls.text(self._body)
@@ -123,21 +122,19 @@ class HermesParser:
         """Whether the state changed, so that what is left may mean something."""
         match self._state:
             case _Hermes.TEXT:
-                return self._text(HERMES_OPEN, _Hermes.CALL)
-            case _Hermes.NO_CALL:
-                return self._text(HERMES_CLOSE, _Hermes.TEXT)
+                return self._text()
             case _Hermes.CALL:
                 return self._call()
             case _Hermes.CLOSING:
                 return self._closing()
 
-    def _text(self, tag: str, after: _Hermes) -> bool:
-        before, found, self._held = split_at(self._held, tag)
+    def _text(self) -> bool:
+        before, tag, self._held = split_at(self._held, HERMES_OPEN, HERMES_CLOSE)
         if before:
             self._calls.text(before)
-        if found:
-            self._enter(after)
-        return found
+        if tag:
+            self._enter(_Hermes.CALL if tag == HERMES_OPEN else _Hermes.TEXT)
+        return bool(tag)
 
     def _enter(self, state: _Hermes) -> None:
         self._state = state
@@ -157,7 +154,7 @@ class HermesParser:
             self._calls.arguments(scanner)
         if scanner.failed and not self._begun:
             self._held = self._body + self._held
-            self._enter(_Hermes.NO_CALL)
+            self._enter(_Hermes.TEXT)
             return True
         if scanner.failed or scanner.done:
             self._enter(_Hermes.CLOSING)
@@ -175,7 +172,7 @@ class HermesParser:
         self._held = rest
         if found:
             self._enter(_Hermes.TEXT)
-        return found
+        return bool(found)
 
 
 class _Llama(Enum):
@@ -275,4 +272,4 @@ class Llama3JsonParser:
             self._calls.text(before)
         if found:
             self._state, self._tagged = _Llama.START, True
-        return found
+        return bool(found)
