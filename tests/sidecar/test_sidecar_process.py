@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from sidecar_process import DEADLINE, SidecarProcess, eventually
 
-from quire.sidecar.config import GrammarLimits, SidecarConfig
+from quire.sidecar.config import CacheLimits, GrammarLimits, MaskLimits, SidecarConfig
 
 
 def test_health_and_reflection(sidecar: SidecarProcess) -> None:
@@ -62,6 +62,7 @@ def run(*flags: str) -> subprocess.CompletedProcess[str]:
     [
         (["--listen", "unix:x", "--cache-mib", "0"], "--cache-mib is 0: give at least 1"),
         (["--listen", "unix:x", "--compile-seconds", "0"], "--compile-seconds is 0.0: give more than 0"),
+        (["--listen", "unix:x", "--mask-seconds", "0"], "--mask-seconds is 0.0: give more than 0"),
         (["--listen", "unix:x", "--metrics-port", "70000"], "--metrics-port is 70000: give a port from 1 to 65535"),
         (["--listen", ""], "--listen is empty: give an address"),
         (["--listen", "unix:x", "--model", "nowhere"], "no model at nowhere: name a .gguf file"),
@@ -80,7 +81,11 @@ def test_help_shows_every_setting() -> None:
     """A setting of the configuration could not be reached from the command line."""
     text = run("--help").stdout
     assert "examples:" in text
-    for name in {*SidecarConfig.__dataclass_fields__, *GrammarLimits.__dataclass_fields__} - {"limits"}:
+    parts = {"limits", "masks", "cache"}
+    flags = {*SidecarConfig.__dataclass_fields__, *GrammarLimits.__dataclass_fields__} - parts
+    flags |= {"mask_seconds", "mask_step_seconds", "mask_token_seconds", "cache_entries", "cache_mib"}
+    assert (len(MaskLimits.__dataclass_fields__), len(CacheLimits.__dataclass_fields__)) == (3, 2)
+    for name in flags:
         assert re.search(rf"--{name.replace('_', '-')}\b", text), name
 
 

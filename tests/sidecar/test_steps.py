@@ -84,8 +84,8 @@ def test_one_rows_error_leaves_the_others_alone(stream: StepClient, smollm: Text
 
 def test_a_grammar_that_becomes_too_ambiguous_ends_with_its_field(stream: StepClient, smollm: TextModel) -> None:
     """A grammar that is cheap to compile would stall its batch at some later token."""
-    assert not stream.fill(Row(1, DIGITS), Row(2, regex("a{100000000}")))
-    errors = stream.fill(Row(1), Row(2, accepted=smollm.tokenizer.encode("a").ids))
+    ids = smollm.tokenizer.encode("a" * 400).ids
+    errors = stream.fill(Row(1, DIGITS), Row(2, regex("((a{1,50}){1,50}){1,50}"), ids))
     assert errors[2].code is ErrorCode.INVALID_ARGUMENT
     assert errors[2].field == "constraint.regex"
     assert list(errors) == [2]
@@ -109,8 +109,19 @@ def test_released_sequences_are_forgotten(stream: StepClient) -> None:
 @pytest.mark.parametrize(
     ("fill", "words"),
     [
-        (grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 4}]), "rows.row is 4 and the file has 4 rows"),
-        (grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 0}, {"sequence": 2, "row": 0}]), "a rows.row stands twice"),
+        (grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 4}]), "rows reach to row 4 and the file has 4 rows"),
+        (
+            grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 2, "drafts": [5, 6]}]),
+            "rows reach to row 4 and the file has 4 rows",
+        ),
+        (
+            grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 1}, {"sequence": 2, "row": 0, "drafts": [5]}]),
+            "rows.row is 1, which another sequence",
+        ),
+        (
+            grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 0}, {"sequence": 2, "row": 0}]),
+            "rows.row is 0, which another sequence",
+        ),
         (
             grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 0}, {"sequence": 1, "row": 1}]),
             "rows.sequence stands twice",

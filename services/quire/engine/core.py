@@ -152,10 +152,11 @@ class EngineCore:
         work, requests = [], []
         for index in constrained:
             sequence = schedule.sequences[index]
+            constraint, tenant = sequence.request.constraint, sequence.request.cache_key.salt
             # What ended after this step was launched is drawn without a mask, and dropped.
-            if sequence.state is not SequenceState.FINISHED and sequence.request.constraint is not None:
+            if sequence.state is not SequenceState.FINISHED and constraint is not None:
                 work.append(index)
-                requests.append(MaskRequest(sequence.key, sequence.request.constraint, sequence.output_token_ids))
+                requests.append(MaskRequest(sequence.key, constraint, sequence.output_token_ids, tenant))
         ticket = self._masks.begin(requests, self._released)
         self._released = []
         return StepMasks(tuple(work), ticket)

@@ -6,7 +6,8 @@ Imports neither gRPC nor protobuf: the offline API fills masks in process, the s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 import numpy as np
@@ -18,25 +19,50 @@ from quire.service.request import Constraint
 
 @dataclass(frozen=True, slots=True)
 class MaskRequest:
-    """The mask of a sequence's next token, after all of `output_token_ids`.
+    """The mask of a sequence's next token, after all of `output_token_ids`, and one more after each of `drafts`.
 
     A source knows what it was told before: it consumes what is new and starts over (a replay) if it lost its state.
+    Drafts are never consumed: those that are kept come as output tokens of the sequence's next request. `max_forced` is
+    how many tokens to report that the constraint forces after the drafts. `tenant` is the request's cache salt.
     """
 
     sequence: int
     constraint: Constraint
     output_token_ids: Sequence[int]
+    tenant: str = ""
+    drafts: Sequence[int] = ()
+    max_forced: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class DraftResult:
+    """The constraint allows the first `num_drafts` drafts, and after them only the text of `forced`.
+
+    Masks allow other tokens of the same text, too: forced tokens are drafts that are likely to be kept, no more.
+    """
+
+    num_drafts: int
+    forced: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class MaskBatch:
-    """`rows` is uint32 [requests, ceil(vocab_size / 32)], bits as in grammar.proto; valid until the next `begin`.
+    """`rows` is uint32 [requests + drafts, ceil(vocab_size / 32)], bits as in grammar.proto; valid until the next
+    `begin`. `first_rows` tells where each request's are. Rows after a draft that is not allowed say nothing.
 
-    A sequence in `errors` has no mask: its request ends with that error.
+    A sequence in `errors` has no mask: its request ends with that error. `results` are those of sequences that had
+    drafts or asked for forced tokens.
     """
 
     rows: npt.NDArray[np.uint32]
     errors: dict[int, QuireError]
+    results: dict[int, DraftResult] = field(default_factory=dict)
+
+
+def first_rows(requests: Sequence[MaskRequest]) -> list[int]:
+    """The batch's row of each request's next token; without drafts, its place among the requests."""
+    ends = accumulate((1 + len(request.drafts) for request in requests), initial=0)
+    return list(ends)[: len(requests)]
 
 
 class MaskTicket(Protocol):
@@ -50,7 +76,7 @@ class MaskSource(Protocol):
     """Fills masks for the core. All calls come from the core's thread."""
 
     def begin(self, requests: Sequence[MaskRequest], released: Sequence[int]) -> MaskTicket:
-        """Starts to fill row i for `requests[i]` and returns at once; `released` sequences have ended."""
+        """Starts to fill the requests' rows and returns at once; `released` sequences have ended."""
 
     def close(self) -> None:
         """Lets go of everything."""

@@ -150,7 +150,7 @@ class _Session:
         if request.constraint is None or self._sidecar is None:
             return
         try:
-            await self._sidecar.compile(request.constraint, trace_context(span))
+            await self._sidecar.compile(request.constraint, trace_context(span), request.cache_key.salt)
         except QuireError as error:
             self._deliver([Update(key, finished=Finished(FinishReason.ERROR, error))])
         else:

@@ -23,10 +23,9 @@ import numpy as np
 import numpy.typing as npt
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from quire.engine.masks import MaskBatch, MaskRequest, MaskTicket
+from quire.engine.masks import DraftResult, MaskBatch, MaskRequest, MaskTicket, first_rows
 from quire.service.errors import InternalError, QuireError, UnavailableError
 from quire.service.grpc_server import CHANNEL_OPTIONS
-from quire.service.request import Constraint
 from quire.service.wire import constraint_to_proto, error_from_proto
 from quire.v1 import grammar_pb2, grammar_pb2_grpc
 
@@ -50,12 +49,20 @@ _ALL_TOKENS = np.uint32(0xFFFFFFFF)
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row as it was asked for. The core goes on appending to `output_token_ids`; `count` were there then."""
+    """Rows as they were asked for. The core goes on appending to `output_token_ids`; `count` were there then."""
 
-    sequence: int
-    constraint: Constraint
-    output_token_ids: Sequence[int]
+    request: MaskRequest
     count: int
+    # Its place among the step's rows.
+    first: int
+
+    @property
+    def sequence(self) -> int:
+        return self.request.sequence
+
+    @property
+    def places(self) -> slice:
+        return slice(self.first, self.first + 1 + len(self.request.drafts))
 
 
 @dataclass(slots=True)
@@ -70,20 +77,25 @@ class _Ticket:
     done: threading.Event = field(default_factory=threading.Event)
     masks: _Masks | None = None
     errors: dict[int, QuireError] = field(default_factory=dict)
+    results: dict[int, DraftResult] = field(default_factory=dict)
+
+    @property
+    def num_rows(self) -> int:
+        return self.rows[-1].places.stop if self.rows else 0
 
     def wait(self) -> MaskBatch:
         """Blocks until the rows are filled, or until the deadline; then all rows are errors."""
         in_time = self.done.wait(max(0.0, self.deadline - time.monotonic()))
         if in_time and self.masks is not None:
-            for index, row in enumerate(self.rows):
+            for row in self.rows:
                 if row.sequence in self.errors:
-                    self.masks[index] = _ALL_TOKENS
-            return MaskBatch(self.masks, self.errors)
+                    self.masks[row.places] = _ALL_TOKENS
+            return MaskBatch(self.masks, self.errors, self.results)
         errors = self.errors
         if not in_time:
             errors = self._all(UnavailableError("the grammar sidecar does not answer: send the request again"))
         # Memory of its own: an answer that comes too late must not change rows that are being read.
-        return MaskBatch(np.full((len(self.rows), self.words), _ALL_TOKENS, np.uint32), errors)
+        return MaskBatch(np.full((self.num_rows, self.words), _ALL_TOKENS, np.uint32), errors)
 
     def fail(self, error: QuireError) -> None:
         """Ends the wait with `error` for every row."""
@@ -121,14 +133,16 @@ class SidecarMasks:
         self._thread.start()
 
     def begin(self, requests: Sequence[MaskRequest], released: Sequence[int]) -> MaskTicket:
-        """Asks for row i to be filled for `requests[i]` and returns at once. Raises InternalError on misuse."""
-        if len(requests) > self._max_rows:
-            raise InternalError(f"{len(requests)} mask rows were asked for: the shared file has {self._max_rows}")
+        """Asks for the requests' rows to be filled and returns at once. Raises InternalError on misuse."""
         now = time.monotonic()
         rows = [
-            _Row(request.sequence, request.constraint, request.output_token_ids, len(request.output_token_ids))
-            for request in requests
+            _Row(request, len(request.output_token_ids), first)
+            for request, first in zip(requests, first_rows(requests), strict=True)
         ]
+        if rows and rows[-1].places.stop > self._max_rows:
+            raise InternalError(
+                f"{rows[-1].places.stop} mask rows were asked for: the shared file has {self._max_rows}"
+            )
         with self._lock:
             ticket = _Ticket(
                 self._step + 1 if rows else _NOBODY_WAITS,
@@ -216,8 +230,9 @@ class SidecarMasks:
             stream.forget(errors)
             answered = [ticket for ticket in self._pending if ticket.step == filled.step]
             self._pending = [ticket for ticket in self._pending if ticket.step != filled.step]
+        results = {row.sequence: DraftResult(row.num_drafts, tuple(row.forced)) for row in filled.results}
         for ticket in answered:
-            ticket.masks, ticket.errors = stream.rows_of(ticket), errors
+            ticket.masks, ticket.errors, ticket.results = stream.rows_of(ticket), errors, results
             ticket.done.set()
 
     def _lost(self, error: Exception) -> float:
@@ -268,13 +283,18 @@ class _Stream:
         """Asks for a ticket's rows, and tells what the sidecar does not know yet."""
         fill = grammar_pb2.FillMasks(step=ticket.step)
         fill.released.extend(sequence for sequence in ticket.released if self._told.pop(sequence, None) is not None)
-        for number, row in enumerate(ticket.rows, self._first_row(ticket)):
-            message = fill.rows.add(sequence=row.sequence, row=number)
+        first = self._first_row(ticket)
+        for row in ticket.rows:
+            request = row.request
+            message = fill.rows.add(
+                sequence=row.sequence, row=first + row.first, drafts=request.drafts, max_forced=request.max_forced
+            )
             told = self._told.get(row.sequence)
             if told is None or told > row.count:
-                message.constraint.CopyFrom(constraint_to_proto(row.constraint))
+                message.constraint.CopyFrom(constraint_to_proto(request.constraint))
+                message.cache_salt = request.tenant
                 told = 0
-            message.accepted.extend(row.output_token_ids[told : row.count])
+            message.accepted.extend(request.output_token_ids[told : row.count])
             self._told[row.sequence] = row.count
         if fill.rows or fill.released:
             self._outgoing.put(grammar_pb2.StepRequest(fill=fill))
@@ -282,7 +302,7 @@ class _Stream:
     def rows_of(self, ticket: _Ticket) -> _Masks:
         """The shared rows that `ticket` asked for."""
         first = self._first_row(ticket)
-        return self._masks[first : first + len(ticket.rows)]
+        return self._masks[first : first + ticket.num_rows]
 
     def forget(self, sequences: Iterable[int]) -> None:
         """The sidecar dropped these: asked for again, they start over."""

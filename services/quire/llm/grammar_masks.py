@@ -5,7 +5,6 @@ A constraint is compiled in this process: unlike a server's, its author and the 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,16 +12,18 @@ from functools import lru_cache
 
 import numpy as np
 
-from quire.engine.masks import MaskBatch, MaskRequest
+from quire.engine.masks import DraftResult, MaskBatch, MaskRequest, first_rows
 from quire.service.checkpoint import TextModel
 from quire.service.request import Constraint
+from quire.sidecar.config import MaskLimits
 from quire.sidecar.grammar.compile import build_tokenizer
-from quire.sidecar.grammar.compiler import CompiledGrammar
-from quire.sidecar.grammar.explain import compile_explained
+from quire.sidecar.grammar.compiled import CompiledGrammar
+from quire.sidecar.grammar.explain import explained
 from quire.sidecar.grammar.fill import MaskFiller, MaskRow
 from quire.sidecar.grammar.matcher import SequenceMatcher
 
 _CACHED_GRAMMARS = 256
+_LIMITS = MaskLimits(row_seconds=60.0, step_seconds=600.0, token_seconds=60.0)
 
 
 @dataclass(slots=True)
@@ -49,7 +50,7 @@ class GrammarMasks:
     def __init__(self, text: TextModel) -> None:
         self._tokenizer = build_tokenizer(text)
         self._words = -(-text.vocab_size // 32)
-        self._filler = MaskFiller(0)
+        self._filler = MaskFiller(0, _LIMITS)
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fill")
         self._compiled = lru_cache(_CACHED_GRAMMARS)(self._compile)
         self._places: dict[int, _Place] = {}
@@ -62,31 +63,33 @@ class GrammarMasks:
         """Starts to fill row i for `requests[i]` and returns at once; `released` sequences have ended."""
         for sequence in released:
             self._places.pop(sequence, None)
-        rows = [self._row(index, request) for index, request in enumerate(requests)]
+        rows = [self._row(row, request) for row, request in zip(first_rows(requests), requests, strict=True)]
         return _Ticket(self._thread.submit(self._fill, rows))
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
         self._thread.shutdown()
+        self._filler.close()
 
     def _compile(self, constraint: Constraint) -> CompiledGrammar:
-        began = time.perf_counter()
-        matcher = compile_explained(self._tokenizer, constraint)
-        return CompiledGrammar(constraint, matcher, len(constraint.source), time.perf_counter() - began)
+        with explained(constraint):
+            return CompiledGrammar(self._tokenizer, constraint)
 
-    def _row(self, index: int, request: MaskRequest) -> MaskRow:
+    def _row(self, row: int, request: MaskRequest) -> MaskRow:
         place = self._places.get(request.sequence)
         if place is None:
-            place = self._places[request.sequence] = _Place(SequenceMatcher(self._compiled(request.constraint)))
+            matcher = SequenceMatcher(self._compiled(request.constraint), _LIMITS)
+            place = self._places[request.sequence] = _Place(matcher)
         accepted = list(request.output_token_ids[place.consumed :])
         place.consumed += len(accepted)
-        return MaskRow(request.sequence, index, place.matcher, accepted)
+        return MaskRow(request.sequence, row, place.matcher, accepted, request.drafts, request.max_forced)
 
     def _fill(self, rows: Sequence[MaskRow]) -> MaskBatch:
         # Rows of sequences with an error stay all ones: it must still be possible to draw a token, which is dropped.
-        bitmask = np.full((len(rows), self._words), -1, np.int32)
-        errors = self._filler.fill(rows, bitmask)
-        for row in rows:
-            if row.sequence in errors:
-                bitmask[row.row] = -1
-        return MaskBatch(bitmask.view(np.uint32), errors)
+        bitmask = np.full((sum(1 + len(row.drafts) for row in rows), self._words), -1, np.int32)
+        filled = self._filler.fill(rows, bitmask)
+        results = {
+            sequence: DraftResult(result.num_drafts, tuple(result.forced))
+            for sequence, result in filled.results.items()
+        }
+        return MaskBatch(bitmask.view(np.uint32), filled.errors, results)

@@ -9,7 +9,7 @@ from functools import partial
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
-from quire.sidecar.config import GrammarLimits, SidecarConfig
+from quire.sidecar.config import CacheLimits, GrammarLimits, MaskLimits, SidecarConfig
 from quire.sidecar.service import serve
 
 _EXAMPLES = """\
@@ -38,7 +38,8 @@ def _config(arguments: argparse.Namespace) -> SidecarConfig:
         name=arguments.name,
         model=arguments.model,
         limits=GrammarLimits(arguments.compile_seconds, arguments.compile_mib, arguments.source_bytes),
-        cache_mib=arguments.cache_mib,
+        masks=MaskLimits(arguments.mask_seconds, arguments.mask_step_seconds, arguments.mask_token_seconds),
+        cache=CacheLimits(arguments.cache_entries, arguments.cache_mib),
         compile_workers=arguments.compile_workers,
         mask_threads=arguments.mask_threads,
         metrics_port=arguments.metrics_port,
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    limits, config = GrammarLimits(), SidecarConfig(listen="unix:")
+    limits, masks, cache, config = GrammarLimits(), MaskLimits(), CacheLimits(), SidecarConfig(listen="unix:")
     add = parser.add_argument
     add("--listen", required=True, metavar="ADDRESS", help="HOST:PORT or unix:PATH")
     add("--name", default=config.name, help="what logs and traces call it (default: %(default)s)")
@@ -71,12 +72,25 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--compile-workers", type=int, default=config.compile_workers, help="compiled at once (default: %(default)s)")
     add(
-        "--cache-mib",
-        type=int,
-        default=config.cache_mib,
-        metavar="MIB",
-        help="compiled grammars (default: %(default)s)",
-    )
+        "--cache-entries", type=int, default=cache.entries, metavar="N",
+        help="compiled grammars that are kept (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--cache-mib", type=int, default=cache.mib, metavar="MIB",
+        help="and the memory that they may take (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--mask-seconds", type=float, default=masks.row_seconds, metavar="SECONDS",
+        help="a step waits this long for a mask; a request whose is late ends (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--mask-step-seconds", type=float, default=masks.step_seconds, metavar="SECONDS",
+        help="and this long for all of them (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--mask-token-seconds", type=float, default=masks.token_seconds, metavar="SECONDS",
+        help="CPU time of a request's masks, a token, with --mask-seconds to begin with (default: %(default)s)",
+    )  # fmt: skip
     add("--mask-threads", type=int, default=config.mask_threads, help="threads for masks; 0: one per core")
     add("--metrics-port", type=int, default=config.metrics_port, metavar="PORT", help="Prometheus over HTTP; 0: off")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])

@@ -21,8 +21,9 @@ from quire.service.errors import InternalError, InvalidRequestError, QuireError
 from quire.service.request import Constraint
 from quire.sidecar.config import SidecarConfig
 from quire.sidecar.grammar.compile import build_tokenizer
-from quire.sidecar.grammar.compiler import CompiledGrammar, GrammarCompiler
-from quire.sidecar.grammar.fill import MaskFiller, MaskRow
+from quire.sidecar.grammar.compiled import CompiledGrammar
+from quire.sidecar.grammar.compiler import GrammarCompiler
+from quire.sidecar.grammar.fill import Filled, MaskFiller, MaskRow
 from quire.sidecar.grammar.masks import map_masks
 from quire.sidecar.grammar.matcher import SequenceMatcher
 from quire.sidecar.grammar.trials import Trials
@@ -33,24 +34,33 @@ from quire.sidecar.metrics import SidecarMetrics
 class RowRequest:
     """The mask of a sequence's next token, into `row`.
 
-    `constraint` comes with a sequence's first row on its stream, `accepted` are its output tokens since the last row.
+    `constraint` and the `tenant` whose it is come with a sequence's first row on its stream; for the rest see
+    quire.sidecar.grammar.fill.MaskRow.
     """
 
     sequence: int
     row: int
     constraint: Constraint | None
-    accepted: list[int]
+    tenant: str
+    accepted: Sequence[int]
+    drafts: Sequence[int] = ()
+    max_forced: int = 0
 
 
 class GrammarCore:
     """One model's tokenizer, its compiled grammars, and the threads that fill masks."""
 
     def __init__(
-        self, compiler: GrammarCompiler, trials: Trials, vocab_size: int, mask_threads: int, metrics: SidecarMetrics
+        self,
+        compiler: GrammarCompiler,
+        trials: Trials,
+        vocab_size: int,
+        filler: MaskFiller,
+        metrics: SidecarMetrics,
     ) -> None:
         self.vocab_size = vocab_size
         self.metrics = metrics
-        self.filler = MaskFiller(mask_threads)
+        self.filler = filler
         self._compiler = compiler
         self._trials = trials
 
@@ -58,24 +68,25 @@ class GrammarCore:
     async def load(cls, config: SidecarConfig, metrics: SidecarMetrics) -> GrammarCore:
         """Reads the model's tokenizer; raises ModelError if there is none."""
         checkpoint = await asyncio.to_thread(locate, config.model, text_only=True)
-        trials = Trials(checkpoint.path, config.limits, config.compile_workers)
+        trials = Trials(checkpoint.path, config.limits, config.compile_workers, metrics.compile_timeouts.inc)
         try:
             (text, tokenizer), _ = await asyncio.gather(asyncio.to_thread(_read, checkpoint), trials.start())
         except BaseException:
             await trials.close()
             raise
-        compiler = GrammarCompiler(tokenizer, trials, config.limits, config.cache_mib << 20)
-        return cls(compiler, trials, text.vocab_size, config.mask_threads, metrics)
+        compiler = GrammarCompiler(tokenizer, trials, config.limits, config.cache)
+        filler = MaskFiller(config.mask_threads, config.masks)
+        return cls(compiler, trials, text.vocab_size, filler, metrics)
 
-    async def compile(self, constraint: Constraint) -> tuple[CompiledGrammar, bool]:
+    async def compile(self, constraint: Constraint, tenant: str) -> tuple[CompiledGrammar, bool]:
         """The compiled grammar and whether it was there before. Raises what GrammarCompiler.compile raises."""
         kind = constraint.kind.value
-        grammar = self._compiler.cached(constraint)
+        grammar = self._compiler.cached(constraint, tenant)
         if grammar is not None:
             self.metrics.compiles.labels(kind, "cached").inc()
             return grammar, True
         try:
-            grammar = await self._compiler.compile(constraint)
+            grammar = await self._compiler.compile(constraint, tenant)
         except QuireError as error:
             result = "refused" if isinstance(error, InvalidRequestError) else "failed"
             self.metrics.compiles.labels(kind, result).inc()
@@ -83,6 +94,7 @@ class GrammarCore:
         self.metrics.compiles.labels(kind, "compiled").inc()
         self.metrics.compile_seconds.observe(grammar.seconds)
         self.metrics.cache_bytes.set(self._compiler.num_bytes)
+        self.metrics.cache_entries.set(len(self._compiler))
         return grammar, False
 
     def open(self, path: str, rows: int, vocab_size: int) -> MaskStream:
@@ -96,7 +108,8 @@ class GrammarCore:
         return MaskStream(self, map_masks(path, rows, vocab_size))
 
     async def close(self) -> None:
-        """Ends what is being compiled and the trial processes."""
+        """Ends what is being compiled, the trial processes and the threads that fill."""
+        self.filler.close()
         await self._compiler.close()
         await self._trials.close()
 
@@ -117,8 +130,8 @@ class MaskStream:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fill")
         core.metrics.streams.inc()
 
-    async def fill(self, rows: Sequence[RowRequest], released: Sequence[int]) -> dict[int, QuireError]:
-        """Drops `released`, then fills `rows`. Returns the errors of those that have no mask; their states are gone.
+    async def fill(self, rows: Sequence[RowRequest], released: Sequence[int]) -> Filled:
+        """Drops `released`, then fills `rows`. The states of those that have no mask are gone.
 
         Raises InvalidRequestError if the rows themselves are wrong. Not to be called again before it has returned.
         """
@@ -127,15 +140,16 @@ class MaskStream:
             self._drop(sequence)
         errors = await self._start(rows)
         work = [
-            MaskRow(row.sequence, row.row, self._sequences[row.sequence], row.accepted)
+            MaskRow(row.sequence, row.row, self._sequences[row.sequence], row.accepted, row.drafts, row.max_forced)
             for row in rows
             if row.sequence not in errors
         ]
-        errors |= await asyncio.get_running_loop().run_in_executor(self._thread, self._fill, work)
-        for sequence in errors:
+        filled = await asyncio.get_running_loop().run_in_executor(self._thread, self._fill, work)
+        filled.errors.update(errors)
+        for sequence in filled.errors:
             self._drop(sequence)
-        self._core.metrics.row_errors.inc(len(errors))
-        return errors
+        self._core.metrics.row_errors.inc(len(filled.errors))
+        return filled
 
     def close(self) -> None:
         """Forgets all sequences; the memory is unmapped when a fill that still runs has ended."""
@@ -145,20 +159,25 @@ class MaskStream:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, rows: Sequence[RowRequest]) -> None:
-        count = len(self._bitmask)
-        wrong = next((row.row for row in rows if row.row >= count), None)
-        if wrong is not None:
-            raise InvalidRequestError(f"rows.row is {wrong} and the file has {count} rows", field="fill.rows.row")
-        for name, values in (("row", {row.row for row in rows}), ("sequence", {row.sequence for row in rows})):
-            if len(values) < len(rows):
-                raise InvalidRequestError(f"a rows.{name} stands twice in one step", field=f"fill.rows.{name}")
+        count, end = len(self._bitmask), 0
+        for row in sorted(rows, key=lambda row: row.row):
+            if row.row < end:
+                raise InvalidRequestError(
+                    f"rows.row is {row.row}, which another sequence of the step fills", field="fill.rows.row"
+                )
+            end = row.row + 1 + len(row.drafts)
+        if end > count:
+            raise InvalidRequestError(f"rows reach to row {end - 1} and the file has {count} rows", field="fill.rows")
+        if len({row.sequence for row in rows}) < len(rows):
+            raise InvalidRequestError("a rows.sequence stands twice in one step", field="fill.rows.sequence")
 
     async def _start(self, rows: Sequence[RowRequest]) -> dict[int, QuireError]:
         """Makes the states of sequences that are new, compiling what is not in the cache; returns their errors."""
         errors: dict[int, QuireError] = {}
         new = [row for row in rows if row.constraint is not None]
         grammars = await asyncio.gather(
-            *(self._core.compile(row.constraint) for row in new if row.constraint is not None), return_exceptions=True
+            *(self._core.compile(row.constraint, row.tenant) for row in new if row.constraint is not None),
+            return_exceptions=True,
         )
         for row, result in zip(new, grammars, strict=True):
             if isinstance(result, QuireError):
@@ -167,7 +186,7 @@ class MaskStream:
                 raise result
             else:
                 self._drop(row.sequence)
-                self._sequences[row.sequence] = SequenceMatcher(result[0])
+                self._sequences[row.sequence] = SequenceMatcher(result[0], self._core.filler.limits)
                 self._core.metrics.sequences.inc()
         for row in rows:
             if row.sequence not in self._sequences and row.sequence not in errors:
@@ -176,12 +195,15 @@ class MaskStream:
                 )
         return errors
 
-    def _fill(self, work: Sequence[MaskRow]) -> dict[int, QuireError]:
+    def _fill(self, work: Sequence[MaskRow]) -> Filled:
         begin = time.perf_counter()
-        errors = self._core.filler.fill(work, self._bitmask)
-        self._core.metrics.rows.inc(len(work))
-        self._core.metrics.fill_seconds.observe(time.perf_counter() - begin)
-        return errors
+        filled = self._core.filler.fill(work, self._bitmask)
+        metrics = self._core.metrics
+        metrics.rows.inc(len(work))
+        metrics.fill_seconds.observe(time.perf_counter() - begin)
+        metrics.slowest_row_seconds.observe(filled.seconds)
+        metrics.late_rows.inc(filled.num_late)
+        return filled
 
     def _drop(self, sequence: int) -> None:
         if self._sequences.pop(sequence, None) is not None:

@@ -27,6 +27,14 @@ class SidecarMetrics:
             buckets=_COMPILE_BUCKETS,
             registry=self.registry,
         )
+        self.compile_timeouts = Counter(
+            "quire_sidecar_compile_timeouts_total",
+            "Constraints that took longer to compile than they may.",
+            registry=self.registry,
+        )
+        self.cache_entries = Gauge(
+            "quire_sidecar_cache_entries", "Compiled grammars that are kept.", registry=self.registry
+        )
         self.cache_bytes = Gauge(
             "quire_sidecar_cache_bytes", "Memory of the compiled grammars that are kept.", registry=self.registry
         )
@@ -35,6 +43,15 @@ class SidecarMetrics:
             "Time to consume a step's tokens and to fill its rows.",
             buckets=_FILL_BUCKETS,
             registry=self.registry,
+        )
+        self.slowest_row_seconds = Histogram(
+            "quire_sidecar_slowest_row_seconds",
+            "CPU time of the slowest row of a step.",
+            buckets=_FILL_BUCKETS,
+            registry=self.registry,
+        )
+        self.late_rows = Counter(
+            "quire_sidecar_late_rows_total", "Rows that were not filled in time.", registry=self.registry
         )
         self.rows = Counter("quire_sidecar_rows_total", "Mask rows that were asked for.", registry=self.registry)
         self.row_errors = Counter(

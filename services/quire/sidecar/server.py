@@ -37,7 +37,7 @@ class GrammarServicer(grammar_pb2_grpc.GrammarServiceServicer):
             constraint = _constraint(request)
             span.set_attribute("quire.constraint.kind", constraint.kind.value)
             span.set_attribute("quire.constraint.bytes", len(constraint.source.encode()))
-            grammar, cached = await self._core.compile(constraint)
+            grammar, cached = await self._core.compile(constraint, request.cache_salt)
             span.set_attribute("quire.constraint.cached", cached)
             return grammar_pb2.CompileResponse(cached=cached, compile_seconds=grammar.seconds)
         except QuireError as error:
@@ -78,17 +78,25 @@ async def _fill(stream: MaskStream, request: grammar_pb2.StepRequest) -> grammar
             row.sequence,
             row.row,
             constraint_from_proto(row.constraint) if row.HasField("constraint") else None,
+            row.cache_salt,
             list(row.accepted),
+            list(row.drafts),
+            row.max_forced,
         )
         for row in request.fill.rows
     ]
-    errors = await stream.fill(rows, request.fill.released)
+    filled = await stream.fill(rows, request.fill.released)
     return grammar_pb2.StepResponse(
         filled=grammar_pb2.MasksFilled(
             step=request.fill.step,
             errors=[
                 grammar_pb2.RowError(sequence=sequence, error=error_to_proto(error))
-                for sequence, error in errors.items()
+                for sequence, error in filled.errors.items()
+            ],
+            results=[
+                grammar_pb2.RowResult(sequence=row.sequence, num_drafts=result.num_drafts, forced=result.forced)
+                for row in rows
+                if (row.drafts or row.max_forced) and (result := filled.results.get(row.sequence)) is not None
             ],
         )
     )

@@ -75,8 +75,8 @@ def compile_constraint(tokenizer: LLTokenizer, constraint: Constraint) -> LLMatc
     return matcher
 
 
-def refusal(kind: ConstraintKind, reason: str) -> InvalidRequestError:
-    """The error of a constraint that can't be compiled; `reason` may be llguidance's own text."""
+def refusal(kind: ConstraintKind, reason: str, trouble: str = "can't be compiled") -> InvalidRequestError:
+    """The error of a constraint that is in `trouble`; `reason` may be llguidance's own text."""
     if kind is ConstraintKind.REGEX:
         # llguidance makes a grammar of it, of which the user knows nothing.
         reason = reason.rpartition("(in regex): ")[2].partition("\n   1 | start: ")[0]
@@ -85,7 +85,7 @@ def refusal(kind: ConstraintKind, reason: str) -> InvalidRequestError:
     for pattern, words in _WORDING:
         reason = pattern.sub(words, reason)
     field = f"constraint.{kind.value}"
-    return InvalidRequestError(f"{field} can't be compiled: {reason.strip()}", field=field)
+    return InvalidRequestError(f"{field} {trouble}: {reason.strip()}", field=field)
 
 
 def _grammar(constraint: Constraint) -> str:

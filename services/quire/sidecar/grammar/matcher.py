@@ -1,36 +1,141 @@
-"""One sequence's place in its grammar."""
+"""One sequence's place in its grammar, and what its masks have cost so far."""
 
 from __future__ import annotations
 
-from llguidance import LLMatcher
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
 
 from quire.service.errors import InternalError, QuireError
+from quire.service.request import ConstraintKind
+from quire.sidecar.config import MaskLimits
 from quire.sidecar.grammar.compile import refusal
-from quire.sidecar.grammar.compiler import CompiledGrammar
+from quire.sidecar.grammar.compiled import CompiledGrammar
 
 # llguidance tells these from limits that were exceeded only in its words.
-_WRONG_TOKEN = ("doesn't satisfy the grammar", "out of range")
+_NOT_ALLOWED = "doesn't satisfy the grammar"
+_NO_TOKEN = "out of range"
+_LEXER_IS_FULL = re.compile(r"lexer error: too many")
+_LEXER_WAS_FULL = "lexer error: too many states"
 _TAIL = "\n<non-verbose/>"
+# llguidance consumes tokens with the GIL held: a long replay lets go of it now and then.
+_TOKENS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """The grammar allows the first `num_drafts` drafts; `forced` are the tokens that it forces after them."""
+
+    num_drafts: int = 0
+    forced: list[int] = field(default_factory=list)
 
 
 class SequenceMatcher:
-    """A sequence's grammar and how far its output got in it; not to be used from two threads at once."""
+    """A sequence's grammar and how far its output got in it; not to be used from two threads at once.
 
-    def __init__(self, grammar: CompiledGrammar) -> None:
-        self._kind = grammar.constraint.kind
-        self.matcher: LLMatcher = grammar.matcher.deep_copy()
+    Once `error` is set there are no more masks. `seconds` is the CPU time that the last ones took.
+    """
 
-    def consume(self, token_ids: list[int]) -> None:
-        """Advances by output tokens; one that is not allowed leaves the matcher in error."""
-        if token_ids:
-            self.matcher.consume_tokens(token_ids)
+    def __init__(self, grammar: CompiledGrammar, limits: MaskLimits) -> None:
+        self.error: QuireError | None = None
+        self.seconds = 0.0
+        self._grammar = grammar
+        self._limits = limits
+        self._matcher, self._generation = grammar.start()
+        self._token_ids: list[int] = []
+        self._renewed_at = -1
+        self._seconds_left = limits.row_seconds
 
     @property
-    def error(self) -> QuireError | None:
-        """Why there will be no more masks, if so: the grammar became too complex, or a token was not allowed."""
-        if not self.matcher.is_error():
+    def kind(self) -> ConstraintKind:
+        """The kind of its constraint."""
+        return self._grammar.constraint.kind
+
+    def fill(
+        self, accepted: Sequence[int], drafts: Sequence[int], max_forced: int, masks: npt.NDArray[np.int32]
+    ) -> RowResult:
+        """Consumes `accepted`, then writes the mask that follows them and one for each allowed draft.
+
+        `masks` is int32 [at least 1 + drafts, ceil(vocab_size / 32)] and contiguous. The state afterwards is that after
+        `accepted`. Sets `error` if a token of `accepted` is not allowed or a limit is exceeded.
+        """
+        began = time.thread_time()
+        self._token_ids += accepted
+        self._consume(accepted)
+        result = self._fill(drafts, max_forced, masks)
+        while self._matcher.is_error() and self._renew():
+            result = self._fill(drafts, max_forced, masks)
+        self.seconds = time.thread_time() - began
+        self.error = self._grammar_error() or self._spend(len(accepted) + 1 + result.num_drafts)
+        return result
+
+    def _consume(self, token_ids: Sequence[int]) -> None:
+        for start in range(0, len(token_ids), _TOKENS_AT_ONCE):
+            self._matcher.consume_tokens(list(token_ids[start : start + _TOKENS_AT_ONCE]))
+
+    def _fill(self, drafts: Sequence[int], max_forced: int, masks: npt.NDArray[np.int32]) -> RowResult:
+        matcher, address, row_bytes = self._matcher, masks.ctypes.data, masks.strides[0]
+        matcher.unsafe_compute_mask_ptr(address, row_bytes)
+        consumed = 0
+        for draft in drafts:
+            if matcher.is_error() or not _allows(masks[consumed], draft):
+                break
+            if draft in self._grammar.end_token_ids:
+                # Not consumed: llguidance does not always count an end token, and could not take it back.
+                masks[consumed + 1] = self._grammar.end_mask
+                return self._undo(consumed, RowResult(consumed + 1))
+            matcher.consume_token(draft)
+            consumed += 1
+            matcher.unsafe_compute_mask_ptr(address + consumed * row_bytes, row_bytes)
+        forced = matcher.compute_ff_tokens()[:max_forced] if max_forced and not matcher.is_stopped() else []
+        return self._undo(consumed, RowResult(consumed, forced))
+
+    def _undo(self, consumed: int, result: RowResult) -> RowResult:
+        if consumed:
+            self._matcher.rollback(consumed)
+        return result
+
+    def _renew(self) -> bool:
+        """Goes on with a new lexer, if the old one is full and this sequence has got anywhere since the last one."""
+        if not _LEXER_IS_FULL.search(self._reason()) or self._renewed_at == len(self._token_ids):
+            return False
+        self._grammar.renew(self._generation)
+        self._matcher, self._generation = self._grammar.start()
+        self._renewed_at = len(self._token_ids)
+        self._consume(self._token_ids)
+        return True
+
+    def _reason(self) -> str:
+        """Why the matcher stopped. One whose lexer fills up amid a token says at first that the token is wrong."""
+        reason = self._matcher.get_error()
+        if _NOT_ALLOWED in reason:
+            other, generation = self._grammar.start()
+            if generation != self._generation:
+                return _LEXER_WAS_FULL
+            other.consume_tokens(self._token_ids[:1])
+            return other.get_error() or reason
+        return reason
+
+    def _grammar_error(self) -> QuireError | None:
+        if not self._matcher.is_error():
             return None
-        reason = self.matcher.get_error()
-        if any(words in reason for words in _WRONG_TOKEN):
+        reason = self._reason()
+        if _NOT_ALLOWED in reason or _NO_TOKEN in reason:
             return InternalError(f"the output left its constraint: {reason.partition(_TAIL)[0]}", field="constraint")
-        return refusal(self._kind, reason)
+        return refusal(self.kind, reason, "can't be followed any further")
+
+    def _spend(self, tokens: int) -> QuireError | None:
+        limits = self._limits
+        self._seconds_left = min(limits.row_seconds, self._seconds_left + tokens * limits.token_seconds) - self.seconds
+        if self._seconds_left >= 0:
+            return None
+        reason = f"its masks take longer than {limits.token_seconds * 1000:g} ms a token: make it less ambiguous"
+        return refusal(self.kind, reason, "can't be followed any further")
+
+
+def _allows(mask: npt.NDArray[np.int32], token_id: int) -> bool:
+    return token_id >> 5 < len(mask) and bool(int(mask[token_id >> 5]) >> (token_id & 31) & 1)

@@ -1,7 +1,8 @@
 """A child process of the sidecar that finds out whether a constraint can be compiled at all.
 
 Run by `trials` as `python -m quire.sidecar.grammar.trial MODEL LIMITS`. It reads one JSON object a line from standard
-input, {"kind", "source"}, and answers each with one line: {"bytes": memory it takes} or {"refused": the message}.
+input, {"kind", "source"}, and answers each with one line: {"bytes": memory it takes} or {"refused": the message,
+"timed_out": whether its time was up}.
 Each constraint is compiled in a fork of this process: the kernel ends the fork when its time is up, whatever
 llguidance is doing, and its memory is limited and given back. The process ends when its standard input does.
 """
@@ -14,7 +15,6 @@ import resource
 import signal
 import sys
 import traceback
-from pathlib import Path
 from typing import Any
 
 from llguidance import LLTokenizer
@@ -22,10 +22,9 @@ from llguidance import LLTokenizer
 from quire.service.checkpoint import load_text, locate
 from quire.service.errors import InvalidRequestError
 from quire.service.request import Constraint, ConstraintKind
-from quire.sidecar.grammar.compile import build_tokenizer, refusal
-from quire.sidecar.grammar.explain import compile_explained
-
-_STATM = Path("/proc/self/statm")
+from quire.sidecar.grammar.compile import build_tokenizer, compile_constraint, refusal
+from quire.sidecar.grammar.explain import explained
+from quire.sidecar.grammar.memory import resident_bytes, virtual_bytes
 
 
 def main(model: str, compile_seconds: float, compile_mib: int) -> None:
@@ -65,31 +64,27 @@ def _try_in_fork(tokenizer: LLTokenizer, constraint: Constraint, seconds: float,
     if reply:
         return dict(json.loads(reply))
     reason = f"it needs more than {mib} MiB of memory, or nests too deeply: make it smaller"
-    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM:
+    timed_out = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGALRM
+    if timed_out:
         reason = f"it takes longer than {seconds:g} s: make it smaller or less ambiguous"
-    return {"refused": refusal(constraint.kind, reason).message}
+    return {"refused": refusal(constraint.kind, reason).message, "timed_out": timed_out}
 
 
 def _compile(tokenizer: LLTokenizer, constraint: Constraint) -> dict[str, Any]:
-    before = _pages(1)
+    before = resident_bytes()
     try:
-        compile_explained(tokenizer, constraint)
+        with explained(constraint):
+            compile_constraint(tokenizer, constraint)
     except InvalidRequestError as error:
         return {"refused": error.message}
-    return {"bytes": (_pages(1) - before) * resource.getpagesize()}
+    return {"bytes": resident_bytes() - before}
 
 
 def _limit(seconds: float, mib: int) -> None:
     signal.setitimer(signal.ITIMER_REAL, seconds)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if _STATM.exists():
-        memory = _pages(0) * resource.getpagesize() + (mib << 20)
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-
-
-def _pages(column: int) -> int:
-    """This process's virtual (0) or resident (1) memory; 0 where the kernel has no /proc."""
-    return int(_STATM.read_text().split()[column]) if _STATM.exists() else 0
+    if (now := virtual_bytes()) > 0:
+        resource.setrlimit(resource.RLIMIT_AS, (now + (mib << 20),) * 2)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import asyncio
 import json
 import sys
 from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,14 @@ _GRACE_S = 5.0
 class Trials:
     """Compiles constraints in processes that may be lost: see `trial`."""
 
-    def __init__(self, model: Path, limits: GrammarLimits, workers: int) -> None:
+    def __init__(self, model: Path, limits: GrammarLimits, workers: int, on_timeout: Callable[[], None]) -> None:
         self._limits = limits
         self._command = (
             *(sys.executable, "-m", "quire.sidecar.grammar.trial"),
             *(str(model), str(limits.compile_seconds), str(limits.compile_mib)),
         )
         self._workers = workers
+        self._on_timeout = on_timeout
         self._processes: set[Process] = set()
         # None stands for a process that was not started yet or was lost: who draws it starts one. Running ones first.
         self._idle: asyncio.Queue[Process | None] = asyncio.LifoQueue()
@@ -60,6 +62,8 @@ class Trials:
                 self._kill(process)
             self._idle.put_nowait(process if answered else None)
         if "refused" in reply:
+            if reply.get("timed_out"):
+                self._on_timeout()
             raise InvalidRequestError(reply["refused"], field=f"constraint.{constraint.kind.value}")
         return int(reply["bytes"])
 
