@@ -25,6 +25,11 @@ def need_triton() -> None:
         pytest.fail("Triton was imported before these tests could ask for its interpreter: set TRITON_INTERPRET=1")
 
 
+def examples(interpreted: int, compiled: int) -> int:
+    """How many examples a property test looks at: the interpreter takes a millisecond for every operation."""
+    return interpreted if DEVICE == "cpu" else compiled
+
+
 def assert_close(out: Tensor, exact: Tensor, torch_out: Tensor, slack: float = 1e-6) -> None:
     """out must be within twice the error that torch makes in the same precision (FlashAttention's rule).
 
