@@ -97,7 +97,7 @@ class Completions:
                     deadline_unix_ms=deadline.unix_ms,
                 )
             seen.prepared(request.model, generations, answer_id, stream=request.stream)
-            admission.start(generations)
+            admission.start(generations, options.n)
             with self._core.open(generations, admission.counting(seen.progress)) as output:
                 await output.begun()
                 answer = self._stream if request.stream else self._whole

@@ -213,10 +213,11 @@ class Admission:
             )
         return replace(options, cache_salt=f"{len(key.tenant)}:{key.tenant}:{options.cache_salt}")
 
-    def start(self, generations: Sequence[Generation]) -> None:
-        """Charges the prompts. Raises RateLimitError, InvalidRequestError."""
+    def start(self, generations: Sequence[Generation], choices: int = 1) -> None:
+        """Charges the prompts; `choices` generations share each. Raises RateLimitError, InvalidRequestError."""
         self._gate.check_choices(len(generations))
-        self._gate.take_prompt(self.caller, sum(len(generation.request.prompt_token_ids) for generation in generations))
+        prompts = (generation.request.prompt_token_ids for generation in generations[::choices])
+        self._gate.take_prompt(self.caller, sum(map(len, prompts)))
 
     def counting(self, progress: Callable[[int], None]) -> Callable[[int], None]:
         """`progress`, which hears of each step's new output tokens, with a charge for them beside it."""
