@@ -1,0 +1,29 @@
+"""Names that the operator and what it makes agree on: the resource, labels, annotations, ports."""
+
+from __future__ import annotations
+
+GROUP = "quire.dev"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "InferenceService"
+PLURAL = "inferenceservices"
+
+# One field manager for all that is written: server-side apply drops what it no longer asks for.
+FIELD_MANAGER = "quire-operator"
+
+# On every object that the operator makes, and on its pods.
+MANAGED_BY = "app.kubernetes.io/managed-by"
+SERVICE = f"{GROUP}/service"
+COMPONENT = "app.kubernetes.io/component"
+# The hash of what the operator asked for. It changes when a field is dropped, which the field's absence can't tell.
+DESIRED_HASH = f"{GROUP}/desired-hash"
+# On pod templates: a changed ConfigMap rolls the pods.
+CONFIG_HASH = f"{GROUP}/config-hash"
+
+# Ports inside pods and of Services.
+GATEWAY_HTTP, GATEWAY_GRPC = 8000, 8001
+ROUTER_GRPC, ROUTER_METRICS = 9000, 9090
+ENGINE_GRPC, ENGINE_METRICS, SIDECAR_METRICS = 9100, 9190, 9191
+
+# The user and group in every image (see manifests/images).
+USER = 10001

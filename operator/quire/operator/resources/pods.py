@@ -1,0 +1,142 @@
+"""What all pods have in common: who they are, what they may not do, where they spread, how they roll out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from quire.operator import names
+from quire.operator.resources.environment import environment, environment_name
+from quire.operator.resources.metadata import Component, Manifest, child_name, digest, labels, manifest, selector
+from quire.operator.spec import InferenceService, ResourceSpec
+
+# How long addresses of a pod that stops may still be in use: it goes on serving until they are forgotten.
+_FORGOTTEN_SECONDS = 5
+# Beyond what a process allows its requests, for its own end.
+_SPARE_SECONDS = 15
+
+
+def container(
+    name: str,
+    image: str,
+    module: str,
+    args: Sequence[str],
+    service: InferenceService,
+    *,
+    resources: Manifest,
+    mounts: Sequence[Manifest] = (),
+    env: Sequence[Manifest] = (),
+    **more: Any,
+) -> Manifest:
+    """A container that runs `python -m MODULE`, under the restricted Pod Security profile."""
+    level = service.spec.observability.log_level
+    built: Manifest = {
+        "name": name,
+        "image": image,
+        "command": ["python", "-m", module],
+        "args": [*args, f"--log-level={level}", "--log-format=json"],
+        "envFrom": [{"configMapRef": {"name": environment_name(service)}}],
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "capabilities": {"drop": ["ALL"]},
+            "readOnlyRootFilesystem": True,
+        },
+        "volumeMounts": [{"name": "scratch", "mountPath": "/tmp"}, *mounts],
+        # The last lines of the log become the reason in the pod's status: a model that can't be loaded says why there.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        **more,
+    }
+    if env:
+        built["env"] = list(env)
+    if resources:
+        built["resources"] = resources
+    return built
+
+
+def resources_of(spec: ResourceSpec, *, gpus: int = 0) -> Manifest:
+    """A container's resources; amounts as strings, which the API server keeps as they are."""
+    found = {
+        which: {name: str(amount) for name, amount in amounts.items()}
+        for which, amounts in (("requests", spec.requests), ("limits", spec.limits))
+        if amounts
+    }
+    if gpus:
+        found["limits"] = found.get("limits", {}) | {"nvidia.com/gpu": str(gpus)}
+    return found
+
+
+def own_name() -> Manifest:
+    """The pod's name as POD_NAME, for `--name=$(POD_NAME)`."""
+    return {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
+
+
+def linger() -> Manifest:
+    """Keeps a pod that stops serving until nobody sends it anything new; the process then drains on SIGTERM."""
+    return {"preStop": {"sleep": {"seconds": _FORGOTTEN_SECONDS}}}
+
+
+def deployment(
+    service: InferenceService,
+    component: Component,
+    *,
+    replicas: int,
+    containers: Sequence[Manifest],
+    drain_seconds: int,
+    volumes: Sequence[Manifest] = (),
+    init_containers: Sequence[Manifest] = (),
+    surge: int = 1,
+    deadline_seconds: int = 600,
+    **pod: Any,
+) -> Manifest:
+    """The component's Deployment. New pods are ready before old ones drain, unless `surge` is 0."""
+    chosen = selector(service, component)
+    pod_spec: Manifest = {
+        "serviceAccountName": child_name(service, component),
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": _FORGOTTEN_SECONDS + drain_seconds + _SPARE_SECONDS,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": names.USER,
+            "runAsGroup": names.USER,
+            "fsGroup": names.USER,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": key,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": {"matchLabels": chosen},
+                "matchLabelKeys": ["pod-template-hash"],
+            }
+            for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
+        ],
+        "containers": list(containers),
+        "volumes": [{"name": "scratch", "emptyDir": {}}, *volumes],
+        **pod,
+    }
+    if init_containers:
+        pod_spec["initContainers"] = list(init_containers)
+    if service.spec.image_pull_secrets:
+        pod_spec["imagePullSecrets"] = [{"name": name} for name in service.spec.image_pull_secrets]
+    template_metadata = {
+        "labels": labels(service, component),
+        "annotations": {names.CONFIG_HASH: digest(environment(service)["data"])},
+    }
+    rolling = {"maxSurge": surge, "maxUnavailable": 0 if surge else 1}
+    return manifest(
+        service,
+        "apps/v1",
+        "Deployment",
+        child_name(service, component),
+        component=component,
+        spec={
+            "replicas": replicas,
+            "revisionHistoryLimit": 3,
+            "progressDeadlineSeconds": deadline_seconds,
+            "selector": {"matchLabels": chosen},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": rolling},
+            "template": {"metadata": template_metadata, "spec": pod_spec},
+        },
+    )

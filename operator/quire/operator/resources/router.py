@@ -1,0 +1,49 @@
+"""The routers' Deployment."""
+
+from __future__ import annotations
+
+from quire.operator import names
+from quire.operator.config import Images
+from quire.operator.resources import probes
+from quire.operator.resources.metadata import Component, Manifest, child_name
+from quire.operator.resources.pods import container, deployment, linger, own_name, resources_of
+from quire.operator.spec import InferenceService
+
+
+def router(service: InferenceService, images: Images) -> Manifest:
+    """The Deployment. Routers find engines by the EndpointSlices of the engines' Service."""
+    spec = service.spec.router
+    # It drains as long as the gateways' answers and the engines' requests may take.
+    drain = max(service.spec.gateway.drain_seconds, service.spec.engine.drain_seconds)
+    engines = f"kubernetes:{service.namespace}/{child_name(service, Component.ENGINE)}:grpc"
+    main = container(
+        "router",
+        spec.image or images.router,
+        "quire.router",
+        [
+            f"--listen=[::]:{names.ROUTER_GRPC}",
+            f"--engines={engines}",
+            "--name=$(POD_NAME)",
+            f"--metrics-port={names.ROUTER_METRICS}",
+            f"--hold={spec.hold_seconds}",
+            f"--max-moves={spec.max_moves}",
+            f"--grace={drain}",
+        ],
+        service,
+        resources=resources_of(spec.resources),
+        env=[own_name()],
+        ports=[
+            {"name": "grpc", "containerPort": names.ROUTER_GRPC},
+            {"name": "metrics", "containerPort": names.ROUTER_METRICS},
+        ],
+        lifecycle=linger(),
+        **probes.grpc(names.ROUTER_GRPC, start_seconds=60),
+    )
+    return deployment(
+        service,
+        Component.ROUTER,
+        replicas=spec.replicas,
+        containers=[main],
+        drain_seconds=drain,
+        automountServiceAccountToken=True,
+    )

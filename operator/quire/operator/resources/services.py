@@ -1,0 +1,54 @@
+"""The Services: one address for clients, and headless ones towards routers and engines."""
+
+from __future__ import annotations
+
+from quire.operator import names
+from quire.operator.resources.metadata import Component, Manifest, child_name, manifest, selector
+from quire.operator.spec import InferenceService
+
+
+def url(service: InferenceService) -> str:
+    """The OpenAI API as pods of the cluster reach it."""
+    scheme = "https" if service.spec.gateway.tls_secret else "http"
+    return f"{scheme}://{child_name(service, Component.GATEWAY)}.{service.namespace}.svc:{names.GATEWAY_HTTP}/v1"
+
+
+def services(service: InferenceService) -> list[Manifest]:
+    """gRPC keeps a connection for days, so a virtual address would balance nothing: its clients see the pods."""
+    headless = {"clusterIP": "None"}
+    return [
+        _service(
+            service,
+            Component.GATEWAY,
+            {"http": names.GATEWAY_HTTP, "grpc": names.GATEWAY_GRPC},
+            type=service.spec.gateway.service_type,
+        ),
+        _service(service, Component.ROUTER, {"grpc": names.ROUTER_GRPC, "metrics": names.ROUTER_METRICS}, **headless),
+        _service(
+            service,
+            Component.ENGINE,
+            {"grpc": names.ENGINE_GRPC, "metrics": names.ENGINE_METRICS, "grammar-metrics": names.SIDECAR_METRICS},
+            **headless,
+        ),
+    ]
+
+
+def _service(service: InferenceService, component: Component, ports: dict[str, int], **spec: object) -> Manifest:
+    return manifest(
+        service,
+        "v1",
+        "Service",
+        child_name(service, component),
+        component=component,
+        spec={
+            **spec,
+            "selector": selector(service, component),
+            "ports": [
+                {
+                    "name": name, "port": port, "targetPort": name, "protocol": "TCP",
+                    "appProtocol": "kubernetes.io/h2c" if name == "grpc" else "http",
+                }
+                for name, port in ports.items()
+            ],
+        },
+    )  # fmt: skip

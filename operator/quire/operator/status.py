@@ -1,0 +1,177 @@
+"""What a service's status says, from what there is. Pure: the time is given.
+
+Conditions: ModelReady, EnginesReady, RouterReady and GatewayReady are the parts; Ready says whether requests are
+answered, Progressing whether something is on its way, Degraded whether something needs a person.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any
+
+import msgspec
+
+from quire.operator.diagnosis import Problem, problems
+from quire.operator.observed import Observed, Refusal
+from quire.operator.resources import model
+from quire.operator.resources.metadata import Component, selector
+from quire.operator.resources.services import url
+from quire.operator.spec import InferenceService
+from quire.operator.status_types import Condition, ConditionStatus, Status
+
+_CONDITION_OF = {
+    Component.ENGINE: "EnginesReady",
+    Component.ROUTER: "RouterReady",
+    Component.GATEWAY: "GatewayReady",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """A condition before it has a time."""
+
+    type: str
+    is_true: bool
+    reason: str
+    message: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Pods:
+    """How a component's Deployment is. `is_settled`: its pods are the wanted ones, in number and kind."""
+
+    wanted: int
+    total: int
+    available: int
+    is_settled: bool
+
+
+def status_of(
+    service: InferenceService,
+    observed: Observed,
+    *,
+    refusals: Sequence[Refusal] = (),
+    previous: Mapping[str, Any],
+    now: datetime,
+) -> Status:
+    """The status to write. `previous` is the one that is there, whose times stay where nothing changed."""
+    found = problems(service, observed, refusals)
+    pods = {component: _pods(service, observed, component) for component in Component}
+    parts = [_part(component, pods[component], found) for component in Component]
+    verdicts = [
+        _ready(pods, found),
+        _model(service, pods[Component.ENGINE], found),
+        *sorted(parts, key=lambda verdict: verdict.type),
+        _progressing(pods, found),
+        _degraded(found),
+    ]
+    engines = pods[Component.ENGINE]
+    return Status(
+        observed_generation=service.generation,
+        url=url(service) if verdicts[0].is_true else "",
+        model=model.title(service),
+        replicas=engines.total,
+        ready_replicas=engines.available,
+        engines=f"{engines.available}/{engines.wanted}",
+        selector=",".join(f"{name}={value}" for name, value in selector(service, Component.ENGINE).items()),
+        conditions=_dated(verdicts, service.generation, previous, now),
+    )
+
+
+def invalid_status(message: str, generation: int, previous: Mapping[str, Any], now: datetime) -> Status:
+    """Of an object that an older CRD let in and whose spec this operator can't read; its children stay as they are."""
+    verdicts = [Verdict("Ready", False, "InvalidSpec", message), Verdict("Degraded", True, "InvalidSpec", message)]
+    return Status(observed_generation=generation, conditions=_dated(verdicts, generation, previous, now))
+
+
+def plain(status: Status) -> dict[str, Any]:
+    """`status` as the API's JSON has it."""
+    found: dict[str, Any] = msgspec.to_builtins(status)
+    return found
+
+
+def _pods(service: InferenceService, observed: Observed, component: Component) -> _Pods:
+    spec = service.spec
+    wanted = {
+        Component.ENGINE: spec.engine.replicas,
+        Component.ROUTER: spec.router.replicas,
+        Component.GATEWAY: spec.gateway.replicas,
+    }[component]
+    deployment = observed.deployment(service, component)
+    if deployment is None:
+        return _Pods(wanted, 0, 0, is_settled=False)
+    status = deployment.get("status", {})
+    total, available = status.get("replicas", 0), status.get("availableReplicas", 0)
+    is_current = status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
+    is_settled = is_current and total == available == status.get("updatedReplicas", 0) == wanted
+    return _Pods(wanted, total, available, is_settled)
+
+
+def _part(component: Component, pods: _Pods, found: Sequence[Problem]) -> Verdict:
+    kind, name = _CONDITION_OF[component], component.value
+    if pods.wanted == 0:
+        return Verdict(kind, False, "ScaledToZero", f"set spec.{name}.replicas to 1 or more to serve")
+    if pods.available >= pods.wanted:
+        return Verdict(kind, True, "Available")
+    problem = next((each for each in found if each.component is component), None)
+    if problem:
+        return Verdict(kind, False, problem.reason, problem.message)
+    return Verdict(kind, False, "Starting", f"{pods.available} of {pods.wanted} pods of the {name} are ready")
+
+
+def _ready(pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict:
+    for component, each in pods.items():
+        if each.available == 0:
+            return replace(_part(component, each, found), type="Ready")
+    return Verdict("Ready", True, "Serving")
+
+
+def _model(service: InferenceService, engines: _Pods, found: Sequence[Problem]) -> Verdict:
+    if engines.available:
+        return Verdict("ModelReady", True, "Loaded")
+    problem = next((each for each in found if each.is_about_model), None)
+    if problem:
+        return Verdict("ModelReady", False, problem.reason, problem.message)
+    if engines.wanted == 0:
+        return Verdict("ModelReady", False, "ScaledToZero", "no engine is wanted, so none has loaded it")
+    return Verdict("ModelReady", False, "Loading", f"no engine has loaded {model.title(service)} yet")
+
+
+def _progressing(pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict:
+    moving = [component.value for component, each in pods.items() if not each.is_settled]
+    if not moving:
+        return Verdict("Progressing", False, "Settled")
+    stuck = {problem.component.value for problem in found}
+    if stuck.issuperset(moving):
+        return Verdict("Progressing", False, "Stuck", "see Degraded: nothing goes on until that is put right")
+    return Verdict("Progressing", True, "RollingOut", f"pods of {', '.join(moving)} are on their way")
+
+
+def _degraded(found: Sequence[Problem]) -> Verdict:
+    if not found:
+        return Verdict("Degraded", False, "AsWanted")
+    return Verdict("Degraded", True, found[0].reason, "; ".join(problem.message for problem in found))
+
+
+def _dated(
+    verdicts: Sequence[Verdict], generation: int, previous: Mapping[str, Any], now: datetime
+) -> tuple[Condition, ...]:
+    before = {each["type"]: each for each in previous.get("conditions", ())}
+    stamp = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    found = []
+    for verdict in verdicts:
+        value: ConditionStatus = "True" if verdict.is_true else "False"
+        old = before.get(verdict.type, {})
+        found.append(
+            Condition(
+                type=verdict.type,
+                status=value,
+                reason=verdict.reason,
+                message=verdict.message,
+                observed_generation=generation,
+                last_transition_time=old["lastTransitionTime"] if old.get("status") == value else stamp,
+            )
+        )
+    return tuple(found)

@@ -1,0 +1,80 @@
+"""Hypothesis strategies for InferenceServices, and the bad specs that both the API server and `render` must refuse."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hypothesis import strategies as st
+
+from quire.operator.spec import InferenceService, parse
+
+Document = dict[str, Any]
+
+_names = st.from_regex(r"[a-z][a-z0-9]{0,8}", fullmatch=True)
+_quantities = st.sampled_from(["1", "500m", "2Gi", "1.5", "8G"])
+_resources = st.fixed_dictionaries(
+    {},
+    optional={
+        "requests": st.dictionaries(st.sampled_from(["cpu", "memory"]), _quantities | st.integers(0, 64)),
+        "limits": st.dictionaries(st.sampled_from(["cpu", "memory"]), _quantities | st.integers(0, 64)),
+    },
+)
+_hub = st.fixed_dictionaries(
+    {"name": st.just("Qwen/Qwen3-8B")}, optional={"tokenSecret": st.fixed_dictionaries({"name": _names})}
+)
+_cache = st.fixed_dictionaries({"size": _quantities}, optional={"storageClass": _names})
+_models = st.one_of(
+    st.just({}),
+    st.fixed_dictionaries({"hub": _hub}, optional={"cache": _cache, "servedNames": st.lists(_names, max_size=3)}),
+    st.fixed_dictionaries({"claim": st.fixed_dictionaries({"name": _names}, optional={"path": st.just("a/b.gguf")})}),
+    st.fixed_dictionaries({"image": st.fixed_dictionaries({"reference": st.just("registry.example/m:1")})}),
+)
+_engines = st.fixed_dictionaries(
+    {},
+    optional={
+        "replicas": st.integers(0, 5),
+        "gpus": st.integers(0, 1),
+        "resources": _resources,
+        "maxModelLen": st.integers(16, 10**6),
+        "kvCache": _quantities,
+        "surge": st.integers(0, 3),
+        "extraArgs": st.lists(st.sampled_from(["--max-waiting=4", "--no-prefix-caching"]), max_size=2),
+        "nodeSelector": st.dictionaries(_names, _names, max_size=2),
+        "tolerations": st.lists(st.just({"key": "a", "operator": "Exists"}), max_size=2),
+    },
+)
+_gateways = st.fixed_dictionaries(
+    {},
+    optional={
+        "replicas": st.integers(1, 4),
+        "apiKeys": st.fixed_dictionaries({"name": _names}),
+        "tlsSecret": _names,
+        "serviceType": st.sampled_from(["ClusterIP", "NodePort", "LoadBalancer"]),
+    },
+)
+_observability = st.fixed_dictionaries({}, optional={"otlpEndpoint": st.just("http://collector:4317")})
+
+specs = st.fixed_dictionaries(
+    {},
+    optional={
+        "model": _models,
+        "engine": _engines,
+        "router": st.fixed_dictionaries({}, optional={"replicas": st.integers(1, 4), "resources": _resources}),
+        "gateway": _gateways,
+        "observability": _observability,
+        "imagePullSecrets": st.lists(_names, max_size=2),
+    },
+)
+
+
+def document(spec: Document, *, name: str = "demo", uid: str = "uid-1") -> Document:
+    """An InferenceService with `spec`, as the API's JSON has it."""
+    return {
+        "apiVersion": "quire.dev/v1alpha1",
+        "kind": "InferenceService",
+        "metadata": {"name": name, "namespace": "models", "uid": uid, "generation": 1},
+        "spec": spec,
+    }
+
+
+services: st.SearchStrategy[InferenceService] = st.builds(lambda spec: parse(document(spec)), specs)
