@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "bench": "measure the speed of a server",
     "keys": "make API keys for a server",
+    "manifests": "print what a service becomes on Kubernetes",
 }
 
 _EXAMPLES = """\
@@ -67,7 +68,7 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _usage() -> str:
-    commands = "\n".join(f"  {name:<8} {what}" for name, what in COMMANDS.items())
+    commands = "\n".join(f"  {name:<9} {what}" for name, what in COMMANDS.items())
     return f"usage: quire COMMAND [FLAGS]\n\ncommands:\n{commands}\n\n{_EXAMPLES}"
 
 
