@@ -105,7 +105,58 @@ def nested_any_of(depth: int) -> dict[str, object]:
     return schema
 
 
+def nested(keyword: str, depth: int) -> dict[str, object]:
+    schema: dict[str, object] = {"type": "string", "maxLength": 9}
+    for count in range(depth):
+        schema = {keyword: [schema, {"type": "object", "properties": {f"p{count}": schema}}]}
+    return schema
+
+
+def branches(count: int) -> list[dict[str, object]]:
+    return [{"type": "string", "pattern": f"^.*a.{{{number}}}$"} for number in range(count)]
+
+
+_LONGEST_GAP_S = 0.05
+_ATTEMPTS = 8
+
 BOMBS = {
+    "exponential automaton, short": regex("(a|b)*a(a|b){12}"),
+    "any before any": regex(".*a.{12}"),
+    "any before many": regex("(?s:.*a.{500}.*b.{500})"),
+    "nested any": regex("((.{1,50}){1,50}){1,50}"),
+    "long alternatives": regex("|".join(f"{number}x{{1,50}}" for number in range(20_000))),
+    "long string with a pattern": json_schema({"type": "string", "pattern": "^(a|b)*a(a|b){12}$", "maxLength": 1000}),
+    "string of 1000": json_schema({"type": "string", "maxLength": 1000}),
+    "least length": json_schema({"type": "string", "minLength": 10**9}),
+    "nested oneOf": json_schema(nested("oneOf", 12)),
+    "nested allOf": json_schema(nested("allOf", 12)),
+    "branching arrays of 14": json_schema(nested_any_of(14)),
+    "patterns": json_schema({"anyOf": branches(300)}),
+    "patterns of all": json_schema({"allOf": branches(12)}),
+    "many properties": json_schema({"type": "object", "properties": {f"p{n}": {} for n in range(10_000)}}),
+    "pattern properties": json_schema(
+        {"type": "object", "patternProperties": {f"^.*{letter}.{{20}}$": {} for letter in "abcdefgh"}}
+    ),
+    "many required": json_schema({"type": "object", "required": [f"p{n}" for n in range(20_000)]}),
+    "references in circles": json_schema({"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}}),
+    "references that double": json_schema(
+        {
+            "$ref": "#/$defs/a0",
+            "$defs": {
+                f"a{n}": {"anyOf": [{"type": "array", "prefixItems": [{"$ref": f"#/$defs/a{n + 1}"}] * 2}] * 2}
+                for n in range(25)
+            }
+            | {"a25": {"type": "null"}},
+        }
+    ),
+    "large range": json_schema({"type": "integer", "minimum": -(10**300), "maximum": 10**300}),
+    "large array of large arrays": json_schema(
+        {"type": "array", "maxItems": 10**6, "items": {"type": "array", "minItems": 10**6, "items": {"maxLength": 99}}}
+    ),
+    "long rule": lark("start: " + " ".join(['"x"?'] * 50_000)),
+    "nested repetition of rules": lark("start: a{1,1000}\na: b{1,1000}\nb: c{1,1000}\nc: /x{1,1000}/"),
+    "intersection": lark("start: A\nA: /(?s:.*a.{30}.*)/ & /(?s:.*b.{20}.*)/ & ~/(?s:.*c.{10}d.*)/"),
+    "left and right recursion": lark('start: a\na: a b | b a | "x"\nb: a a | b b | "x"?'),
     "nested repetition": regex("((a{1,50}){1,50}){1,50}"),
     "exponential automaton": regex("(a|b)*a(a|b){20}"),
     "backtracking": regex("(x+x+)+y"),
@@ -131,34 +182,45 @@ def test_a_bomb_ends_in_time_while_others_are_served(
 ) -> None:
     """One malicious grammar would take the sidecar, and with it every constrained request of its engine."""
     ids = smollm.tokenizer.encode('{"name": "' + "Maria Lopez " * 20).ids
-    slowest = 0.0
+    assert not stream.fill(Row(1, json_schema(PERSON), ids))
+    slowest = []
+    # On a busy machine a gap may be no one's fault: then it is not there every time. The salt keeps it uncached.
+    for attempt in range(_ATTEMPTS):
+        slowest.append(slowest_mask_beside(sidecar, stream, ids[-3:], BOMBS[name], f"{name} {attempt}"))
+        if slowest[-1] < _LONGEST_GAP_S:
+            return
+    raise AssertionError(f"masks were late in each attempt: {slowest}")
+
+
+def slowest_mask_beside(
+    sidecar: SidecarProcess, stream: StepClient, ids: list[int], constraint: Constraint, tenant: str
+) -> float:
+    """Seconds of sequence 1's slowest mask while `constraint` is compiled, which ends in time in one way or another."""
     outcome: list[object] = []
 
     def compile_bomb() -> None:
         try:
-            outcome.append(sidecar.compile(BOMBS[name]))
+            outcome.append(sidecar.compile(constraint, tenant))
         except grpc.RpcError as error:
             outcome.append(error)
 
-    assert not stream.fill(Row(1, json_schema(PERSON)))
     bomb = threading.Thread(target=compile_bomb)
-    begin = time.monotonic()
+    begin, count, slowest = time.monotonic(), 0, 0.0
     bomb.start()
-    for count in range(10_000):
-        if not bomb.is_alive() and count > 20:
-            break
+    while bomb.is_alive() or count < 20:
         before = time.monotonic()
-        assert not stream.fill(Row(1, accepted=ids) if not count else Row(1, accepted=ids[-3:]))
-        slowest = max(slowest, time.monotonic() - before)
-    bomb.join(DEADLINE)
+        assert not stream.fill(Row(1, accepted=ids))
+        slowest, count = max(slowest, time.monotonic() - before), count + 1
+        # Masks are asked for as an engine does, step by step: without a pause this would be the load.
+        bomb.join(0.002)
     # The limit is 2 s in the trial; one that passes is compiled once more.
     assert time.monotonic() - begin < 6
-    assert slowest < 1
     assert len(outcome) == 1
     if isinstance(outcome[0], grpc.Call):
         assert outcome[0].code() is grpc.StatusCode.INVALID_ARGUMENT, outcome[0]
     else:
         assert isinstance(outcome[0], grammar_pb2.CompileResponse)
+    return slowest
 
 
 def test_more_bombs_than_workers_are_told_to_come_back(tmp_path: Path) -> None:
@@ -186,6 +248,24 @@ def test_memory_is_limited_too(tmp_path: Path) -> None:
         assert status is grpc.StatusCode.INVALID_ARGUMENT
         assert "more than 20 MiB of memory" in message
         assert not sidecar.compile(json_schema(PERSON)).cached
+
+
+def test_tenants_share_no_grammars(sidecar: SidecarProcess) -> None:
+    """A tenant could find out by the time it takes whether another has sent a schema."""
+    constraint = json_schema(PERSON | {"title": "a secret"})
+    assert not sidecar.compile(constraint, "one").cached
+    assert not sidecar.compile(constraint, "other").cached
+    assert sidecar.compile(constraint, "one").cached
+
+
+def test_the_cache_is_bounded_by_number(tmp_path: Path) -> None:
+    """A million small schemas would fill the memory that no one of them comes near to."""
+    with SidecarProcess(tmp_path, "--cache-entries", "2") as sidecar:
+        sidecar.wait_until_serving()
+        first, second, third = (regex(f"{letter}+") for letter in "abc")
+        assert [sidecar.compile(each).cached for each in (first, second, first, third)] == [False, False, True, False]
+        # The least recently used has gone.
+        assert [sidecar.compile(each).cached for each in (first, third, second)] == [True, True, False]
 
 
 def test_the_cache_is_bounded(tmp_path: Path) -> None:

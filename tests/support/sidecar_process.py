@@ -92,9 +92,9 @@ class SidecarProcess:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait(DEADLINE)
 
-    def compile(self, constraint: Constraint, **options: object) -> grammar_pb2.CompileResponse:
+    def compile(self, constraint: Constraint, tenant: str = "", **options: object) -> grammar_pb2.CompileResponse:
         with self.channel as channel:
-            request = grammar_pb2.CompileRequest(constraint=constraint_to_proto(constraint))
+            request = grammar_pb2.CompileRequest(constraint=constraint_to_proto(constraint), cache_salt=tenant)
             stub = grammar_pb2_grpc.GrammarServiceStub(channel)
             return stub.Compile(request, timeout=DEADLINE, wait_for_ready=True, **options)
 
@@ -115,11 +115,13 @@ class SidecarProcess:
 
 @dataclass(frozen=True)
 class Row:
-    """A row to be filled; its number is its place in the step."""
+    """Rows to be filled; the first one's number follows the last of those before it in the step."""
 
     sequence: int
     constraint: Constraint | None = None
     accepted: Sequence[int] = ()
+    drafts: Sequence[int] = ()
+    max_forced: int = 0
 
 
 class StepClient:
@@ -137,6 +139,7 @@ class StepClient:
         stub = grammar_pb2_grpc.GrammarServiceStub(self._channel)
         self._call = stub.Step(self._requests(), wait_for_ready=True, timeout=DEADLINE * 4)
         self._step = 0
+        self.results: dict[int, tuple[int, list[int]]] = {}
         opening = grammar_pb2.OpenMasks(path=str(self.path), rows=rows, vocab_size=vocab_size)
         assert self.ask(grammar_pb2.StepRequest(open=opening)).HasField("opened")
 
@@ -146,13 +149,17 @@ class StepClient:
 
     def fill(self, *rows: Row, released: Sequence[int] = ()) -> dict[int, QuireError]:
         self._step += 1
-        fill = grammar_pb2.FillMasks(step=self._step, released=released)
-        for number, row in enumerate(rows):
-            message = fill.rows.add(sequence=row.sequence, row=number, accepted=row.accepted)
+        fill, number = grammar_pb2.FillMasks(step=self._step, released=released), 0
+        for row in rows:
+            message = fill.rows.add(
+                sequence=row.sequence, row=number, accepted=row.accepted, drafts=row.drafts, max_forced=row.max_forced
+            )
+            number += 1 + len(row.drafts)
             if row.constraint is not None:
                 message.constraint.CopyFrom(constraint_to_proto(row.constraint))
         filled = self.ask(grammar_pb2.StepRequest(fill=fill)).filled
         assert filled.step == self._step
+        self.results = {result.sequence: (result.num_drafts, list(result.forced)) for result in filled.results}
         return {error.sequence: error_from_proto(error.error) for error in filled.errors}
 
     def allowed(self, row: int = 0) -> npt.NDArray[np.int64]:
