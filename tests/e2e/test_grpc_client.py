@@ -29,10 +29,11 @@ def test_generate_and_stream(stub) -> None:
     """The same core answers: unary and streaming must agree with each other and with the HTTP API's answer."""
     options = inference_pb2.GenerationOptions(temperature=0, max_tokens=30)
     whole = stub.Generate(inference_pb2.GenerateRequest(model=MODEL, prompt=FRANCE, options=options), timeout=60)
-    assert "Paris" in whole.text and whole.finish_reason == request_pb2.FINISH_REASON_STOP
+    (choice,) = whole.choices
+    assert "Paris" in choice.text and choice.finish_reason == request_pb2.FINISH_REASON_STOP
     stream = stub.GenerateStream(inference_pb2.GenerateStreamRequest(prompt=FRANCE, options=options), timeout=60)
     messages = list(stream)
-    assert "".join(message.text for message in messages) == whole.text
+    assert "".join(message.text for message in messages) == choice.text
     assert [message.HasField("finish_reason") for message in messages] == [False] * (len(messages) - 1) + [True]
     assert messages[-1].usage.completion_tokens == whole.usage.completion_tokens
 
@@ -44,7 +45,7 @@ def test_a_schema(stub) -> None:
         temperature=0, max_tokens=40, constraint=request_pb2.Constraint(json_schema=json.dumps(schema))
     )
     answer = stub.Generate(inference_pb2.GenerateRequest(prompt=FRANCE, options=options), timeout=60)
-    assert set(json.loads(answer.text)) >= {"capital"}
+    assert set(json.loads(answer.choices[0].text)) >= {"capital"}
 
 
 def test_models_and_a_bad_request(stub) -> None:

@@ -148,7 +148,7 @@ async def test_grpc(start: Callable[..., Any]) -> None:
                 await stream.read()
             assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
         metadata = (("authorization", f"Bearer {key}"),)
-        assert (await stub.Generate(request, metadata=metadata)).text
+        assert (await stub.Generate(request, metadata=metadata)).choices[0].text
         with pytest.raises(grpc.aio.AioRpcError) as error:
             await stub.Generate(request, metadata=metadata)
         assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED

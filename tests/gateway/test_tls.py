@@ -90,7 +90,7 @@ async def generate(address: str, ca: trustme.CA, client: trustme.LeafCert | None
     async with grpc.aio.secure_channel(address.replace("127.0.0.1", "localhost"), credentials, options) as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
         request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="Hi"))
-        return (await stub.Generate(request, timeout=10)).text
+        return (await stub.Generate(request, timeout=10)).choices[0].text
 
 
 async def test_both_apis(start: Callable[..., Any], files: Files, ca: trustme.CA) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import grpc
 
 from quire.service.errors import QuireError
 from quire.service.grpc_server import GrpcServer
-from quire.service.request import Finished, FinishReason, Request, Started, Update
+from quire.service.request import Finished, FinishReason, PromptLogprobs, Request, Started, TokenLogprobs, Update
 from quire.service.wire import request_from_proto, update_to_proto
 from quire.v1 import session_pb2, session_pb2_grpc
 
@@ -33,14 +34,27 @@ class Submission:
         cached: int | None = None,
         finish: FinishReason | None = None,
         error: QuireError | None = None,
+        logprobs: Sequence[TokenLogprobs] | None = None,
+        prompt_logprobs: PromptLogprobs | None = None,
     ) -> None:
-        """One update in a frame of its own."""
+        """One update in a frame of its own; log-probabilities are made up if they were asked for and not given."""
         started = None if cached is None else Started(cached, "engine-0")
         reason = FinishReason.ERROR if error else finish
         finished = None if reason is None else Finished(reason, error)
         self.ended = finished is not None
-        update = update_to_proto(Update(self.key, tuple(tokens), started, finished))
+        if logprobs is None:
+            count = self.request.logprobs
+            logprobs = [] if count is None else [made_up_logprobs(token, count) for token in tokens]
+        update = update_to_proto(Update(self.key, tuple(tokens), started, finished, tuple(logprobs), prompt_logprobs))
         self._frames.put_nowait(session_pb2.SessionResponse(step=session_pb2.StepFrame(updates=[update])))
+
+
+def made_up_logprobs(token_id: int, count: int) -> TokenLogprobs:
+    """The token is the likeliest, those with the next ids follow; the last of several can't come at all."""
+    top = [(token_id + place, -0.5 - place) for place in range(count)]
+    if count > 1:
+        top[-1] = (top[-1][0], -math.inf)
+    return TokenLogprobs(-0.5, 1, tuple(top))
 
 
 Answer = Callable[[Submission], Awaitable[None]]
@@ -149,6 +163,11 @@ def scripted(token_ids: Sequence[int], *, cached: int = 0, per_step: int = 1) ->
         tokens = list(token_ids)[: request.stop.max_tokens]
         reason = FinishReason.STOP if len(tokens) == len(token_ids) else FinishReason.LENGTH
         submission.send(cached=cached)
+        if (count := request.prompt_logprobs) is not None:
+            places = tuple(made_up_logprobs(token, count) for token in request.prompt_token_ids[1:])
+            middle = len(places) // 2
+            submission.send(prompt_logprobs=PromptLogprobs(1, places[:middle]))
+            submission.send(prompt_logprobs=PromptLogprobs(1 + middle, places[middle:]))
         for start in range(len(request.output_token_ids), len(tokens), per_step):
             await asyncio.sleep(0)
             if submission.cancelled.is_set():

@@ -5,32 +5,44 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import grpc
 
+from quire.gateway import grpc_answers
 from quire.gateway.access.gate import Caller, Gate
 from quire.gateway.access.grpc_access import authorization
-from quire.gateway.core import Core, Operation
-from quire.gateway.model import Conversation, Prompt
+from quire.gateway.answer import Answer
+from quire.gateway.core import Core, Generation, Operation
+from quire.gateway.deltas import Delta, Scores
+from quire.gateway.grpc_requests import in_contract_terms, read_options, read_prompt
 from quire.gateway.observation import Observer
-from quire.gateway.options import Options
 from quire.gateway.request_id import HEADER as REQUEST_ID_HEADER
 from quire.gateway.request_id import check_request_id
-from quire.gateway.stream import Result
-from quire.service.chat import Message
-from quire.service.errors import CancelledRequestError, InvalidRequestError, QuireError
+from quire.gateway.stream import Result, total_usage
+from quire.service.errors import CancelledRequestError, QuireError
 from quire.service.grpc_server import abort
 from quire.service.request import TraceContext
-from quire.service.wire import constraint_from_proto
-from quire.v1 import inference_pb2, inference_pb2_grpc, request_pb2
+from quire.v1 import inference_pb2, inference_pb2_grpc
 
 SERVICE = inference_pb2.DESCRIPTOR.services_by_name["InferenceService"].full_name
 
 _GenerateRequest: TypeAlias = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 _Context: TypeAlias = grpc.aio.ServicerContext[Any, Any]
-_Emit: TypeAlias = Callable[[str, str | Result], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A request that is being generated, `generations` of one prompt."""
+
+    id: str
+    generations: Sequence[Generation]
+
+
+_Emit: TypeAlias = Callable[[_Running, int, Delta | Result], Awaitable[None]]
 
 
 class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
@@ -46,38 +58,80 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> inference_pb2.GenerateResponse:
         """The whole text in one answer."""
-        texts: list[str] = []
-        response = inference_pb2.GenerateResponse(model=request.model or self._core.model.name)
+        outputs: dict[int, Answer] = defaultdict(Answer)
+        ends: dict[int, Result] = {}
 
-        async def collect(request_id: str, event: str | Result) -> None:
-            if isinstance(event, str):
-                texts.append(event)
-                return
-            response.request_id = request_id
-            response.finish_reason = _finish_reason(event)
-            response.usage.CopyFrom(_usage(event))
+        async def collect(running: _Running, index: int, event: Delta | Result) -> None:
+            if isinstance(event, Result):
+                ends[index] = event
+            else:
+                outputs[index].add(event)
 
-        await self._run(request, context, collect, stream=False)
-        response.text = "".join(texts)
-        return response
+        running = await self._run(request, context, collect, stream=False)
+        pieces = self._core.model.pieces
+        results = [ends[index] for index in range(len(running.generations))]
+        choices = [grpc_answers.choice(outputs[index], result, pieces) for index, result in enumerate(results)]
+        return inference_pb2.GenerateResponse(
+            request_id=running.id,
+            model=request.model or self._core.model.name,
+            choices=choices,
+            usage=grpc_answers.usage(total_usage(results, len(results))),
+            prompt_logprobs=grpc_answers.prompt_logprobs(running.generations[0], results[0], pieces),
+        )
 
     # A coroutine that writes, not a generator: a cancelled call must clean up at once, and a generator that is
     # dropped between two messages does so only when it is collected.
     async def GenerateStream(  # type: ignore[override]  # noqa: N802
         self, request: inference_pb2.GenerateStreamRequest, context: _Context
     ) -> None:
-        """The text as it comes; the last message has the finish reason and the usage."""
+        """The text as it comes; each choice's last message has its finish reason, the stream's last the usage."""
+        pieces = self._core.model.pieces
+        ends: dict[int, Result] = {}
+        scores: dict[int, Scores] = {}
 
-        async def write(request_id: str, event: str | Result) -> None:
-            message = inference_pb2.GenerateStreamResponse(request_id=request_id)
-            if isinstance(event, str):
-                message.text = event
+        async def write(running: _Running, index: int, event: Delta | Result) -> None:
+            if isinstance(event, Scores):
+                earlier = scores[index].tokens if index in scores else ()
+                scores[index] = Scores(earlier + event.tokens)
+                return
+            message = inference_pb2.GenerateStreamResponse(request_id=running.id, choice=index)
+            if index in scores:
+                grpc_answers.put(message, scores.pop(index), pieces)
+            if isinstance(event, Result):
+                ends[index] = event
+                message.finish_reason = grpc_answers.finish_reason(event)
+                if len(ends) == len(running.generations):
+                    results = [ends[index] for index in range(len(ends))]
+                    message.usage.CopyFrom(grpc_answers.usage(total_usage(results, len(results))))
             else:
-                message.finish_reason = _finish_reason(event)
-                message.usage.CopyFrom(_usage(event))
+                grpc_answers.put(message, event, pieces)
             await self._write(context, message)
 
         await self._run(request, context, write, stream=True)
+
+    async def Tokenize(  # noqa: N802
+        self, request: inference_pb2.TokenizeRequest, context: _Context
+    ) -> inference_pb2.TokenizeResponse:
+        """A prompt's token ids, as Generate would compute them."""
+        try:
+            self._check_model(request.model, context)
+            tokenized = await self._core.model.tokenize(read_prompt(request.prompt))
+        except QuireError as error:
+            await abort(context, in_contract_terms(error))
+        return inference_pb2.TokenizeResponse(
+            token_ids=tokenized.token_ids, max_model_len=self._core.model.max_model_len
+        )
+
+    async def Detokenize(  # noqa: N802
+        self, request: inference_pb2.DetokenizeRequest, context: _Context
+    ) -> inference_pb2.DetokenizeResponse:
+        """The text of token ids."""
+        try:
+            self._check_model(request.model, context)
+            self._core.model.codec.check_token_ids(request.token_ids, "tokens")
+        except QuireError as error:
+            await abort(context, in_contract_terms(error))
+        return inference_pb2.DetokenizeResponse(text=await self._core.model.detokenize(request.token_ids))
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: _Context
@@ -105,8 +159,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     def _caller(self, context: _Context) -> Caller:
         return self._gate.caller(authorization(context.invocation_metadata()))
 
-    async def _run(self, request: _GenerateRequest, context: _Context, emit: _Emit, *, stream: bool) -> None:
-        """Emits each new text and at last the Result; ends the call with the status of the error that came instead."""
+    def _check_model(self, name: str, context: _Context) -> None:
+        model = name or self._core.model.name
+        self._core.model.check_name(model)
+        self._caller(context).check_model(model)
+
+    async def _run(self, request: _GenerateRequest, context: _Context, emit: _Emit, *, stream: bool) -> _Running:
+        """Emits each choice's Deltas and Result; ends the call with the status of the error that came instead."""
         metadata = {name: str(value) for name, value in context.invocation_metadata() or ()}
         trace = TraceContext(metadata.get("traceparent", ""), metadata.get("tracestate", ""))
         operation = Operation.CHAT if request.prompt.HasField("chat") else Operation.TEXT_COMPLETION
@@ -126,76 +185,25 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 caller.check_model(model)
                 generations = await self._core.prepare(
                     request_id,
-                    _prompt(request),
-                    admission.options(_options(request.options)),
+                    read_prompt(request.prompt),
+                    admission.options(read_options(request.options, stream=stream)),
                     trace=seen.trace,
                     deadline_unix_ms=_deadline(context.time_remaining()),
                 )
+                running = _Running(request_id, generations)
                 seen.prepared(model, generations, request_id, stream=stream)
                 admission.start(generations)
+                ends: dict[int, Result] = {}
                 with self._core.open(generations, admission.counting(seen.progress)) as output:
-                    async for _, event in output:
-                        if isinstance(event, str | Result):
-                            await emit(request_id, event)
+                    async for index, event in output:
+                        await emit(running, index, event)
                         if isinstance(event, Result):
-                            seen.finished([event])
+                            ends[index] = event
+                seen.finished([ends[index] for index in range(len(ends))], len(ends))
         except QuireError as error:
-            await abort(context, _in_contract_terms(error))
-
-
-def _prompt(request: _GenerateRequest) -> Prompt:
-    match request.prompt.WhichOneof("kind"):
-        case "text":
-            return request.prompt.text
-        case "token_ids":
-            return tuple(request.prompt.token_ids.token_ids)
-        case "chat":
-            messages = request.prompt.chat.messages
-            return Conversation(tuple(Message(message.role, message.content) for message in messages))
-        case _:
-            raise InvalidRequestError("prompt is missing: set one of text, token_ids, chat", field="prompt")
-
-
-def _options(options: inference_pb2.GenerationOptions) -> Options:
-    constraint = constraint_from_proto(options.constraint) if options.HasField("constraint") else None
-    return Options(
-        max_tokens=options.max_tokens if options.HasField("max_tokens") else None,
-        temperature=options.temperature if options.HasField("temperature") else None,
-        top_p=options.top_p if options.HasField("top_p") else None,
-        top_k=options.top_k if options.HasField("top_k") else None,
-        seed=options.seed if options.HasField("seed") else None,
-        stop=tuple(options.stop),
-        constraint=constraint,
-        constraint_field=f"constraint.{constraint.kind.value}" if constraint else "",
-        priority=options.priority,
-    )
+            await abort(context, in_contract_terms(error))
+        return running
 
 
 def _deadline(remaining: float | None) -> int | None:
     return None if remaining is None else int((time.time() + remaining) * 1000)
-
-
-def _in_contract_terms(error: QuireError) -> QuireError:
-    """The core's and the services' names of fields are not this contract's: it nests them."""
-    field = error.field.removeprefix("sampling.").removeprefix("stop.")
-    top = field.partition(".")[0].partition("[")[0]
-    if top == "messages":
-        field = f"prompt.chat.{field}"
-    elif top in inference_pb2.GenerationOptions.DESCRIPTOR.fields_by_name:
-        field = f"options.{field}"
-    elif field.startswith("prompt["):
-        field = field.replace("prompt[", "prompt.token_ids.token_ids[", 1)
-    return error if field == error.field else type(error)(error.message, field=field)
-
-
-def _finish_reason(result: Result) -> request_pb2.FinishReason.ValueType:
-    return request_pb2.FinishReason.Value(f"FINISH_REASON_{result.finish_reason.value}")
-
-
-def _usage(result: Result) -> inference_pb2.Usage:
-    usage = result.usage
-    return inference_pb2.Usage(
-        prompt_tokens=usage.prompt_tokens,
-        cached_tokens=usage.cached_tokens,
-        completion_tokens=usage.completion_tokens,
-    )

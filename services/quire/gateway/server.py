@@ -20,6 +20,7 @@ from quire.gateway.config import GatewayConfig
 from quire.gateway.connection import ConnectionLimits
 from quire.gateway.core import Core
 from quire.gateway.grpc_api import SERVICE, InferenceServicer
+from quire.gateway.grpc_malformed import MalformedMessages
 from quire.gateway.http import application
 from quire.gateway.http_completions import HttpLimits
 from quire.gateway.http_server import HttpServer
@@ -120,7 +121,7 @@ class Gateway:
                 ("grpc.max_metadata_size", config.max_header_bytes),
                 ("grpc.absolute_max_metadata_size", config.max_header_bytes),
             ],
-            interceptors=[Authentication(gate)],
+            interceptors=[Authentication(gate), MalformedMessages()],
             credentials=self._tls.grpc_credentials() if self._tls is not None else None,
         )
         self._grpc.add(
