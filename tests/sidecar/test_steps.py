@@ -205,6 +205,15 @@ def test_a_closed_stream_frees_all_it_held(
     assert metrics["quire_sidecar_row_errors_total"] == 1
     assert metrics["quire_sidecar_fill_seconds_count"] == 2
     assert metrics["quire_sidecar_compile_seconds_count"] == 2
+    assert metrics["quire_sidecar_slowest_row_seconds_count"] == 2
+    assert metrics["quire_sidecar_late_rows_total"] == 0
+    assert metrics["quire_sidecar_cache_entries"] == 2
+    assert metrics["quire_sidecar_cache_bytes"] > 0
+    assert stream.fill(Row(4, DIGITS), Row(5, json_schema({"type": "integer", "multipleOf": 999_983})))
+    metrics = read_metrics(port)
+    assert metrics['quire_sidecar_compiles_total{kind="regex",result="cached"}'] == 1
+    assert metrics['quire_sidecar_compiles_total{kind="json_schema",result="refused"}'] == 1
+    assert metrics["quire_sidecar_compile_timeouts_total"] == 1
     stream.close()
     eventually(lambda: not sidecar.maps(str(stream.path)))
     metrics = read_metrics(port)
