@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import fcntl
 import os
@@ -14,19 +15,28 @@ import termios
 import time
 from collections.abc import Sequence
 from types import TracebackType
+from typing import Any
 
 DEADLINE = 60.0
 COLUMNS = 160
 
+_STYLE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 _SEQUENCE = re.compile(r"\x1b\[[0-9;?]*([A-Za-z])|\r|\n|[^\x1b\r\n]+")
 
 
 class Terminal:
     """Runs `command` from the beginning to the end of a `with` block."""
 
-    def __init__(self, command: Sequence[str], environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: dict[str, str] | None = None,
+        *,
+        lines: int = 50,
+        columns: int = COLUMNS,
+    ) -> None:
         self._fd, program_end = pty.openpty()
-        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 50, COLUMNS, 0, 0))
+        self.resize(lines, columns)
         self.process = subprocess.Popen(
             command, stdin=program_end, stdout=program_end, stderr=program_end,
             env=os.environ | {"TERM": "xterm"} | (environment or {}),
@@ -36,6 +46,7 @@ class Terminal:
         )  # fmt: skip
         os.close(program_end)
         self.output = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._read = 0
 
     def __enter__(self) -> Terminal:
@@ -51,6 +62,15 @@ class Terminal:
     def type(self, text: str) -> None:
         """Types `text`: \\x03 is Ctrl-C, \\x04 Ctrl-D."""
         os.write(self._fd, text.encode())
+
+    def resize(self, lines: int, columns: int) -> None:
+        """Makes the window larger or smaller, of which the program gets a signal."""
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", lines, columns, 0, 0))
+
+    @property
+    def modes(self) -> list[Any]:
+        """How the terminal treats what is typed, for termios."""
+        return termios.tcgetattr(self._fd)
 
     def expect(self, text: str) -> None:
         """Waits until `text` is shown after what the last call waited for."""
@@ -90,6 +110,12 @@ class Terminal:
                 column += len(text)
         return [line.rstrip() for line in lines]
 
+    @property
+    def frame(self) -> list[str]:
+        """The lines of the last whole screen that was drawn, by a program that draws whole screens."""
+        *_, last, _ = self.output.split("\x1b[H")
+        return _STYLE.sub("", last).splitlines()
+
     def _receive(self) -> bool:
         try:
             data = os.read(self._fd, 1 << 16)
@@ -97,7 +123,8 @@ class Terminal:
             if error.errno != errno.EIO:
                 raise
             return False
-        self.output += data.decode(errors="replace")
+        # What comes ends anywhere, also within a character.
+        self.output += self._decoder.decode(data)
         return bool(data)
 
 

@@ -1,1 +1,1 @@
-"""The command line: `quire serve`, `quire chat`, `quire bench`."""
+"""The command line: `quire serve`, `quire chat`, `quire bench`, `quire top`."""

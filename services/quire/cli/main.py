@@ -18,6 +18,7 @@ COMMANDS = {
     "serve": "start every service on this machine and serve a model",
     "chat": "talk to a model in the terminal",
     "bench": "measure the speed of a server",
+    "top": "watch what the engines do",
     "keys": "make API keys for a server",
     "manifests": "print what a service becomes on Kubernetes",
 }
@@ -27,6 +28,7 @@ examples:
   quire serve                        the embedded model on http://127.0.0.1:8000/v1
   quire chat                         talk to it
   quire bench --concurrency 8        measure it
+  quire top                          watch its engine meanwhile
   quire COMMAND --help               what a command takes"""
 
 

@@ -19,12 +19,12 @@ from typing import NoReturn
 from quire.cli.flags import Parser
 from quire.cli.output import OutputPipe
 from quire.cli.progress import LoadProgress
-from quire.cli.runtime_dir import runtime_dir
-from quire.cli.services import ServeConfig, stages
-from quire.cli.supervisor import ChildDiedError, ChildSpec, Supervisor
+from quire.cli.runtime_dir import Serving, announce, runtime_dir
+from quire.cli.services import ServeConfig, engine_addresses, stages
 from quire.service.checkpoint.locate import EMBEDDED_MODEL, locate
 from quire.service.errors import ConfigError
 from quire.service.logs import LogFormat, setup_logging
+from quire.service.supervisor import ChildDiedError, ChildSpec, Supervisor
 
 _EXAMPLES = """\
   quire serve
@@ -58,6 +58,7 @@ def main(argv: list[str]) -> int:
     # What is missing or wrong is said once, here, and what has to be downloaded is downloaded once.
     model_name = locate(config.model).name
     with runtime_dir() as folder:
+        announce(folder, Serving(config.url, model_name, engine_addresses(config, folder)))
         return asyncio.run(_serve(config, model_name, folder, began))
 
 

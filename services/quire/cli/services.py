@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from quire.cli.flags import at_least
 from quire.cli.probes import follow_loading, until_serving
-from quire.cli.supervisor import ChildSpec
 from quire.service.errors import ConfigError
+from quire.service.supervisor import ChildSpec
 
 MAX_ENGINES = 64
 
@@ -81,15 +81,19 @@ class ServeConfig:
         return self.threads or max(1, _cores() // self.engines)
 
 
+def engine_addresses(config: ServeConfig, folder: Path) -> tuple[str, ...]:
+    """Where the engines listen."""
+    return tuple(_socket(folder, f"engine-{index}") for index in range(config.engines))
+
+
 def stages(config: ServeConfig, folder: Path, report: Report) -> list[list[ChildSpec]]:
     """The processes that serve `config`, in the order in which they stop. Their sockets are in `folder`.
 
     `report(name, activity, fraction)` hears how engines load.
     """
-    engines = [_socket(folder, f"engine-{index}") for index in range(config.engines)]
     return [
         [_gateway(config, folder)],
-        [_router(config, folder, engines)],
+        [_router(config, folder, engine_addresses(config, folder))],
         [_engine(config, folder, index, report) for index in range(config.engines)],
         [_sidecar(config, folder, index) for index in range(config.engines)],
     ]
@@ -114,7 +118,7 @@ def _gateway(config: ServeConfig, folder: Path) -> ChildSpec:
     )
 
 
-def _router(config: ServeConfig, folder: Path, engines: list[str]) -> ChildSpec:
+def _router(config: ServeConfig, folder: Path, engines: Sequence[str]) -> ChildSpec:
     address = _socket(folder, "router")
     flags = {
         "--listen": address,
