@@ -171,10 +171,14 @@ class RouterLink:
                     "router sent an update for no request", extra={"router": self.address, "key": update.key}
                 )
                 continue
-            if update.HasField("finished"):
+            finished = update.HasField("finished")
+            if finished:
                 del calls[update.key]
             if call.finished is None:
                 call.feed(update)
+                # What came made no sense and ended the call: nobody reads the rest.
+                if not finished and call.finished is not None:
+                    self.cancel(call)
 
     def _hang_up(self) -> None:
         self._welcomed = self._draining = False
