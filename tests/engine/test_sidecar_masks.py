@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from sidecar_process import DEADLINE, SidecarProcess, allowed_tokens, eventually, json_schema, regex
 
-from quire.engine.masks import MaskBatch, MaskRequest
+from quire.engine.masks import DraftResult, MaskBatch, MaskRequest
 from quire.engine.sidecar_masks import SidecarMasks
 from quire.service.checkpoint import TextModel, load_text, locate
 from quire.service.errors import InternalError, InvalidRequestError, UnavailableError
@@ -170,6 +170,60 @@ def test_a_sidecar_killed_under_open_steps_is_replayed(tmp_path: Path, smollm: T
         assert allows(smollm, batch, 0, "Ġ")
         assert list(allowed_tokens(source.begin(requests[:1], []).wait().rows[0])) == list(smollm.eos_token_ids)
         source.close()
+
+
+def test_many_sequences_go_on_where_they_were(tmp_path: Path, smollm: TextModel) -> None:
+    """A restart would move some of a batch's sequences back, or mix them up."""
+    texts = ['{"name": "Zoë 東京", "tags": [1, {"x": null}]}', '{"name": "A"}', "123"]
+    outputs = [ids(smollm, texts[number % 3]) for number in range(48)]
+    with SidecarProcess(tmp_path) as sidecar, SidecarProcess(_folder(tmp_path / "undisturbed")) as other:
+        sources = [
+            SidecarMasks(process.address, smollm.vocab_size, 2 * len(outputs), DEADLINE, tmp_path)
+            for process in (sidecar, other)
+        ]
+        for step in range(max(map(len, outputs))):
+            requests = [
+                MaskRequest(
+                    number, DIGITS if number % 3 == 2 else PERSON, output[:step], f"tenant {number % 2}", drafts
+                )
+                for number, output in enumerate(outputs)
+                if step < len(output)
+                for drafts in (output[step : step + number % 2],)
+            ]
+            if step in (3, 9):
+                tickets = [source.begin(requests, []) for source in sources]
+                sidecar.restart()
+            else:
+                tickets = [source.begin(requests, []) for source in sources]
+            batches = [ticket.wait() for ticket in tickets]
+            assert not batches[0].errors
+            assert np.array_equal(batches[0].rows, batches[1].rows), step
+            assert batches[0].results == batches[1].results
+        for source in sources:
+            source.close()
+
+
+def _folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_drafts_have_rows_of_their_own(masks: SidecarMasks, smollm: TextModel) -> None:
+    """Speculation would read the mask of one position for another, or of another sequence."""
+    digits, name = ids(smollm, "12"), ids(smollm, '{"')
+    batch = masks.begin(
+        [MaskRequest(1, DIGITS, [], drafts=[*digits[:1], 0]), MaskRequest(2, PERSON, name, max_forced=9)], []
+    ).wait()
+    assert batch.rows.shape == (4, smollm.vocab_size // 32)
+    assert batch.results[1] == DraftResult(1)
+    assert batch.results[2].num_drafts == 0
+    assert smollm.tokenizer.decode(list(batch.results[2].forced)) == "name"
+    assert allows(smollm, batch, 1, "7")
+    assert allows(smollm, batch, 3, "name")
+    # Drafts are not consumed; those that are kept come as output.
+    batch = masks.begin([MaskRequest(1, DIGITS, digits[:1], drafts=digits[1:]), MaskRequest(3, DIGITS, [])], [2]).wait()
+    assert allows(smollm, batch, 1, "7")
+    assert not allows(smollm, batch, 1, "A")
 
 
 def test_a_sidecar_that_stays_away_costs_the_deadline_and_no_more(tmp_path: Path, smollm: TextModel) -> None:
