@@ -76,7 +76,7 @@ def test_version(capsys: Output) -> None:
     ("line", "said"),
     [
         ("sevre", "there is no command 'sevre': did you mean `quire serve`?"),
-        ("frobnicate", "there is no command 'frobnicate': choose one of serve, chat, bench"),
+        ("frobnicate", "there is no command 'frobnicate': choose one of serve, chat, bench, top"),
         ("serve --prot 9000", "there is no --prot, did you mean --port: see `quire serve --help`"),
         ("serve --engine=2", "there is no --engine, did you mean --engines: see `quire serve --help`"),
         ("serve one two", "there is no two: see `quire serve --help`"),
@@ -118,6 +118,10 @@ def test_version(capsys: Output) -> None:
         ("bench --rate inf", "--rate is inf: give requests per second, more than 0"),
         ("bench --input-len 0", "--input-len is 0: it must be at least 1"),
         ("bench --output-len=-5", "--output-len is -5: it must be at least 1"),
+        ("top --interval 0", "--interval is 0: it must be at least 0.1"),
+        ("top --interval nan", "--interval is nan: it must be at least 0.1"),
+        ("top --engine engine-0", "--engine is 'engine-0': give a host and a port, as in 127.0.0.1:9100, or unix: and"),
+        ("top --engines 2", "there is no --engines, did you mean --engine: see `quire top --help`"),
         ("bench --seed x", "argument --seed: invalid int value: 'x': see `quire bench --help`"),
     ],
 )

@@ -20,7 +20,7 @@ from terminal import Terminal
 
 from quire.cli.main import main
 from quire.cli.progress import LoadProgress
-from quire.cli.runtime_dir import runtime_dir
+from quire.cli.runtime_dir import find_serving, runtime_dir
 from quire.cli.services import ServeConfig, stages
 from quire.service.errors import ConfigError
 
@@ -166,6 +166,7 @@ def test_a_whole_life_in_a_terminal() -> None:
         pasted = re.search(r"^  (curl .*)$", "\n".join(terminal.screen), flags=re.MULTILINE)
         assert pasted and f"chat --url http://127.0.0.1:{port}" in terminal.output
         assert answer_to(pasted[1])
+        assert f"http://127.0.0.1:{port}" in [serving.url for serving in find_serving()]
         pids = descendants(terminal.process.pid)
         folders = sockets_of(pids)
         terminal.type("\x03")
@@ -177,6 +178,7 @@ def test_a_whole_life_in_a_terminal() -> None:
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
     assert folders and not any(map(Path.exists, folders))
     assert is_free(port) and is_free(grpc_port)
+    assert f"http://127.0.0.1:{port}" not in [serving.url for serving in find_serving()]
 
 
 def answer_to(line: str) -> str:

@@ -32,7 +32,7 @@ _EXAMPLES = """\
       the engines of `quire serve` on this machine; q leaves
   quire top --engine 127.0.0.1:9100 --engine 127.0.0.1:9101
       engines elsewhere, by what they were given as --listen
-  quire top --once | less -R
+  quire top --once --engine unix:/run/quire/engine.sock
       one look, for a pipe or a script"""
 
 _KEYS = "q quits "
