@@ -79,7 +79,9 @@ class EndpointSlices:
             if os.environ.get("KUBERNETES_SERVICE_HOST"):
                 config.load_incluster_config(client_configuration=configuration)
             else:
-                await config.load_kube_config(client_configuration=configuration)
+                # The package looks at the variable only once, when it is imported.
+                where = os.environ.get("KUBECONFIG")
+                await config.load_kube_config(config_file=where, client_configuration=configuration)
         except config.ConfigException as error:
             raise ConfigError(
                 f"--engines names a Service, but the Kubernetes API is not known here ({error}): run in a pod with a "
