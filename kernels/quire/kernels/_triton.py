@@ -12,10 +12,12 @@ from typing import Any
 try:
     import triton
     import triton.language as tl
+    from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+    from triton.tools.tensor_descriptor import TensorDescriptor
 except ModuleNotFoundError:
-    triton = tl = None
+    triton = tl = gdc_launch_dependents = gdc_wait = TensorDescriptor = None
 
-__all__ = ["ceil_div", "jit", "next_power_of_2", "tl"]
+__all__ = ["TensorDescriptor", "ceil_div", "gdc_launch_dependents", "gdc_wait", "jit", "next_power_of_2", "tl"]
 
 
 def jit(kernel: Callable[..., Any]) -> Any:

@@ -1,0 +1,255 @@
+"""Products y = x Wᵀ of few rows on a GPU, which take as long as reading W does; cuBLAS where there are more.
+
+A program owns a tile of outputs and reads its rows of W once, in blocks that several stages of loads keep in flight.
+Where there are fewer tiles than the GPU has multiprocessors, K is split among programs too; the last of them to finish
+adds the parts, always in the same order, so the same batch gives the same bits. The gated activation (SwiGLU) can be
+the end of the product in front of it: the tile then has two halves, of gate and up.
+
+A product may be launched while the kernel before it still runs (programmatic dependent launch, CUDA programming guide
+§3.2.8.5): it asks for the start of W in the L2 cache, which depends on nobody, and waits before it reads x.
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quire.kernels._triton import TensorDescriptor, ceil_div, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
+from quire.kernels.linear_tiles import LinearTile, tile_for
+from quire.kernels.silu_and_mul import silu_and_mul
+
+
+@dataclass(frozen=True, slots=True)
+class SplitSpace:
+    """Where the programs that share a tile meet. One serves all products of a stream, which run one after another."""
+
+    partials: Tensor  # float32 [elements]
+    arrivals: Tensor  # int32 [tiles], 0 between launches
+
+    @classmethod
+    def new(cls, device: torch.device, elements: int = 1 << 22, tiles: int = 1 << 14) -> SplitSpace:
+        """Room for products of up to `elements` outputs times splits."""
+        return cls(
+            torch.empty(elements, dtype=torch.float32, device=device),
+            torch.zeros(tiles, dtype=torch.int32, device=device),
+        )
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, space: SplitSpace | None = None, dependent: bool = False
+) -> Tensor:
+    """x Wᵀ + b, [M, N] in x's type, accumulated in float32.
+
+    x [M, K]; weight [N, K] of x's type; bias [N] of any float type; space: without it K is never split; dependent: the
+    launch may overlap the end of the kernel before it on the stream.
+    """
+    tile = tile_for(x.shape[0], *weight.shape, gated=False) if x.is_cuda else None
+    if tile is None or (tile.splits > 1 and space is None):
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    return linear_triton(x, weight, tile, bias, space, dependent=dependent)
+
+
+def linear_silu_and_mul(x: Tensor, weight: Tensor, space: SplitSpace | None = None, dependent: bool = False) -> Tensor:
+    """silu(x Gᵀ) · (x Uᵀ) for weight = [G; U], [2 I, K]; the result is [M, I]. Otherwise as `linear`."""
+    tile = tile_for(x.shape[0], weight.shape[0] // 2, weight.shape[1], gated=True) if x.is_cuda else None
+    if tile is None or (tile.splits > 1 and space is None):
+        return silu_and_mul(linear(x, weight, None, space, dependent))
+    return linear_triton(x, weight, tile, None, space, gated=True, dependent=dependent)
+
+
+def linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    tile: LinearTile,
+    bias: Tensor | None = None,
+    space: SplitSpace | None = None,
+    gated: bool = False,
+    dependent: bool = False,
+) -> Tensor:
+    """`linear`, or `linear_silu_and_mul` if `gated`, with a tile of one's choice. x's rows may be strided."""
+    num_rows, size = x.shape
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    if weight.shape[1] != size or weight.dtype != x.dtype or not weight.is_contiguous() or x.stride(1) != 1:
+        raise ValueError(
+            f"weight must be contiguous, [N, {size}] and {x.dtype}, x contiguous along K: weight is "
+            f"{list(weight.shape)} and {weight.dtype}, the strides are {weight.stride()} and {x.stride()}"
+        )
+    out = torch.empty((num_rows, columns), dtype=x.dtype, device=x.device)
+    if num_rows == 0:
+        return out
+    rows = max(16, next_power_of_2(num_rows)) if not tile.swap else max(8, next_power_of_2(num_rows))
+    tiles = ceil_div(columns, tile.columns)
+    if tile.splits > 1:
+        halves = 2 if gated else 1
+        needed = tiles * tile.splits * halves * rows * tile.columns
+        if space is None or space.partials.numel() < needed or space.arrivals.numel() < tiles:
+            raise ValueError(f"a product split {tile.splits} times needs a SplitSpace of {needed} elements")
+    _linear_kernel[(tiles, tile.splits)](
+        x,
+        weight,
+        TensorDescriptor.from_tensor(weight, [tile.columns, tile.depth]) if tile.bulk else weight,
+        weight if bias is None else bias,
+        out,
+        out if space is None else space.partials,
+        out if space is None else space.arrivals,
+        num_rows,
+        columns,
+        x.stride(0),
+        SIZE=size,
+        ROWS=rows,
+        COLUMNS=tile.columns,
+        DEPTH=tile.depth,
+        SPLITS=tile.splits,
+        STAGES=tile.stages,
+        SWAP=tile.swap,
+        BULK=tile.bulk,
+        GATED=gated,
+        BIAS=bias is not None,
+        EVEN=columns % tile.columns == 0 and size % (tile.depth * tile.splits) == 0,
+        DEPENDENT=dependent,
+        PREFETCH=tile.prefetch if dependent else 0,
+        num_warps=tile.warps,
+        **({"launch_pdl": True} if dependent else {}),
+    )
+    return out
+
+
+@jit
+def _prefetch(pointer: tl.tensor) -> None:
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@jit
+def _multiply(x: tl.tensor, w: tl.tensor, acc: tl.tensor, SWAP: tl.constexpr) -> tl.tensor:
+    """acc plus x wᵀ [ROWS, COLUMNS], or its transpose: a matrix unit wants 64 rows of its first operand."""
+    if SWAP:
+        acc = tl.dot(w, tl.trans(x), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    return acc
+
+
+@jit
+def _add_parts(partials_ptr: tl.tensor, place: tl.tensor, SPLITS: tl.constexpr, STRIDE: tl.constexpr) -> tl.tensor:
+    total = tl.load(partials_ptr + place, cache_modifier=".cg")
+    for part in tl.static_range(1, SPLITS):
+        total += tl.load(partials_ptr + part * STRIDE + place, cache_modifier=".cg")
+    return total
+
+
+@jit
+def _linear_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    blocks: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    partials_ptr: tl.tensor,
+    arrivals_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    columns: tl.tensor,
+    x_stride: tl.tensor,
+    SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SWAP: tl.constexpr,
+    BULK: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    PREFETCH: tl.constexpr,
+) -> None:
+    """A tile of all rows and some columns, over a part of K, a program. The accumulator is transposed if SWAP.
+
+    `blocks` is W's tensor descriptor if BULK: its blocks come by the tensor memory accelerator, zeros past its end.
+    """
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    row = tl.arange(0, ROWS)
+    column = tile * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, DEPTH)
+    # A multiple of DEPTH for each part.
+    share: tl.constexpr = (SIZE + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
+    begin = part * share
+    w_ptrs = weight_ptr + column.to(tl.int64)[:, None] * SIZE + depth[None, :]
+    up = columns.to(tl.int64) * SIZE
+    if PREFETCH > 0:
+        line = tl.arange(0, PREFETCH // 64)
+        w_lines = weight_ptr + column.to(tl.int64)[:, None] * SIZE + begin + line[None, :] * 64
+        _prefetch(w_lines)
+        if GATED:
+            _prefetch(w_lines + up)
+    if DEPENDENT:
+        gdc_wait()
+    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_stride + depth[None, :]
+    if SWAP:
+        acc = tl.zeros((COLUMNS, ROWS), tl.float32)
+        acc_up = tl.zeros((COLUMNS, ROWS), tl.float32)
+    else:
+        acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+        acc_up = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(begin, begin + share, DEPTH, num_stages=STAGES):
+        within = (start + depth < SIZE)[None, :]
+        if EVEN:
+            x = tl.load(x_ptrs + start, mask=(row < num_rows)[:, None], other=0.0)
+        else:
+            x = tl.load(x_ptrs + start, mask=(row < num_rows)[:, None] & within, other=0.0)
+        if BULK:
+            w = blocks.load([tile * COLUMNS, start])
+        elif EVEN:
+            w = tl.load(w_ptrs + start)
+        else:
+            w = tl.load(w_ptrs + start, mask=(column < columns)[:, None] & within, other=0.0)
+        acc = _multiply(x, w, acc, SWAP)
+        if GATED:
+            if BULK:
+                w_up = blocks.load([columns + tile * COLUMNS, start])
+            elif EVEN:
+                w_up = tl.load(w_ptrs + up + start)
+            else:
+                w_up = tl.load(w_ptrs + up + start, mask=(column < columns)[:, None] & within, other=0.0)
+            acc_up = _multiply(x, w_up, acc_up, SWAP)
+    if DEPENDENT:
+        gdc_launch_dependents()
+    if SWAP:
+        r = row[None, :]
+        c = column[:, None]
+    else:
+        r = row[:, None]
+        c = column[None, :]
+
+    ours = True
+    if SPLITS > 1:
+        # [tiles, half, part, COLUMNS, ROWS]
+        size: tl.constexpr = COLUMNS * ROWS
+        halves: tl.constexpr = 2 if GATED else 1
+        first = partials_ptr + tile.to(tl.int64) * (halves * SPLITS * size)
+        place = (c - tile * COLUMNS) * ROWS + r
+        tl.store(first + part * size + place, acc)
+        if GATED:
+            tl.store(first + (SPLITS + part) * size + place, acc_up)
+        # All threads' parts must be out before this program says that it is done.
+        tl.debug_barrier()
+        ours = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        if ours:
+            tl.store(arrivals_ptr + tile, 0)
+            acc = _add_parts(first, place, SPLITS, size)
+            if GATED:
+                acc_up = _add_parts(first + SPLITS * size, place, SPLITS, size)
+    if ours:
+        if BIAS:
+            acc += tl.load(bias_ptr + c, mask=c < columns, other=0.0).to(tl.float32)
+        if GATED:
+            acc = acc / (1.0 + tl.exp(-acc)) * acc_up
+        out = out_ptr + r.to(tl.int64) * columns + c
+        tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=(r < num_rows) & (c < columns))

@@ -1,0 +1,58 @@
+"""Which tile serves a product of few rows best, and from how many rows on cuBLAS does.
+
+The table holds what tests/benchmarks/kernel_linear.py found and prints in this form; other shapes get a rule that suits
+most of those in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTile:
+    """How `quire.kernels.linear` cuts a product."""
+
+    columns: int  # outputs of a program
+    depth: int  # of K, read at a time
+    stages: int  # of `depth` each, in flight
+    warps: int = 4
+    splits: int = 1  # programs that share K
+    swap: bool = False  # whether W is the first operand: its rows fill the matrix unit where x's are few
+    bulk: bool = False  # whether blocks of W come by the tensor memory accelerator
+    prefetch: int = 256  # elements of each row of W asked for before the wait, where the launch is dependent
+
+    def __post_init__(self) -> None:
+        for name, value in (("columns", self.columns), ("depth", self.depth), ("splits", self.splits)):
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} of a tile must be a power of two, and they are {self}")
+        if self.bulk and max(self.columns, self.depth) > 256:
+            raise ValueError(f"the tensor memory accelerator moves at most 256 rows of 256 elements: {self}")
+        if self.columns < 16 or self.depth < 16:
+            raise ValueError(f"columns and depth of a tile must be at least 16, and they are {self}")
+
+
+# More rows than that are left to cuBLAS.
+MAX_ROWS = 64
+# (N, K, gated; N is of the result) → (most rows, tile) in ascending order; None: cuBLAS.
+TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | None], ...]] = {}
+# A GPU has about so many multiprocessors; fewer programs leave memory idle.
+_FULL = 128
+
+
+def tile_for(rows: int, columns: int, size: int, gated: bool) -> LinearTile | None:
+    """The tile for [rows, size] × [columns, size]ᵀ, None where cuBLAS is to be used."""
+    for most, tile in TUNED.get((columns, size, gated), ()):
+        if rows <= most:
+            return tile
+    if rows > MAX_ROWS or size < 512:
+        return None
+    width = 128 if columns >= 64 * _FULL else 64 if columns >= 64 * _FULL // 2 else 32
+    if gated:
+        width //= 2
+    width = max(16, width)
+    splits = 1
+    while splits < 8 and -(-columns // width) * splits < _FULL and size // (2 * splits) >= 512:
+        splits *= 2
+    return LinearTile(width, 128 if width >= 64 else 256, 4, splits=splits)

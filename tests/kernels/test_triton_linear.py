@@ -1,0 +1,150 @@
+"""The Triton kernel of products of few rows against float64, interpreted on a CPU and compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+import triton_testing
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from triton_testing import DEVICE, FLOAT_TYPES, assert_close, examples, poison
+
+triton_testing.need_triton()
+
+from quire.kernels.linear import SplitSpace, linear, linear_silu_and_mul, linear_triton  # noqa: E402
+from quire.kernels.linear_tiles import LinearTile, tile_for  # noqa: E402
+
+ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tensor:
+    out = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if gated:
+        gate, up = out.chunk(2, dim=-1)
+        out = F.silu(gate) * up
+    return out
+
+
+def check(
+    rows: int, columns: int, size: int, tile: LinearTile, dtype: torch.dtype, gated: bool, biased: bool, dependent: bool
+) -> None:
+    x = torch.randn(rows, size + 3, device=DEVICE)[:, :size].to(dtype)
+    x = torch.cat((x, poison(rows, 8, dtype=dtype)), 1)[:, :size]  # strided rows
+    weight = (torch.randn((2 if gated else 1) * columns, size, device=DEVICE) / size**0.5).to(dtype)
+    bias = torch.randn(columns, device=DEVICE) if biased else None
+    space = SplitSpace.new(x.device)
+    space.partials.fill_(float("nan"))
+    exact = product(x.double(), weight.double(), bias, gated)
+    by_torch = product(x, weight, bias, gated)
+    for _ in range(2):
+        out = linear_triton(x, weight, tile, bias, space, gated, dependent)
+        assert_close(out, exact, by_torch)
+        assert not space.arrivals.any()
+
+
+@settings(max_examples=examples(30, 150), deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 7, 16, 33, 64]),
+    columns=st.sampled_from([1, 16, 40, 64, 130]),
+    size=st.sampled_from([16, 64, 100, 256, 328]),
+    tile=st.builds(
+        LinearTile,
+        columns=st.sampled_from([16, 32, 64]),
+        depth=st.sampled_from([16, 32, 128]),
+        stages=st.sampled_from([2, 4]),
+        splits=st.sampled_from([1, 1, 2, 4]),
+        swap=st.booleans(),
+    ),
+    dtype=st.sampled_from(FLOAT_TYPES),
+    kind=st.sampled_from(["plain", "bias", "gated"]),
+    dependent=st.booleans() if DEVICE == "cuda" else st.just(False),
+    seed=st.integers(0, 2**32),
+)
+def test_products_equal_their_definition(
+    rows: int,
+    columns: int,
+    size: int,
+    tile: LinearTile,
+    dtype: torch.dtype,
+    kind: str,
+    dependent: bool,
+    seed: int,
+) -> None:
+    """Without it some shape's layers are off on a GPU, at its edges or where programs share K."""
+    torch.manual_seed(seed)
+    check(rows, columns, size, tile, dtype, kind == "gated", kind == "bias", dependent)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    "tile", [LinearTile(16, 32, 2, bulk=True), LinearTile(32, 64, 3, splits=2, swap=True, bulk=True)]
+)
+@pytest.mark.parametrize(("columns", "size"), [(64, 256), (40, 200)])
+def test_blocks_that_the_memory_accelerator_brings(columns: int, size: int, tile: LinearTile, gated: bool) -> None:
+    """Without it a tile past the end of W, or of its gates, computes with what lies there."""
+    import triton
+
+    if DEVICE == "cpu" and triton.__version__ < "3.7":
+        pytest.skip("its interpreter has no tensor descriptors")
+    torch.manual_seed(0)
+    check(5, columns, size, tile, torch.float16, gated, False, DEVICE == "cuda")
+
+
+@ON_GPU
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64, 65])
+@pytest.mark.parametrize(("columns", "size"), [(4096, 4096), (6144, 4096), (1024, 3072), (4096, 14336), (3072, 1024)])
+def test_the_tiles_in_use(rows: int, columns: int, size: int) -> None:
+    """Without it the tile that a real layer gets may not fit the GPU, or may be wrong where those of other tests are
+    right; and a product may read its input before the launch ahead of it has written it."""
+    torch.manual_seed(0)
+    space = SplitSpace.new(torch.device(DEVICE))
+    weight = (torch.randn(2 * columns, size, device=DEVICE) / size**0.5).bfloat16()
+    for gated, function, w in ((False, linear, weight[:columns]), (True, linear_silu_and_mul, weight)):
+        graph, x = torch.cuda.CUDAGraph(), torch.zeros(rows, size, device=DEVICE, dtype=torch.bfloat16)
+        source = torch.randn(rows, size, device=DEVICE)
+        function(x, w, space=space, dependent=True)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            x.copy_(source * 2)
+            out = function(x, w, space=space, dependent=True)
+        for seed in range(3):
+            torch.manual_seed(seed)
+            source.normal_()
+            graph.replay()
+            inputs = (source * 2).bfloat16()
+            assert_close(out, product(inputs.double(), w.double(), None, gated), product(inputs, w, None, gated))
+
+
+def test_shapes_without_an_entry_get_a_tile_that_exists() -> None:
+    """Without it an unusual model's layer asks for a tile that no kernel can have."""
+    for columns in (1, 100, 1024, 5000, 200000):
+        for size in (512, 1000, 16384):
+            for rows in (1, 64):
+                for gated in (False, True):
+                    tile = tile_for(rows, columns, size, gated)
+                    assert tile is not None
+                    assert tile.columns * tile.depth <= 128 * 128 * 2
+    assert tile_for(65, 4096, 4096, False) is None
+    assert tile_for(1, 4096, 64, False) is None
+
+
+def test_what_a_product_cannot_have_is_refused() -> None:
+    """Without it a wrong layout becomes wrong numbers instead of an error that names it."""
+    x, weight = torch.zeros(2, 64, device=DEVICE), torch.zeros(32, 64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"weight must be contiguous, \[N, 64\]"):
+        linear_triton(x, weight.t().contiguous().t(), LinearTile(16, 16, 2))
+    with pytest.raises(ValueError, match=r"\[N, 60\]"):
+        linear_triton(x[:, :60], weight, LinearTile(16, 16, 2))
+    with pytest.raises(ValueError, match="needs a SplitSpace of 2048 elements"):
+        linear_triton(x, weight, LinearTile(16, 16, 2, splits=4))
+    with pytest.raises(ValueError, match="power of two"):
+        LinearTile(48, 64, 2)
+    with pytest.raises(ValueError, match="at least 16"):
+        LinearTile(8, 64, 2)
+    with pytest.raises(ValueError, match="at most 256"):
+        LinearTile(16, 512, 2, bulk=True)
+    assert linear(x, weight).shape == (2, 32)
+    assert linear_silu_and_mul(x, weight).shape == (2, 16)
+    assert linear_triton(x[:0], weight, LinearTile(16, 16, 2)).shape == (0, 32)
