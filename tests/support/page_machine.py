@@ -89,6 +89,9 @@ class Masks:
 
     batch: MaskBatch
 
+    def arrives(self, seconds: float) -> bool:
+        return True
+
     def wait(self) -> MaskBatch:
         return self.batch
 

@@ -16,7 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 
-from quire.engine.masks import MaskRequest, MaskSource
+import numpy as np
+
+from quire.engine.masks import MaskBatch, MaskRequest, MaskSource
 from quire.engine.runner import PendingStep, Runner, StepMasks
 from quire.engine.scheduler import Schedule, Scheduler
 from quire.engine.sequence import Sequence, SequenceState
@@ -32,6 +34,23 @@ from quire.service.request import (
     Update,
 )
 
+# A step waits so long for its masks, then goes on without the sequences that need them. Without work, so long at once.
+_PATIENCE_S = 0.25
+_IDLE_S = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class _AllAllowed:
+    """See quire.engine.masks.MaskTicket."""
+
+    batch: MaskBatch
+
+    def arrives(self, seconds: float) -> bool:
+        return True
+
+    def wait(self) -> MaskBatch:
+        return self.batch
+
 
 @dataclass(slots=True)
 class _Step:
@@ -42,6 +61,16 @@ class _Step:
     pending: PendingStep
     masks: StepMasks | None
     began: float
+    # Its masks did not come: what it draws under them is void.
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _LateMasks:
+    """Masks that a step did not wait for. Until they come, or an error does, their like are not asked for."""
+
+    masks: StepMasks
+    sequences: tuple[Sequence, ...]
 
 
 class EngineCore:
@@ -68,6 +97,7 @@ class EngineCore:
         self._clock = clock
         self._run_ahead = run_ahead
         self._in_flight: _Step | None = None
+        self._late: _LateMasks | None = None
         self._last_commit = 0.0
         self._updates: list[Update] = []
         self._released: list[int] = []
@@ -107,6 +137,7 @@ class EngineCore:
     def step(self) -> list[Update]:
         """Runs one step and returns what happened since the last."""
         self._end_expired()
+        self._look_for_late_masks(0.0)
         schedule = self.scheduler.schedule()
         step = self._launch(schedule) if schedule.plan.work else None
         if self._in_flight is not None:
@@ -118,6 +149,8 @@ class EngineCore:
                 self._in_flight = step
             else:
                 self._commit(step)
+        else:
+            self._look_for_late_masks(_IDLE_S)
         updates, self._updates = self._updates, []
         return updates
 
@@ -144,7 +177,31 @@ class EngineCore:
         if step.masks is None:
             step.masks = self._ask_masks(step.schedule, step.constrained)
         if step.constrained:
+            if step.masks is not None and not step.masks.arrive(_PATIENCE_S):
+                step.masks = self._do_without(step, step.masks)
             step.pending.draw(step.masks)
+
+    def _do_without(self, step: _Step, masks: StepMasks) -> StepMasks:
+        """The masks of a step whose own are late: they allow everything, and what is drawn is taken back."""
+        sequences = tuple(step.schedule.sequences[index] for index in masks.work)
+        for sequence in sequences:
+            self.scheduler.retract(sequence)
+        step.late = self.scheduler.hold_constrained = True
+        self._late = _LateMasks(masks, sequences)
+        rows = np.full((len(sequences), -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        return StepMasks(masks.work, _AllAllowed(MaskBatch(rows, {})))
+
+    def _look_for_late_masks(self, seconds: float) -> None:
+        """If masks that were late have come, the sequences that wait for masks go on: they ask again."""
+        if self._late is None or not self._late.masks.arrive(seconds):
+            return
+        late, self._late = self._late, None
+        self.scheduler.hold_constrained = False
+        errors = late.masks.batch.errors
+        for sequence in late.sequences:
+            error = errors.get(sequence.key)
+            if error is not None and sequence.state is not SequenceState.FINISHED:
+                self._finish(sequence, Finished(FinishReason.ERROR, error))
 
     def _ask_masks(self, schedule: Schedule, constrained: tuple[int, ...]) -> StepMasks | None:
         if self._masks is None or not (constrained or self._released):
@@ -178,7 +235,7 @@ class EngineCore:
                 continue
             if work.score and (scores := result.prompt_logprobs.get(index)):
                 self._updates.append(Update(sequence.key, prompt_logprobs=PromptLogprobs(work.start + 1, scores)))
-            if not work.sample:
+            if not work.sample or (step.late and index in step.constrained):
                 continue
             if sequence.last_token_at is None:
                 until_first.append(now - sequence.arrived_at)

@@ -68,6 +68,13 @@ def first_rows(requests: Sequence[MaskRequest]) -> list[int]:
 class MaskTicket(Protocol):
     """Masks on their way."""
 
+    def arrives(self, seconds: float) -> bool:
+        """Whether `wait` has an answer at once; blocks for up to so many seconds until it has one.
+
+        A source in process may always say yes. One that has lost the other side says no at once, and yes when the other
+        side is back or the deadline has passed.
+        """
+
     def wait(self) -> MaskBatch:
         """Blocks until the rows are filled, or until the deadline; then all rows are errors."""
 

@@ -20,6 +20,10 @@ class StepMasks:
         self.work = work
         self._ticket = ticket
 
+    def arrive(self, seconds: float) -> bool:
+        """Whether `batch` is there; blocks for up to so many seconds until it is."""
+        return self._ticket.arrives(seconds)
+
     @cached_property
     def batch(self) -> MaskBatch:
         """Blocks until the rows are filled; ask as late as possible."""

@@ -76,6 +76,8 @@ class Scheduler:
         self.config = config
         self.pool = pool
         self.num_preemptions = 0
+        # While no masks come, sequences that need them are left out of steps, so that the others go on.
+        self.hold_constrained = False
         self._eos_token_ids = eos_token_ids
         self._arrivals = count()
         self._sequences: dict[int, Sequence] = {}
@@ -169,6 +171,14 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._publish(sequence)
 
+    def retract(self, sequence: Sequence) -> None:
+        """Takes back what the step that was scheduled last draws for a sequence: its last token is computed again."""
+        sequence.num_drawn -= 1
+        sequence.num_computed -= 1
+
+    def _is_held(self, sequence: Sequence) -> bool:
+        return self.hold_constrained and sequence.request.constraint is not None
+
     def _book(self, schedule: Schedule) -> None:
         """Takes a step as done: later ones may use its pages, which are written before they run."""
         for sequence, work in zip(schedule.sequences, schedule.plan.work, strict=True):
@@ -193,7 +203,7 @@ class Scheduler:
         preemptions = self.num_preemptions
         prefilling = []
         for sequence in tuple(self._running):
-            if sequence.awaits_last_token:
+            if sequence.awaits_last_token or self._is_held(sequence):
                 continue
             if sequence.num_pending > 1:
                 prefilling.append(sequence)
@@ -220,7 +230,7 @@ class Scheduler:
             sequence = entry[1]
             if sequence.state is not SequenceState.WAITING:
                 continue
-            if sequence.num_drawn:
+            if sequence.num_drawn or self._is_held(sequence):
                 put_off.append(entry)  # preempted before its last token was read: a plan must name all of them
                 continue
             cached = self._cached_pages(sequence)

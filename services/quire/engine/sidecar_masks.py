@@ -39,6 +39,8 @@ _IN_FLIGHT = 2
 _CHANNEL_OPTIONS = [*({**dict(CHANNEL_OPTIONS), "grpc.max_reconnect_backoff_ms": 500}).items()]
 _RETRY_S = 0.05
 _RETRY_REFUSED_S = 1.0
+# While nobody is there, who asks for masks waits so long for a new sidecar, and no longer.
+_LOST_S = 0.01
 # The step of a message that only releases.
 _NOBODY_WAITS = 0
 _SERVICE = grammar_pb2.DESCRIPTOR.services_by_name["GrammarService"].full_name
@@ -75,6 +77,8 @@ class _Ticket:
     deadline: float
     words: int
     done: threading.Event = field(default_factory=threading.Event)
+    # Nobody is there to fill them, or they are done: no use in waiting now.
+    settled: threading.Event = field(default_factory=threading.Event)
     masks: _Masks | None = None
     errors: dict[int, QuireError] = field(default_factory=dict)
     results: dict[int, DraftResult] = field(default_factory=dict)
@@ -82,6 +86,17 @@ class _Ticket:
     @property
     def num_rows(self) -> int:
         return self.rows[-1].places.stop if self.rows else 0
+
+    def arrives(self, seconds: float) -> bool:
+        """See MaskTicket."""
+        seconds = min(seconds, max(0.0, self.deadline - time.monotonic()))
+        self.settled.wait(seconds)
+        return self.done.wait(min(seconds, _LOST_S)) or time.monotonic() >= self.deadline
+
+    def finish(self) -> None:
+        """They are there, or never will be."""
+        self.done.set()
+        self.settled.set()
 
     def wait(self) -> MaskBatch:
         """Blocks until the rows are filled, or until the deadline; then all rows are errors."""
@@ -100,7 +115,7 @@ class _Ticket:
     def fail(self, error: QuireError) -> None:
         """Ends the wait with `error` for every row."""
         self.errors = self._all(error)
-        self.done.set()
+        self.finish()
 
     def _all(self, error: QuireError) -> dict[int, QuireError]:
         return {row.sequence: error for row in self.rows}
@@ -159,9 +174,11 @@ class SidecarMasks:
                 self._pending.append(ticket)
             else:
                 ticket.masks = np.empty((0, ticket.words), np.uint32)
-                ticket.done.set()
+                ticket.finish()
             if self._stream is not None:
                 self._stream.ask(ticket)
+            else:
+                ticket.settled.set()
         return ticket
 
     def close(self) -> None:
@@ -207,6 +224,8 @@ class SidecarMasks:
         finally:
             with self._lock:
                 self._stream = None
+                for ticket in self._pending:
+                    ticket.settled.set()
             stream.end()
 
     def _set_cancel(self, cancel: Callable[[], object]) -> None:
@@ -233,7 +252,7 @@ class SidecarMasks:
         results = {row.sequence: DraftResult(row.num_drafts, tuple(row.forced)) for row in filled.results}
         for ticket in answered:
             ticket.masks, ticket.errors, ticket.results = stream.rows_of(ticket), errors, results
-            ticket.done.set()
+            ticket.finish()
 
     def _lost(self, error: Exception) -> float:
         """Says what happened; returns how long to wait before the next try."""
