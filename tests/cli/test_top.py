@@ -271,6 +271,20 @@ def test_a_large_window_has_pages_beside_the_batch() -> None:
     assert sum("/200" in line for line in lines) == 20 and not any("more" in line for line in lines)
 
 
+def test_what_is_old_is_said_to_be() -> None:
+    """An engine in a long step does not answer: its numbers must not pass for those of this moment."""
+    clock = Clock()
+    watch = EngineWatch("unix:/e.sock", clock=clock)
+    watch.take(answer_of())
+    clock.now += 60  # between two looks nobody waits
+    assert "in a step" not in screen([watch], 0, Size(80, 24), "").plain
+    watch.ask()
+    clock.now += 7
+    assert "in a step for 7.0 s" in screen([watch], 0, Size(80, 24), "").plain
+    watch.take(answer_of())
+    assert "in a step" not in screen([watch], 0, Size(80, 24), "").plain
+
+
 def test_several_engines_have_a_line_each() -> None:
     """One that fails among many must be seen without looking for it."""
     lines = plain(screen(watches(3, 2, 0), 1, Size(100, 30), "q quits "))

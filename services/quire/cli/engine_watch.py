@@ -62,6 +62,7 @@ class EngineWatch:
         self.history = History()
         self._clock = clock
         self._since = clock()
+        self._asked_at: float | None = None
 
     @property
     def steps(self) -> bool:
@@ -72,6 +73,11 @@ class EngineWatch:
     def seconds_in_state(self) -> float:
         """How long it has been as it is."""
         return self._clock() - self._since
+
+    @property
+    def seconds_unanswered(self) -> float:
+        """For how long it has been asked without an answer."""
+        return 0.0 if self._asked_at is None else self._clock() - self._asked_at
 
     async def follow(self, interval: float, changed: Callable[[], None]) -> None:
         """Asks every `interval` seconds until it is cancelled; calls `changed` after each answer."""
@@ -92,6 +98,7 @@ class EngineWatch:
                 await self._ask(stub)
 
     async def _ask(self, stub: engine_pb2_grpc.EngineServiceAsyncStub) -> None:
+        self.ask()
         try:
             answer = await stub.Inspect(_REQUEST, timeout=_PATIENCE_SECONDS)
         except grpc.aio.AioRpcError as error:
@@ -99,9 +106,14 @@ class EngineWatch:
         else:
             self.take(answer)
 
+    def ask(self) -> None:
+        """It is asked now."""
+        self._asked_at = self._clock()
+
     def take(self, answer: engine_pb2.InspectResponse) -> None:
         """The engine has answered."""
         self.seen = answer
+        self._asked_at = None
         self.problem = ""
         self.name = answer.status.engine or self.address
         self._enter(State[_STATES.get(answer.status.phase, "CONNECTING")])
@@ -109,6 +121,7 @@ class EngineWatch:
             self.history.add(self._clock(), answer.status.epoch, answer.stats)
 
     def _lose(self, error: grpc.aio.AioRpcError) -> None:
+        self._asked_at = None
         self._enter(State.CONNECTING if self.state is State.CONNECTING else State.LOST)
         match error.code():
             case grpc.StatusCode.UNIMPLEMENTED:

@@ -195,6 +195,7 @@ def _welcome(config: ServeConfig, model_name: str, seconds: float) -> str:
 Ready in {seconds:.1f} s: {model_name} on {config.url}/v1{grpc}. Ctrl-C stops it. In another terminal:
 
   {_command_name()} chat{url}
+  {_command_name()} top
   curl {config.url}/v1/chat/completions -H 'content-type: application/json' -d '{body}'
 """
 

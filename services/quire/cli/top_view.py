@@ -19,6 +19,9 @@ from quire.cli.page_view import page_lines
 # Below this many columns pages and batch stand one above the other.
 _WIDE = 120
 
+# An engine answers between two steps: one that does not is busy with a long one.
+_LATE_SECONDS = 2.0
+
 _STATE_STYLES = {
     State.CONNECTING: "yellow",
     State.LOADING: "yellow",
@@ -108,6 +111,8 @@ def _rule(watch: EngineWatch, width: int) -> Text:
     parts = [(watch.name, "bold"), (watch.state.value, _STATE_STYLES[watch.state])]
     if status.device:
         parts.append((f"{status.device} {status.dtype}", ""))
+    if watch.steps and watch.seconds_unanswered > _LATE_SECONDS:
+        parts.append((f"in a step for {elapsed(watch.seconds_unanswered)}", "yellow"))
     line = Text.assemble(("─", "dim"))
     for text, style in parts:
         line.append_text(Text.assemble(" ", (text, style), " ", ("─", "dim")))
