@@ -90,10 +90,14 @@ class PrefixIndex:
         An engine may evict a page before those that follow it, so a page counts only if all before it are there.
         """
         lengths: dict[int, int] = {}
-        holders_of = self._holders_of
         holding = self._live
-        for length, key in enumerate(keys):
-            still = holding & holders_of.get(key, 0)
+        last: int | None = -1
+        for length, holders in enumerate(map(self._holders_of.get, keys)):
+            # Mostly the very object of the page before: sets of holders are shared.
+            if holders is last:
+                continue
+            last = holders
+            still = holding & (holders or 0)
             if still != holding:
                 if length:
                     lengths.update(dict.fromkeys(_bits(holding ^ still), length))
