@@ -272,6 +272,7 @@ async def test_concurrency(start: Callable[..., Any], router: FakeRouter) -> Non
         ("{", "line 1"),
         ('{"hash": "sha256:00", "tenant": "a"}', "hash must be"),
         ('{"tenant": "a"}', "hash"),
+        ("[" * 100_000, "line 1"),
         (line("k", ""), "tenant"),
         (line("k", "a b"), "tenant"),
         (line("k", tenants="b"), "tenants"),

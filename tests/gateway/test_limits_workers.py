@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
+import trustme
+from cryptography import x509
 from fake_router import FakeRouter, Submission
 from gateway_testing import eventually, until_ready
 
@@ -151,6 +154,49 @@ async def test_what_is_in_flight_finishes(start: Callable[..., Any], router: Fak
         submission.send([5], cached=0, finish=FinishReason.STOP)
     assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 4
     assert await process.stop() == 0
+
+
+@pytest.mark.e2e
+async def test_slow_readers_and_certificates_on_uvloop(
+    start: Callable[..., Any], router: FakeRouter, tmp_path: Path
+) -> None:
+    """Without it limits and TLS could hold on asyncio's loop only, and a process has another one."""
+    ca = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    certificate, key = tmp_path / "tls.crt", tmp_path / "tls.key"
+    context = ssl.create_default_context()
+    ca.configure_trust(context)
+
+    def renew() -> int:
+        leaf = ca.issue_cert("127.0.0.1", key_type=trustme.KeyType.ECDSA)
+        certificate.write_bytes(leaf.cert_chain_pems[0].bytes())
+        key.write_bytes(leaf.private_key_pem.bytes())
+        return x509.load_pem_x509_certificate(certificate.read_bytes()).serial_number
+
+    old = renew()
+    process = await start(
+        *("--tls-cert", str(certificate), "--tls-key", str(key), "--reload-interval", "0.05", "--write-timeout", "0.2")
+    )
+    port = int(process.url.rpartition(":")[2])
+
+    async def shown() -> int:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
+        der = writer.get_extra_info("ssl_object").getpeercert(binary_form=True)
+        writer.close()
+        return x509.load_der_x509_certificate(der).serial_number
+
+    assert await shown() == old
+    new = renew()
+    # Either worker may answer: all of some in a row are new once both have it.
+    await eventually(lambda: asyncio.gather(*(shown() for _ in range(8))), lambda serials: set(serials) == {new})
+
+    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, limit=1024)
+    # An answer of several megabytes, which no kernel takes on its own.
+    body = json.dumps({"model": "tiny", "prompt": ["x"] * 128, "max_tokens": 8000}).encode()
+    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    for _ in range(128):
+        (await router.next()).send([260] * 7990, cached=0, finish=FinishReason.STOP)
+    await process.until_logged(r"(a client has stopped reading)")
+    writer.transport.abort()
 
 
 @pytest.mark.e2e

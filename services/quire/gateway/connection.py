@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -47,11 +48,15 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self._limit_silence(transport)
         self._expect_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_reading_timer()
         self._stop_writing_timer()
+        # The kernel's word for a reader that did not read: see _limit_silence.
+        if isinstance(exc, TimeoutError):
+            self._report_stall()
         super().connection_lost(exc)
 
     # Reading
@@ -160,18 +165,31 @@ class Connection(HttpToolsProtocol):
         elif waiting:
             self._writing = self.loop.call_later(self._limits.write_timeout, self._check_progress, waiting)
 
+    def _limit_silence(self, transport: asyncio.Transport) -> None:
+        """Has the kernel end a connection that takes nothing for too long.
+
+        What TLS has passed on waits out of our sight, and so does the end of an answer when the connection is closed.
+        """
+        connection: socket.socket | None = transport.get_extra_info("socket")
+        if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
+            milliseconds = int(self._limits.write_timeout * 1000)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
     def _stalled(self) -> None:
         self._writing = None
+        self._report_stall()
+        self.transport.abort()
+
+    def _report_stall(self) -> None:
         self._limits.stalled()
         logger.warning(
             "a client has stopped reading: its connection is cut",
             extra={
-                "request_id": self.scope.get("quire.request_id"),
+                "request_id": (self.scope or {}).get("quire.request_id"),
                 "seconds": self._limits.write_timeout,
                 "unread_bytes": self.transport.get_write_buffer_size(),
             },
         )
-        self.transport.abort()
 
     def _stop_writing_timer(self) -> None:
         if self._writing is not None:

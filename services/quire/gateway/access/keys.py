@@ -122,7 +122,7 @@ def load_keys(path: str) -> KeyRing:
 def _parse_line(text: str, where: str) -> ApiKey:
     try:
         line = msgspec.json.decode(text, type=KeyLine)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         # Never the line itself: somebody may have put a key there.
         raise ConfigError(f"{where}: {error}: `quire keys` prints such lines", field="api_keys") from error
     problem = _problem(line)
