@@ -292,6 +292,12 @@ class Router:
             if flight.first_token_at is None:
                 self._observer.first_token(flight, _now())
         endpoint.progress(flight, has_tokens=bool(update.token_ids))
+        if update.started is None and update.finished is None:
+            # All but the first and the last of a request's tokens: as little as can be.
+            _, tokens, _, _, logprobs, prompt_logprobs = update
+            news = Update(flight.key, tokens, None, None, logprobs, prompt_logprobs)
+            frames.setdefault(flight.peer, []).append(news)
+            return
         started = None
         if update.started is not None and not flight.started:
             started, flight.started = update.started, True
