@@ -99,6 +99,19 @@ def test_a_bomb_in_a_first_row_costs_only_its_sequence(stream: StepClient) -> No
     assert len(stream.allowed(0))
 
 
+def test_all_grammars_of_an_engine_at_once(stream: StepClient, smollm: TextModel, tmp_path: Path) -> None:
+    """After a restart, requests that are half done would be told to come back because there are many of them."""
+    with SidecarProcess(tmp_path, "--compile-workers", "1", "--compile-seconds", "1") as sidecar:
+        many = StepClient(sidecar.address, tmp_path, smollm.vocab_size, rows=60)
+        slow = [json_schema({"type": "integer", "multipleOf": 99_000 + number}) for number in (1, 3)]
+        grammars = [regex(f"[0-9]{{{number}}}") for number in range(1, 55)]
+        errors = many.fill(*(Row(number, grammar) for number, grammar in enumerate([*slow, *grammars])))
+        # The first two take all the time that they may, and nobody behind them ends with them.
+        assert not {number for number in errors if number >= len(slow)}
+        assert all(error.code is ErrorCode.INVALID_ARGUMENT for error in errors.values())
+        many.close()
+
+
 def test_released_sequences_are_forgotten(stream: StepClient) -> None:
     """States of ended requests would pile up as long as the engine lives."""
     assert not stream.fill(Row(1, DIGITS), Row(2, DIGITS))

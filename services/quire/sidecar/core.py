@@ -29,6 +29,11 @@ from quire.sidecar.grammar.matcher import SequenceMatcher
 from quire.sidecar.grammar.trials import Trials
 from quire.sidecar.metrics import SidecarMetrics
 
+# A new request whose grammar's turn to be compiled does not come for so long is better told to come back.
+_PATIENCE_S = 2.0
+# After a restart all of an engine's grammars come at once, of requests that are half done.
+_REPLAY_PATIENCE_S = 60.0
+
 
 @dataclass(frozen=True, slots=True)
 class RowRequest:
@@ -78,7 +83,9 @@ class GrammarCore:
         filler = MaskFiller(config.mask_threads, config.masks)
         return cls(compiler, trials, text.vocab_size, filler, metrics)
 
-    async def compile(self, constraint: Constraint, tenant: str) -> tuple[CompiledGrammar, bool]:
+    async def compile(
+        self, constraint: Constraint, tenant: str, patience_s: float = _PATIENCE_S
+    ) -> tuple[CompiledGrammar, bool]:
         """The compiled grammar and whether it was there before. Raises what GrammarCompiler.compile raises."""
         kind = constraint.kind.value
         grammar = self._compiler.cached(constraint, tenant)
@@ -86,7 +93,7 @@ class GrammarCore:
             self.metrics.compiles.labels(kind, "cached").inc()
             return grammar, True
         try:
-            grammar = await self._compiler.compile(constraint, tenant)
+            grammar = await self._compiler.compile(constraint, tenant, patience_s)
         except QuireError as error:
             result = "refused" if isinstance(error, InvalidRequestError) else "failed"
             self.metrics.compiles.labels(kind, result).inc()
@@ -176,7 +183,11 @@ class MaskStream:
         errors: dict[int, QuireError] = {}
         new = [row for row in rows if row.constraint is not None]
         grammars = await asyncio.gather(
-            *(self._core.compile(row.constraint, row.tenant) for row in new if row.constraint is not None),
+            *(
+                self._core.compile(row.constraint, row.tenant, _REPLAY_PATIENCE_S)
+                for row in new
+                if row.constraint is not None
+            ),
             return_exceptions=True,
         )
         for row, result in zip(new, grammars, strict=True):

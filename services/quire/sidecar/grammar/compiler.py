@@ -44,11 +44,11 @@ class GrammarCompiler:
         """The compiled grammar, if it is in the cache."""
         return self._find(_key(constraint, tenant))
 
-    async def compile(self, constraint: Constraint, tenant: str) -> CompiledGrammar:
+    async def compile(self, constraint: Constraint, tenant: str, patience_s: float) -> CompiledGrammar:
         """The compiled grammar; those of one tenant who ask for the same one at the same time share the work.
 
         Raises InvalidRequestError if the constraint is wrong, not supported or exceeds the limits, and
-        OverloadedError if too many others are being compiled.
+        OverloadedError if so many others are being compiled that its turn does not come within `patience_s`.
         """
         key = _key(constraint, tenant)
         grammar = self._find(key)
@@ -56,7 +56,7 @@ class GrammarCompiler:
             return grammar
         task = self._running.get(key)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._compile(key, constraint))
+            task = asyncio.get_running_loop().create_task(self._compile(key, constraint, patience_s))
             self._running[key] = task
             task.add_done_callback(lambda task: self._done(key, task))
         # One who gives up must not take it away from the others.
@@ -75,12 +75,12 @@ class GrammarCompiler:
             self._cache.move_to_end(key)
         return grammar
 
-    async def _compile(self, key: bytes, constraint: Constraint) -> CompiledGrammar:
+    async def _compile(self, key: bytes, constraint: Constraint, patience_s: float) -> CompiledGrammar:
         begin = time.perf_counter()
         size = len(constraint.source.encode())
         if size > self._limits.source_bytes:
             raise refusal(constraint.kind, f"it has {size} bytes and the limit is {self._limits.source_bytes}")
-        num_bytes = size + await self._trials.run(constraint)
+        num_bytes = size + await self._trials.run(constraint, patience_s)
         loop = asyncio.get_running_loop()
         grammar = await loop.run_in_executor(
             self._threads, CompiledGrammar, self._tokenizer, constraint, num_bytes, begin

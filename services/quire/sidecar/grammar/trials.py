@@ -40,14 +40,14 @@ class Trials:
             self._idle.put_nowait(None)
         self._idle.put_nowait(await self._start())
 
-    async def run(self, constraint: Constraint) -> int:
+    async def run(self, constraint: Constraint, patience_s: float) -> int:
         """The bytes that compiling `constraint` takes.
 
         Raises InvalidRequestError if it fails or exceeds the limits, OverloadedError if no process becomes free
-        within the time that a constraint may take.
+        within `patience_s`.
         """
         try:
-            process = await asyncio.wait_for(self._idle.get(), self._limits.compile_seconds)
+            process = await asyncio.wait_for(self._idle.get(), patience_s)
         except TimeoutError as error:
             raise OverloadedError("too many grammars are being compiled: try again later") from error
         answered = False
