@@ -94,6 +94,7 @@ def _structural(root: type[msgspec.Struct]) -> Schema:
     rules = {each.__name__: each.rules for each in Spec.__subclasses__()}
 
     def inline(node: Mapping[str, Any]) -> Schema:
+        own_rules: tuple[Rule, ...] = ()
         node = dict(node)
         if node.get("anyOf") and {"type": "null"} in node["anyOf"]:
             (only,) = [each for each in node.pop("anyOf") if each != {"type": "null"}]
@@ -101,14 +102,19 @@ def _structural(root: type[msgspec.Struct]) -> Schema:
         if reference := node.pop("$ref", ""):
             name = reference.rpartition("/")[2]
             is_optional = "default" in node
-            node = {**inline(components[name]), **node}
+            node = {**components[name], **node}
             if not is_optional and not node.get("required"):
                 # A part that is always there: the defaults inside it apply also where nobody wrote it.
                 node["default"] = {}
-            _add_rules(node, rules.get(name, ()))
+            own_rules = rules.get(name, ())
         if node.get("anyOf"):
             # A quantity may be written as a number.
-            node = {"x-kubernetes-int-or-string": True, "anyOf": [{"type": "integer"}, {"type": "string"}]}
+            longest = max(each.get("maxLength", 0) for each in node["anyOf"])
+            node = {
+                "x-kubernetes-int-or-string": True,
+                "anyOf": [{"type": "integer"}, {"type": "string"}],
+                "maxLength": longest,
+            }
         for unwanted in ("title", *(["required"] if not node.get("required") else [])):
             node.pop(unwanted, None)
         if node.get("additionalProperties") is False:
@@ -124,6 +130,7 @@ def _structural(root: type[msgspec.Struct]) -> Schema:
         if "items" in node:
             node["items"] = inline(node["items"])
             node["items"].pop("default", None)
+        _add_rules(node, own_rules)
         return node
 
     whole = inline({"$ref": f"#/$defs/{root.__name__}"})

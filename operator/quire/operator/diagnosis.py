@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from quire.operator import names
 from quire.operator.observed import Observed, Refusal
+from quire.operator.resources import model
 from quire.operator.resources.metadata import Component, Manifest
 from quire.operator.spec import InferenceService, SecretKey
 
@@ -163,6 +164,15 @@ def _unschedulable(service: InferenceService, component: Component, message: str
             f"no node has a free GPU for another engine ({message}): add a node with nvidia.com/gpu, lower "
             "spec.engine.replicas, or set spec.engine.gpus to 0",
         )
+    if "PersistentVolumeClaim" in message:
+        claims = " and ".join(f"the claim {name}" for name in _claims(service)) or "a claim"
+        return Problem(
+            component,
+            "ClaimUnbound",
+            f"{claims} has no volume yet ({message}): check that its storage class exists and has room "
+            "(kubectl describe pvc), or choose another in spec.model",
+            is_about_model=True,
+        )
     return Problem(
         component,
         "Unschedulable",
@@ -170,6 +180,11 @@ def _unschedulable(service: InferenceService, component: Component, message: str
         f"spec.{component.value}.resources"
         + (", nodeSelector or tolerations" if component is Component.ENGINE else ""),
     )
+
+
+def _claims(service: InferenceService) -> list[str]:
+    spec = service.spec.model
+    return [spec.claim.name] if spec.claim else [model.cache_name(service)] if spec.cache else []
 
 
 def _of_container(

@@ -24,8 +24,8 @@ _NAME_ADVICE = "lower-case letters, digits, '-' and '.', such as my-name"
 _IMAGE_ADVICE = "write an image as REGISTRY/PATH:TAG or REGISTRY/PATH@sha256:DIGEST"
 
 Resources = Annotated[
-    dict[str, int | str],
-    Meta(description="Quantities by resource name, such as cpu: 4 and memory: 16Gi.", max_length=16),
+    dict[str, int | Annotated[str, Meta(max_length=32)]],
+    Meta(description="Quantities by resource name, such as cpu: 4 and memory: 16Gi.", max_length=8),
 ]
 
 
@@ -261,9 +261,11 @@ class EngineSpec(Spec, frozen=True):
             "extra_args",
         ),
         Rule(
-            "!('nvidia.com/gpu' in self.resources.limits) && !('nvidia.com/gpu' in self.resources.requests)",
-            "engine.resources asks for nvidia.com/gpu: set engine.gpus instead",
-            lambda engine: "nvidia.com/gpu" not in {**engine.resources.limits, **engine.resources.requests},
+            "[has(self.limits) ? self.limits : {}, has(self.requests) ? self.requests : {}]"
+            ".all(amounts, !('nvidia.com/gpu' in amounts))",
+            "resources asks for nvidia.com/gpu: set engine.gpus instead",
+            lambda resources: "nvidia.com/gpu" not in {**resources.limits, **resources.requests},
+            "resources",
         ),
     )
 

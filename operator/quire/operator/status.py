@@ -88,7 +88,7 @@ def invalid_status(message: str, generation: int, previous: Mapping[str, Any], n
 
 def plain(status: Status) -> dict[str, Any]:
     """`status` as the API's JSON has it."""
-    found: dict[str, Any] = msgspec.to_builtins(status)
+    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(status))
     return found
 
 

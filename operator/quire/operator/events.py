@@ -1,0 +1,57 @@
+"""Events of a service's transitions, for `kubectl describe`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from quire.operator import names
+from quire.operator.resources.metadata import Manifest
+from quire.operator.spec import InferenceService
+from quire.operator.status_types import Condition, Status
+
+# What the API allows.
+_NOTE_CHARACTERS = 1024
+
+# The others say the same in parts.
+_TOLD = ("Ready", "Degraded")
+
+
+def events(
+    service: InferenceService, previous: Mapping[str, Any], status: Status, now: datetime, identity: str
+) -> list[Manifest]:
+    """One for each condition of those told that changed its status or its reason."""
+    before = {each["type"]: (each["status"], each["reason"]) for each in previous.get("conditions", ())}
+    return [
+        _event(service, condition, now, identity)
+        for condition in status.conditions
+        if condition.type in _TOLD
+        and before.get(condition.type) != (condition.status, condition.reason)
+        # That nothing is wrong with a new service is no news.
+        and not (condition.type == "Degraded" and condition.status == "False" and condition.type not in before)
+    ]
+
+
+def _event(service: InferenceService, condition: Condition, now: datetime, identity: str) -> Manifest:
+    is_bad = condition.type == "Degraded" and condition.status == "True"
+    said = condition.message or f"{condition.type} is {condition.status}"
+    return {
+        "apiVersion": "events.k8s.io/v1",
+        "kind": "Event",
+        "metadata": {"generateName": f"{service.name}-", "namespace": service.namespace},
+        "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
+        "type": "Warning" if is_bad else "Normal",
+        "reason": condition.reason,
+        "action": f"{condition.type}{'' if condition.status == 'True' else 'Not'}",
+        "note": said[:_NOTE_CHARACTERS],
+        "reportingController": f"{names.GROUP}/{names.FIELD_MANAGER}",
+        "reportingInstance": identity[:128],
+        "regarding": {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": service.name,
+            "namespace": service.namespace,
+            "uid": service.uid,
+        },
+    }

@@ -1,0 +1,71 @@
+"""Kopf's side: it watches services, their children and their pods, and wakes those that are concerned.
+
+Nothing is decided here and no handler writes, so kopf puts neither finalizers nor annotations on anything: a service
+can be deleted, and the CRD too, while no operator runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import kopf
+
+from quire.operator import names
+from quire.operator.kinds import CHILDREN, POD, SERVICE, Kind
+from quire.operator.queue import WakeQueue
+from quire.operator.reconciler import Key
+
+
+async def watch(queue: WakeQueue, stop: asyncio.Event) -> None:
+    """Runs kopf until `stop` is set."""
+    await kopf.operator(
+        registry=_registry(queue),
+        settings=_settings(),
+        clusterwide=True,
+        standalone=True,
+        stop_flag=stop,
+    )
+
+
+def _registry(queue: WakeQueue) -> kopf.OperatorRegistry:
+    registry = kopf.OperatorRegistry()
+
+    @kopf.on.login(registry=registry)
+    def login(**arguments: Any) -> kopf.ConnectionInfo | None:
+        # In a pod its account; elsewhere a kubeconfig.
+        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
+
+    @kopf.on.event(SERVICE.group, names.VERSION, SERVICE.plural, registry=registry)
+    async def service_changed(event: Any, namespace: str, name: str, **_: Any) -> None:
+        key = Key(namespace, name)
+        if event["type"] == "DELETED":
+            queue.remove(key)
+        else:
+            queue.add(key)
+
+    async def child_changed(namespace: str, labels: Any, **_: Any) -> None:
+        queue.wake(Key(namespace, labels.get(names.SERVICE, "")))
+
+    for kind in (*CHILDREN, POD):
+        kopf.on.event(kind.group, _version(kind), kind.plural, registry=registry, id=f"{kind.plural}-changed")(
+            child_changed
+        )
+    return registry
+
+
+def _version(kind: Kind) -> str:
+    return kind.api_version.rpartition("/")[2]
+
+
+def _settings() -> kopf.OperatorSettings:
+    settings = kopf.OperatorSettings()
+    # The API server sends what is labelled, not every pod of the cluster.
+    for kind in (*CHILDREN, POD):
+        settings.watching.label_selectors[kind.group, kind.plural] = f"{names.MANAGED_BY}={names.FIELD_MANAGER}"
+    settings.watching.server_timeout = 240
+    settings.watching.client_timeout = 270
+    settings.posting.enabled = False
+    # Kinds are known beforehand: their discovery needs rights that nothing else does.
+    settings.scanning.disabled = True
+    return settings

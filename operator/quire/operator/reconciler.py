@@ -1,0 +1,151 @@
+"""One look at one service: read what there is, write what differs, tell how it is.
+
+Nothing is remembered between two looks: whatever was killed, missed or overtaken, the next look starts from what the
+API server says. `queue` decides when to look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from quire.operator import names
+from quire.operator.cluster import ApiException, Cluster
+from quire.operator.config import OperatorConfig
+from quire.operator.core import changes
+from quire.operator.events import events
+from quire.operator.kinds import CHILD_OF, CHILDREN, CLAIM, EVENT, POD, SECRET, SERVICE
+from quire.operator.observed import Observed, Refusal, key_of, references
+from quire.operator.resources.metadata import Manifest
+from quire.operator.spec import InferenceService, parse
+from quire.operator.status import invalid_status, plain, status_of
+from quire.operator.status_types import Status
+from quire.service.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Something that nobody tells the operator of may have been put right: a Secret, a quota.
+_LOOK_AGAIN_SECONDS = 10.0
+
+# Answers that stay the same until somebody changes something.
+_REFUSED = frozenset({400, 403, 404, 422})
+
+
+def _utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Which service."""
+
+    namespace: str
+    name: str
+
+
+class Reconciler:
+    """Makes services true. Raises ApiException and aiohttp's errors where another try may help."""
+
+    def __init__(self, cluster: Cluster, config: OperatorConfig, now: Callable[[], datetime] = _utc_now) -> None:
+        self._cluster = cluster
+        self._config = config
+        self._now = now
+
+    async def reconcile(self, key: Key) -> float | None:
+        """Returns after how many seconds to look again; None: when something changes."""
+        document = await self._cluster.get(SERVICE, key.namespace, key.name)
+        if document is None or document["metadata"].get("deletionTimestamp"):
+            # The garbage collector takes what it owns.
+            return None
+        previous = document.get("status") or {}
+        try:
+            service = parse(document)
+        except ConfigError as error:
+            generation = document["metadata"]["generation"]
+            status = invalid_status(error.message, generation, previous, self._now())
+            await self._tell(key, previous, status)
+            return None
+        observed = await self._observe(service)
+        refusals = await self._write(service, observed)
+        status = status_of(service, observed, refusals=refusals, previous=previous, now=self._now())
+        # Events go first: a status that was told without them would never be told again.
+        for event in events(service, previous, status, self._now(), self._config.identity):
+            await self._cluster.create(EVENT, event)
+        await self._tell(key, previous, status)
+        wanted = references(service)
+        is_waiting = refusals or any(
+            condition.type == "Degraded" and condition.status == "True" for condition in status.conditions
+        )
+        return _LOOK_AGAIN_SECONDS if is_waiting and (refusals or wanted.secrets or wanted.claims) else None
+
+    async def _observe(self, service: InferenceService) -> Observed:
+        selector = f"{names.SERVICE}={service.name},{names.MANAGED_BY}={names.FIELD_MANAGER}"
+        *lists, pods = await asyncio.gather(
+            *(self._cluster.list(kind, service.namespace, selector) for kind in (*CHILDREN, POD))
+        )
+        wanted = references(service)
+        secrets = {name: await self._cluster.get(SECRET, service.namespace, name) for name in sorted(wanted.secrets)}
+        claims = {name: await self._cluster.get(CLAIM, service.namespace, name) for name in sorted(wanted.claims)}
+        return Observed(
+            children=tuple(each for found in lists for each in found),
+            pods=tuple(pods),
+            secrets={name: frozenset(each.get("data") or ()) for name, each in secrets.items() if each is not None},
+            claims=frozenset(name for name, each in claims.items() if each is not None),
+        )
+
+    async def _write(self, service: InferenceService, observed: Observed) -> list[Refusal]:
+        refusals = []
+        found = changes(service, observed, self._config.images)
+        for child in found.apply:
+            try:
+                await self._apply(service, observed, child)
+            except ApiException as error:
+                if error.status not in _REFUSED:
+                    raise
+                refusals.append(Refusal(*key_of(child), error.reason))
+        for child in found.delete:
+            await self._cluster.delete(CHILD_OF[child["kind"]], child)
+        if found.apply or found.delete:
+            counts = {"applied": len(found.apply), "deleted": len(found.delete), "refused": len(refusals)}
+            logger.info("wrote", extra={"service": f"{service.namespace}/{service.name}", **counts})
+        return refusals
+
+    async def _apply(self, service: InferenceService, observed: Observed, child: Manifest) -> None:
+        kind = CHILD_OF[child["kind"]]
+        if observed.child(*key_of(child)) is None:
+            # Without the service's labels it was not listed; apply would take over whatever has the name.
+            there = await self._cluster.get(kind, service.namespace, child["metadata"]["name"])
+            if there is not None and not _belongs_to(there, service):
+                raise ApiException(
+                    status=422,
+                    reason="one of this name is there already and not the service's: delete it, or rename the service",
+                )
+        await self._cluster.apply(kind, child)
+
+    async def _tell(self, key: Key, previous: Manifest, status: Status) -> None:
+        """Writes the status if it differs."""
+        wanted = plain(status)
+        if wanted == previous:
+            return
+        manifest = {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "metadata": {"name": key.name, "namespace": key.namespace},
+            "status": wanted,
+        }
+        try:
+            await self._cluster.apply(SERVICE, manifest, subresource="status")
+        except ApiException as error:
+            # Deleted meanwhile.
+            if error.status != 404:
+                raise
+
+
+def _belongs_to(there: Manifest, service: InferenceService) -> bool:
+    return any(
+        owner["kind"] == names.KIND and owner["name"] == service.name
+        for owner in there["metadata"].get("ownerReferences", ())
+    )
