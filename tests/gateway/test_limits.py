@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import shlex
 import socket
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -15,8 +16,11 @@ import pytest
 from fake_router import FakeRouter
 from gateway_testing import MODEL, StartGateway, eventually, until_ready
 
+from quire.gateway.__main__ import build_config, build_parser
+from quire.gateway.config import GatewayConfig
 from quire.gateway.http_server import HttpServer
 from quire.gateway.server import Gateway
+from quire.service.errors import ConfigError
 from quire.service.grpc_server import channel
 from quire.service.request import FinishReason
 from quire.v1 import inference_pb2, inference_pb2_grpc
@@ -329,3 +333,64 @@ async def test_prompts_are_logged_only_if_asked_for(
     logged = "\n".join(str(vars(record)) for record in caplog.records)
     assert "cmpl-" in logged
     assert (secret in logged) is asked
+
+
+async def test_metadata_over_grpc(start: Start) -> None:
+    """Without it the limit on heads would hold for HTTP only."""
+    gateway = await start(max_header_bytes=4096)
+    request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="Hi"))
+    async with channel(gateway.grpc_address) as dialed:
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await inference_pb2_grpc.InferenceServiceStub(dialed).Generate(request, metadata=(("x", "y" * 8000),))
+        assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+def config_of(*flags: str) -> GatewayConfig:
+    return build_config(build_parser().parse_args(["--routers", "a:1", *flags]))
+
+
+def test_flags() -> None:
+    """Without it a flag could be parsed and lost."""
+    flags = shlex.split(
+        "--api-keys k --tls-cert c --tls-key d --tls-client-ca e --reload-interval 2 --max-requests 3 --max-choices 4 "
+        "--max-header-bytes 5000 --read-timeout 6 --write-timeout 7 --request-timeout 8 --log-prompts --workers 9"
+    )
+    assert config_of(*flags) == GatewayConfig(
+        routers=("a:1",),
+        api_keys="k",
+        tls_cert="c",
+        tls_key="d",
+        tls_client_ca="e",
+        reload_interval=2,
+        max_requests=3,
+        max_choices=4,
+        max_header_bytes=5000,
+        read_timeout=6,
+        write_timeout=7,
+        request_timeout=8,
+        log_prompts=True,
+        workers=9,
+    )
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--workers 0",
+        "--workers 65",
+        "--max-requests 0",
+        "--max-choices 0",
+        "--max-header-bytes 100",
+        "--read-timeout 0",
+        "--write-timeout -1",
+        "--request-timeout nan",
+        "--reload-interval 0",
+        "--tls-client-ca e",
+        "--tls-key k",
+        "--tls-cert c",
+    ],
+)
+def test_wrong_flags_are_named(flags: str) -> None:
+    """Without it a wrong flag would show only when a request fails."""
+    with pytest.raises(ConfigError, match=flags.split()[0]):
+        config_of(*flags.split())

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
@@ -19,6 +20,8 @@ import trustme
 from cryptography import x509
 from fake_router import FakeRouter, Submission
 from gateway_testing import eventually, until_ready
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from quire.gateway.access.keys import digest_of, new_key
 from quire.gateway.access.ledger import Ledger, Meter
@@ -189,8 +192,12 @@ async def test_slow_readers_and_certificates_on_uvloop(
     # Either worker may answer: all of some in a row are new once both have it.
     await eventually(lambda: asyncio.gather(*(shown() for _ in range(8))), lambda serials: set(serials) == {new})
 
-    _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context, limit=1024)
-    # An answer of several megabytes, which no kernel takes on its own.
+    # The kernel would take megabytes for the one who does not read.
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
+    _, writer = await asyncio.open_connection(sock=connection, ssl=context, server_hostname="127.0.0.1", limit=1024)
     body = json.dumps({"model": "tiny", "prompt": ["x"] * 128, "max_tokens": 8000}).encode()
     writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
     for _ in range(128):
@@ -228,3 +235,35 @@ def test_ledger_is_shared(tmp_path: Path) -> None:
     second.leave(one)
     assert second.enter(one, 2) and not second.enter(one, 2)
     assert second.enter(other, 1)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["take", "spend", "wait"]), st.floats(0.1, 50), st.booleans()), max_size=40),
+    st.integers(1, 600),
+)
+@settings(max_examples=60, deadline=None)
+def test_rates_hold_whatever_the_order(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, float, bool]], limit: int
+) -> None:
+    """Without it some order of requests, outputs and pauses over two workers could get more than the limit."""
+    now = 1000.0
+    path = str(tmp_path_factory.mktemp("ledger") / "ledger")
+    ledgers = [Ledger(path, index, lambda: now) for index in range(2)]
+    digest, level = digest_of("key"), float(limit)
+    for what, amount, second in steps:
+        ledger = ledgers[second]
+        if what == "wait":
+            now += amount
+            level = min(limit, level + amount * limit / 60)
+        elif what == "spend":
+            ledger.spend(digest, Meter.TOKENS, amount, limit)
+            level -= amount
+        elif abs(level - amount) > 1e-6:
+            wait = ledger.take(digest, Meter.TOKENS, amount, limit)
+            assert (wait == 0) == (level >= amount)
+            # In as long as it says, there is enough.
+            assert wait == pytest.approx(max(0.0, amount - level) * 60 / limit)
+            level -= 0 if wait else amount
+    for ledger in ledgers:
+        assert ledger.level(digest, Meter.TOKENS, limit) == pytest.approx(level)
+        ledger.close()

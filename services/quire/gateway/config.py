@@ -79,6 +79,8 @@ class GatewayConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
         if self.max_header_bytes < 1024:
             raise ConfigError(f"--max-header-bytes is {self.max_header_bytes}: it must be at least 1024")
+        if bool(self.tls_cert) != bool(self.tls_key):
+            raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
         if self.tls_client_ca and not self.tls_cert:
             raise ConfigError("--tls-client-ca is given without --tls-cert and --tls-key: give those too")
         for name in ("reload_interval", "read_timeout", "write_timeout", "request_timeout"):

@@ -11,7 +11,7 @@ import mmap
 import struct
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -43,12 +43,14 @@ class Ledger:
     A worker that is started again begins with no requests in flight: what it had is gone with it.
     """
 
-    def __init__(self, path: str = "", worker: int = 0) -> None:
+    def __init__(self, path: str = "", worker: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         # "a+b" makes the file if it is not there, and what is written by other workers stays.
         self._file = Path(path).open("a+b") if path else tempfile.TemporaryFile()  # noqa: SIM115
         self._file.truncate(_SIZE)
         self._memory = mmap.mmap(self._file.fileno(), _SIZE)
         self._worker = worker
+        # That of the machine since it was started, the same for all processes.
+        self._clock = clock
         self._rows: dict[bytes, int] = {}
         with self._locked():
             counts = self._count_at(0)
@@ -100,8 +102,7 @@ class Ledger:
 
     def _level(self, at: int, per_minute: int) -> tuple[float, float]:
         level, then = _BUCKET.unpack_from(self._memory, at)
-        # The clock of the machine since it was started, the same for all processes.
-        now = time.monotonic()
+        now = self._clock()
         if not then:
             return float(per_minute), now
         return min(float(per_minute), level + (now - then) * per_minute / 60), now
