@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
 import grpc
@@ -50,6 +52,10 @@ STATUS_OF: dict[ErrorCode, grpc.StatusCode] = {
     ErrorCode.CANCELLED: grpc.StatusCode.CANCELLED,
 }
 
+_WATCH_HEALTH = "/grpc.health.v1.Health/Watch"
+
+# For streams that the end of the grace period ended to say so.
+_LAST_SECONDS = 1.0
 
 S = TypeVar("S")
 
@@ -69,13 +75,14 @@ class GrpcServer:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         credentials: grpc.ServerCredentials | None = None,
     ) -> None:
+        self._streams = _Streams()
         # Of an option that is given twice, gRPC takes the first.
         merged = {**dict(SERVER_OPTIONS), **dict(options)}
-        self.server = grpc.aio.server(options=list(merged.items()), interceptors=list(interceptors))
+        self.server = grpc.aio.server(options=list(merged.items()), interceptors=[*interceptors, self._streams])
         self._address = address
         self._credentials = credentials
         self._names = [""]
-        self._health = _Health()
+        self._health = health_aio.HealthServicer()
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
     def add(self, name: str, register: Callable[[S, grpc.aio.Server], None], servicer: S) -> None:
@@ -113,32 +120,67 @@ class GrpcServer:
     async def stop(self, grace: float = 5.0) -> None:
         """Ends every call within `grace` seconds and stops listening."""
         await self.set_serving(False)
-        self._health.end_watches()
-        await self.server.stop(grace)
+        self._streams.end(_WATCH_HEALTH)
+        stopping = asyncio.create_task(self.server.stop(grace + _LAST_SECONDS))
+        await asyncio.wait((stopping,), timeout=grace)
+        self._streams.end()
+        await stopping
 
 
-class _Health(health_aio.HealthServicer):  # type: ignore[misc]
-    """Health whose watches can be ended: they never do by themselves, and would hold up the server's end."""
+class _Streams(grpc.aio.ServerInterceptor):
+    """Every streamed answer under way, so that the server's stop can end it.
+
+    Most go on for as long as both sides live. gRPC would cut them off too, but logs each as an exception that nobody
+    handled.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._watches: set[asyncio.Task[None]] = set()
+        self._methods: dict[asyncio.Task[None], str] = {}
 
-    async def Watch(self, request: Any, context: Any) -> None:  # noqa: N802
-        watch = asyncio.create_task(super().Watch(request, context))
-        self._watches.add(watch)
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any] | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler[Any, Any] | None:
+        """Wraps the handlers of calls that answer with a stream."""
+        handler = await continuation(handler_call_details)
+        answers = (handler.stream_stream or handler.unary_stream) if handler is not None else None
+        if handler is None or answers is None:
+            return handler
+        behavior = partial(self._run, str(handler_call_details.method), answers)
+        wrap = (
+            grpc.stream_stream_rpc_method_handler if handler.request_streaming else grpc.unary_stream_rpc_method_handler
+        )
+        return wrap(behavior, handler.request_deserializer, handler.response_serializer)
+
+    def end(self, method: str = "") -> None:
+        """Ends all of them, or those of one method, with UNAVAILABLE."""
+        for task, name in self._methods.items():
+            if method in ("", name):
+                task.cancel()
+
+    async def _run(self, method: str, handler: Callable[[Any, Any], Any], request: Any, context: Any) -> None:
+        task = asyncio.create_task(_answer(handler(request, context), context))
+        self._methods[task] = method
         try:
-            await asyncio.wait((watch,))
+            await asyncio.wait((task,))
         finally:
-            self._watches.discard(watch)
-            watch.cancel()
-        if watch.cancelled():
+            del self._methods[task]
+            if task.cancel():
+                await asyncio.wait((task,))
+        if task.cancelled():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
-        watch.result()
+        task.result()
 
-    def end_watches(self) -> None:
-        for watch in self._watches:
-            watch.cancel()
+
+async def _answer(answers: Any, context: Any) -> None:
+    """Runs a handler of either kind: one that yields what it answers, or one that writes it."""
+    if not isinstance(answers, AsyncGenerator):
+        await answers
+        return
+    async with aclosing(answers):
+        async for answer in answers:
+            await context.write(answer)
 
 
 async def abort(context: grpc.aio.ServicerContext[Any, Any], error: QuireError) -> NoReturn:
