@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from http import HTTPStatus
-from typing import Literal
+from typing import Any, Literal
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -25,6 +25,7 @@ from quire.gateway.http_errors import error_response
 from quire.gateway.http_tokenize import Detokenize, Tokenize
 from quire.gateway.observation import Observer
 from quire.gateway.openai import answers
+from quire.gateway.openai.openapi import ENDPOINTS, openapi_page
 from quire.gateway.openai.requests import parse_chat, parse_completion
 from quire.gateway.openai.responses import model_object
 from quire.gateway.request_id import HEADER as REQUEST_ID_HEADER
@@ -63,16 +64,27 @@ def application(core: Core, observer: Observer, gate: Gate, registry: CollectorR
 
     chat = Completions(core, observer, gate, Operation.CHAT, parse_chat, limits)
     text = Completions(core, observer, gate, Operation.TEXT_COMPLETION, parse_completion, limits)
+    page = msgspec.json.encode(openapi_page(core.model.name))
+
+    async def openapi(request: Request) -> Response:
+        return Response(page, headers=_JSON)
+
+    served: dict[str, Any] = {
+        "/v1/chat/completions": chat,
+        "/v1/completions": text,
+        "/tokenize": Tokenize(core.model, limits),
+        "/detokenize": Detokenize(core.model, limits),
+        "/v1/models": models,
+        "/v1/models/{name}": model,
+        "/health": health,
+        "/ready": ready,
+        "/metrics": metrics,
+        "/openapi.json": openapi,
+    }
+    # A name may hold slashes, which OpenAPI has no word for.
     routes = [
-        Route("/v1/chat/completions", chat, methods=["POST"]),
-        Route("/v1/completions", text, methods=["POST"]),
-        Route("/tokenize", Tokenize(core.model, limits), methods=["POST"]),
-        Route("/detokenize", Detokenize(core.model, limits), methods=["POST"]),
-        Route("/v1/models", models),
-        Route("/v1/models/{name:path}", model),
-        Route("/health", health),
-        Route("/ready", ready),
-        Route("/metrics", metrics),
+        Route(endpoint.path.replace("{name}", "{name:path}"), served[endpoint.path], methods=[endpoint.method])
+        for endpoint in ENDPOINTS
     ]
     handlers = {QuireError: _on_quire_error, HTTPException: _on_http_error, Exception: _on_bug}
     return _RequestIds(Authentication(Starlette(routes=routes, exception_handlers=handlers), gate, error_response))
@@ -121,12 +133,8 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         response = error_response(MethodNotAllowedError(f"{where} does not exist: use {allowed}"))
         response.headers["allow"] = allowed
         return response
-    return error_response(
-        RouteNotFoundError(
-            f"{where} does not exist: this server has /v1/chat/completions, "
-            "/v1/completions, /v1/models, /health, /ready and /metrics"
-        )
-    )
+    paths = ", ".join(endpoint.path for endpoint in ENDPOINTS)
+    return error_response(RouteNotFoundError(f"{where} does not exist: this server has {paths}"))
 
 
 async def _on_bug(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -120,9 +121,14 @@ class Options:
 def _check_range(name: str, value: float | None, allowed: Range) -> None:
     if value is None:
         return
-    low_reached = value > allowed.low if allowed.low_open else value >= allowed.low
+    # The contract carries 32 bits, in which what is barely above 0 is 0.
+    low_reached = _as_sent(value) > allowed.low if allowed.low_open else value >= allowed.low
     if not (low_reached and value <= allowed.high and math.isfinite(value)):
         raise InvalidRequestError(f"{name} is {value}: it must lie in {allowed}", field=name)
+
+
+def _as_sent(value: float) -> float:
+    return struct.unpack("f", struct.pack("f", value))[0] if abs(value) < 1 else value
 
 
 def _check_size(name: str, values: tuple[object, ...], limit: int) -> None:
