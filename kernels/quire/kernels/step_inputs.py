@@ -1,0 +1,130 @@
+"""A step's inputs, row by row, from what the host says of its sequences and what the batch holds on the device.
+
+The host never names a token that was drawn: a row's token is read where the last step wrote it.
+"""
+# ruff: noqa: N803
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quire.kernels._triton import ceil_div, jit, next_power_of_2, tl
+
+_BLOCK_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """Where `prepare_inputs` puts them. Rows past the step's are padding: token 0 at position 0, written nowhere."""
+
+    token_ids: Tensor  # int32 [T]
+    positions: Tensor  # int32 [T], each token's index in its sequence
+    slot_mapping: Tensor  # int64 [T], page × page_size + offset; -1 for padding
+
+    def rows(self, count: int) -> StepInputs:
+        """The first `count` of them."""
+        return StepInputs(self.token_ids[:count], self.positions[:count], self.slot_mapping[:count])
+
+
+def prepare_inputs(
+    query_start: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    token_ids: Tensor,
+    block_tables: Tensor,
+    page_size: int,
+    out: StepInputs,
+) -> None:
+    """Fills `out` for S sequences, of which sequence i computes rows query_start[i] to query_start[i + 1] - 1.
+
+    query_start int32 [S + 1], nondecreasing: padding sequences have no rows; slots int32 [S]: rows of the tables;
+    starts int32 [S]: positions of their first tokens; token_ids int32 [slots, any], block_tables int32 [slots, P].
+    """
+    if token_ids.stride(1) != 1 or block_tables.stride(1) != 1:
+        raise ValueError(
+            f"a slot's tokens and pages must be contiguous, and the strides are {token_ids.stride()} and "
+            f"{block_tables.stride()}"
+        )
+    if query_start.is_cuda:
+        prepare_inputs_triton(query_start, slots, starts, token_ids, block_tables, page_size, out)
+        return
+    row = torch.arange(len(out.token_ids), dtype=torch.int32, device=query_start.device)
+    sequence = torch.searchsorted(query_start[1:].contiguous(), row, right=True).clamp_max_(len(slots) - 1)
+    there = row < query_start[-1]
+    slot = slots[sequence].to(torch.int64)
+    position = torch.where(there, starts[sequence] + row - query_start[sequence], 0)
+    pages = block_tables[slot, (position // page_size).to(torch.int64)].to(torch.int64)
+    out.token_ids.copy_(torch.where(there, token_ids[slot, position.to(torch.int64)], 0))
+    out.positions.copy_(position)
+    out.slot_mapping.copy_(torch.where(there, pages * page_size + position % page_size, -1))
+
+
+@jit
+def _prepare_kernel(
+    query_start_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    tokens_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    token_ids_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    slot_mapping_ptr: tl.tensor,
+    tokens_stride: tl.tensor,
+    tables_stride: tl.tensor,
+    num_rows: tl.tensor,
+    num_seqs: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
+) -> None:
+    """Some rows a program; each looks at all sequences, which are few, to find its own."""
+    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    seq = tl.arange(0, BLOCK_SEQS)
+    ends = tl.load(query_start_ptr + 1 + seq, mask=seq < num_seqs, other=2147483647)
+    before = tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
+    index = tl.minimum(before, num_seqs - 1)
+    inside = row < num_rows
+    there = row < tl.load(query_start_ptr + num_seqs)
+    slot = tl.load(slots_ptr + index).to(tl.int64)
+    position = tl.load(starts_ptr + index) + row - tl.load(query_start_ptr + index)
+    position = tl.where(there, position, 0)
+    token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=there, other=0)
+    page = tl.load(tables_ptr + slot * tables_stride + position // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+    tl.store(token_ids_ptr + row, token, mask=inside)
+    tl.store(positions_ptr + row, position, mask=inside)
+    place = tl.where(there, page * PAGE_SIZE + position % PAGE_SIZE, -1)
+    tl.store(slot_mapping_ptr + row, place, mask=inside)
+
+
+def prepare_inputs_triton(
+    query_start: Tensor,
+    slots: Tensor,
+    starts: Tensor,
+    token_ids: Tensor,
+    block_tables: Tensor,
+    page_size: int,
+    out: StepInputs,
+) -> None:
+    """`prepare_inputs` in one launch."""
+    num_rows, num_seqs = len(out.token_ids), len(slots)
+    _prepare_kernel[(ceil_div(num_rows, _BLOCK_ROWS),)](
+        query_start,
+        slots,
+        starts,
+        token_ids,
+        block_tables,
+        out.token_ids,
+        out.positions,
+        out.slot_mapping,
+        token_ids.stride(0),
+        block_tables.stride(0),
+        num_rows,
+        num_seqs,
+        PAGE_SIZE=page_size,
+        BLOCK_ROWS=_BLOCK_ROWS,
+        BLOCK_SEQS=next_power_of_2(num_seqs),
+        num_warps=4,
+    )
