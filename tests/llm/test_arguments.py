@@ -27,7 +27,7 @@ from quire.service.errors import ConfigError, InvalidRequestError, ModelError, Q
         ),
         ({"tensor_parallel_size": True}, "tensor_parallel_size is True"),
         ({"quantization": "awq"}, "quantization is 'awq', which is not supported"),
-        ({"gpu_memory_utilization": 0.9}, "set kv_cache_bytes"),
+        ({"gpu_memory_utilization": 9}, "gpu_memory_utilization is 9: give a share"),
         ({"dtype": "half"}, "dtype is 'half': choose one of auto, float32, bfloat16"),
         ({"max_model_len": "5"}, "max_model_len is '5': give a whole number or None"),
         ({"max_model_len": -1}, "^max_model_len is -1: 0 chooses it"),

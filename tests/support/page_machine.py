@@ -147,6 +147,9 @@ class PageMachine:
             launched.draw(None)
         return launched
 
+    def prepare(self) -> bool:
+        return False
+
     def draw(self, plan: StepPlan, masks: StepMasks | None) -> tuple[int, ...]:
         """What each of the plan's work draws; the next step reads it as its input."""
         allowed = {}

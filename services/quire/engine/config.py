@@ -9,11 +9,29 @@ from quire.engine.scheduler import SchedulerConfig
 from quire.service.errors import ConfigError
 from quire.service.logs import LogFormat
 
-_SCHEDULER = SchedulerConfig()
+# On a GPU a step of many tokens costs little more than the reading of the weights.
+_GPU_NUM_SEQS = 256
+_GPU_NUM_BATCHED_TOKENS = 8192
+_GPU_MIXED_TOKENS = 512
+
+
+class Device(Enum):
+    """What the model runs on. AUTO is the GPU, if torch sees one."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class LoadFormat(Enum):
+    """Where weights come from. DUMMY makes random ones for a folder that has only config.json, to measure speed."""
+
+    AUTO = "auto"
+    DUMMY = "dummy"
 
 
 class Dtype(Enum):
-    """AUTO is the fastest that the device does well: on a CPU bfloat16 activations over the file's own weights."""
+    """AUTO is the fastest that the device does well: bfloat16, on a CPU over the file's own weights."""
 
     AUTO = "auto"
     FLOAT32 = "float32"
@@ -24,18 +42,25 @@ class Dtype(Enum):
 class CoreConfig:
     """What the core process needs: model, batch, memory, sidecar.
 
-    `max_model_len` 0 is the model's own; `num_pages` 0 is as many as `kv_cache_bytes` hold.
+    `max_model_len` 0 is the model's own; `num_pages` 0 is as many as `kv_cache_bytes` hold, and that 0 is 2 GiB on a
+    CPU, and on a GPU what `gpu_memory_utilization` of its memory leaves. `max_num_seqs`, `max_num_batched_tokens`
+    and `max_mixed_tokens` None are the device's. `enforce_eager`: no CUDA graphs.
     """
 
     model: str = ""
+    device: Device = Device.AUTO
     dtype: Dtype = Dtype.AUTO
+    load_format: LoadFormat = LoadFormat.AUTO
     max_model_len: int = 0
-    max_num_seqs: int = _SCHEDULER.max_num_seqs
-    max_num_batched_tokens: int = _SCHEDULER.max_num_batched_tokens
-    max_waiting: int = _SCHEDULER.max_waiting
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_mixed_tokens: int | None = None
+    max_waiting: int = 1024
     enable_prefix_caching: bool = True
     num_pages: int = 0
-    kv_cache_bytes: int = 2 << 30
+    kv_cache_bytes: int = 0
+    gpu_memory_utilization: float = 0.9
+    enforce_eager: bool = False
     threads: int = 0
     sidecar: str = ""
     sidecar_deadline_s: float = 10.0
@@ -44,10 +69,41 @@ class CoreConfig:
         for name in ("max_model_len", "num_pages", "threads"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}: 0 chooses it", field=name)
-        if self.kv_cache_bytes < 1 << 20:
+        if 0 != self.kv_cache_bytes < 1 << 20:
             raise ConfigError(
-                f"--kv-cache-bytes is {self.kv_cache_bytes}: it must be at least {1 << 20}", field="kv_cache_bytes"
+                f"--kv-cache-bytes is {self.kv_cache_bytes}: it must be at least {1 << 20}, or 0 to choose it",
+                field="kv_cache_bytes",
             )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization:g}: give a share, like 0.9",
+                field="gpu_memory_utilization",
+            )
+        self.batch_limits(on_gpu=False)
+
+    def batch_limits(self, *, on_gpu: bool) -> SchedulerConfig:
+        """The batch's limits on a device; of the two that belong together one that is not set follows the other.
+
+        Raises ConfigError for values that can't be used.
+        """
+        default = SchedulerConfig(_GPU_NUM_SEQS, _GPU_NUM_BATCHED_TOKENS) if on_gpu else SchedulerConfig()
+        num_seqs, num_tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if num_seqs is None:
+            num_seqs = default.max_num_seqs
+            if num_tokens is not None:
+                num_seqs = max(1, min(num_seqs, num_tokens))
+        if num_tokens is None:
+            num_tokens = max(default.max_num_batched_tokens, num_seqs)
+        mixed_tokens = self.max_mixed_tokens
+        if mixed_tokens is None:
+            mixed_tokens = _GPU_MIXED_TOKENS if on_gpu else 0
+        return SchedulerConfig(
+            max_mixed_tokens=mixed_tokens,
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_tokens,
+            max_waiting=self.max_waiting,
+            enable_prefix_caching=self.enable_prefix_caching,
+        )
 
 
 @dataclass(frozen=True, slots=True)

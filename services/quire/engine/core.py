@@ -154,6 +154,10 @@ class EngineCore:
         updates, self._updates = self._updates, []
         return updates
 
+    def prepare(self) -> bool:
+        """Does a part of what makes later steps faster, while there is no work; returns whether there may be more."""
+        return self._runner.prepare()
+
     def close(self) -> None:
         """Lets go of the sidecar."""
         if self._masks is not None:

@@ -90,12 +90,18 @@ class CoreLoop:
         self._core = core
         self._link = link
         self._refused: list[Update] = []
+        self._may_prepare = True
 
     def run(self) -> NoReturn:
         """Goes on until the server is gone, which raises ServerGoneError."""
         while True:
-            for message in self._link.receive(block=not (self._core.has_work or self._refused)):
+            idle = not (self._core.has_work or self._refused)
+            messages = self._link.receive(block=idle and not self._may_prepare)
+            for message in messages:
                 self._handle(message)
+            if idle and not messages:
+                self._may_prepare = self._core.prepare()
+                continue
             updates = self._core.step()
             self._link.send(self._report([*self._refused, *updates]))
             self._refused.clear()

@@ -64,6 +64,10 @@ class CpuRunner:
             step.draw(None)
         return step
 
+    def prepare(self) -> bool:
+        """There is nothing to prepare."""
+        return False
+
     @torch.inference_mode()
     def _draw(
         self,

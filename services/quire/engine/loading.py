@@ -7,24 +7,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 
-from quire.engine.config import CoreConfig, Dtype
+from quire.engine.config import CoreConfig, Dtype, LoadFormat
 from quire.engine.core import EngineCore
 from quire.engine.cpu_runner import CpuRunner
+from quire.engine.gpu.loading import choose_gpu, size_pages
+from quire.engine.gpu.runner import GpuRunner
 from quire.engine.masks import MaskSource
 from quire.engine.messages import Ready
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.model import ModelDtype
-from quire.engine.models.registry import load_model
+from quire.engine.models.registry import load_gpu_model, load_model
 from quire.engine.page_pool import PagePool
+from quire.engine.runner import Runner
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.sequence import pages_for
-from quire.service.checkpoint.locate import locate
+from quire.service.checkpoint.locate import Checkpoint, locate
 from quire.service.errors import ConfigError
+
+_CPU_KV_CACHE_BYTES = 2 << 30
 
 Progress = Callable[[float, str], None]
 MakeMasks = Callable[[ModelConfig], MaskSource]
@@ -47,38 +52,75 @@ def load_core(config: CoreConfig, progress: Progress, make_masks: MakeMasks | No
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
     checkpoint = locate(config.model)
-    dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
-    model = load_model(checkpoint.path, checkpoint.format, dtype, progress)
-    loaded = time.perf_counter()
-
-    max_model_len = _max_model_len(config, model.config)
-    num_pages = _num_pages(config, max_model_len, model.kv_page_bytes)
-    pool = PagePool(num_pages)
-    scheduler = Scheduler(
-        SchedulerConfig(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_model_len=max_model_len,
-            max_waiting=config.max_waiting,
-            enable_prefix_caching=config.enable_prefix_caching,
-        ),
-        pool,
-        frozenset(model.config.eos_token_ids),
-    )
-    runner = CpuRunner(model, num_pages, config.max_num_seqs, max_model_len, dtype.value)
+    gpu = choose_gpu(config.device)
+    limits = config.batch_limits(on_gpu=gpu is not None)
+    load = _load_cpu if gpu is None else partial(_load_gpu, gpu)
+    loaded = load(config, checkpoint, limits, progress)
+    pool = PagePool(loaded.num_pages)
+    limits = replace(limits, max_model_len=loaded.max_model_len)
+    scheduler = Scheduler(limits, pool, frozenset(loaded.model.eos_token_ids))
     if make_masks is None and config.sidecar:
-        make_masks = partial(_sidecar, config)
-    masks = make_masks(model.config) if make_masks is not None else None
-    core = EngineCore(runner, scheduler, masks, model.config.vocab_size)
+        make_masks = partial(_sidecar, config, limits.max_num_seqs)
+    masks = make_masks(loaded.model) if make_masks is not None else None
+    core = EngineCore(loaded.runner, scheduler, masks, loaded.model.vocab_size, run_ahead=gpu is not None)
+    seconds = {"model": loaded.weights_at - began, "pages": time.perf_counter() - loaded.weights_at}
     ready = Ready(
         model=checkpoint.name,
-        device=runner.info,
-        max_model_len=max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        num_pages=num_pages,
-        start_seconds={"model": loaded - began, "pages": time.perf_counter() - loaded},
+        device=loaded.runner.info,
+        max_model_len=loaded.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        num_pages=loaded.num_pages,
+        start_seconds=seconds,
     )
     return LoadedCore(core, ready)
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A device's part of a core; `weights_at` is on time.perf_counter's clock."""
+
+    runner: Runner
+    model: ModelConfig
+    num_pages: int
+    max_model_len: int
+    weights_at: float
+
+
+def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfig, progress: Progress) -> _Loaded:
+    if config.load_format is LoadFormat.DUMMY:
+        raise ConfigError("--load-format dummy makes random weights on a GPU: there is none", field="load_format")
+    dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
+    model = load_model(checkpoint.path, checkpoint.format, dtype, progress)
+    weights_at = time.perf_counter()
+    max_model_len = _max_model_len(config, model.config)
+    num_bytes = config.kv_cache_bytes or _CPU_KV_CACHE_BYTES
+    num_pages = _num_pages(
+        config.num_pages or num_bytes // model.kv_page_bytes, limits, max_model_len, model.kv_page_bytes
+    )
+    runner = CpuRunner(model, num_pages, limits.max_num_seqs, max_model_len, dtype.value)
+    return _Loaded(runner, model.config, num_pages, max_model_len, weights_at)
+
+
+def _load_gpu(
+    gpu: torch.device, config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfig, progress: Progress
+) -> _Loaded:
+    dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
+    dummy = config.load_format is LoadFormat.DUMMY
+    model = load_gpu_model(checkpoint.path, checkpoint.format, dtype, gpu, progress, dummy=dummy)
+    weights_at = time.perf_counter()
+    max_model_len = _max_model_len(config, model.config)
+    progress(1.0, "sizing the cache")
+    num_pages = size_pages(config, model, limits, max_model_len)
+    num_pages = _num_pages(num_pages, limits, max_model_len, model.kv_page_bytes)
+    runner = GpuRunner(
+        model,
+        num_pages,
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        max_model_len,
+        graphs=not config.enforce_eager,
+    )
+    return _Loaded(runner, model.config, num_pages, max_model_len, weights_at)
 
 
 def _max_model_len(config: CoreConfig, model: ModelConfig) -> int:
@@ -90,10 +132,9 @@ def _max_model_len(config: CoreConfig, model: ModelConfig) -> int:
     return config.max_model_len or model.max_model_len
 
 
-def _num_pages(config: CoreConfig, max_model_len: int, page_bytes: int) -> int:
-    num_pages = config.num_pages or config.kv_cache_bytes // page_bytes
+def _num_pages(num_pages: int, limits: SchedulerConfig, max_model_len: int, page_bytes: int) -> int:
     # More than this can't be in use at once, and a small model would otherwise reserve what it never touches.
-    num_pages = min(num_pages, 2 * config.max_num_seqs * pages_for(max_model_len))
+    num_pages = min(num_pages, 2 * limits.max_num_seqs * pages_for(max_model_len))
     if num_pages < pages_for(max_model_len):
         raise ConfigError(
             f"{num_pages} pages of {page_bytes} bytes hold less than one context of {max_model_len} tokens "
@@ -104,8 +145,8 @@ def _num_pages(config: CoreConfig, max_model_len: int, page_bytes: int) -> int:
     return num_pages
 
 
-def _sidecar(config: CoreConfig, model: ModelConfig) -> MaskSource:
+def _sidecar(config: CoreConfig, max_num_seqs: int, model: ModelConfig) -> MaskSource:
     # The offline API runs without gRPC, so this module must not need it.
     from quire.engine.sidecar_masks import SidecarMasks
 
-    return SidecarMasks(config.sidecar, model.vocab_size, config.max_num_seqs, config.sidecar_deadline_s)
+    return SidecarMasks(config.sidecar, model.vocab_size, max_num_seqs, config.sidecar_deadline_s)

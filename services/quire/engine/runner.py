@@ -63,3 +63,6 @@ class Runner(Protocol):
         Its tokens are drawn at once, unless it is `masked`: then `draw` brings the masks, which may depend on the
         tokens of the step before. Raises QuireError if the device fails; the runner can't be used after that.
         """
+
+    def prepare(self) -> bool:
+        """Does a part of what makes later steps faster, while there is no work; returns whether there may be more."""

@@ -8,6 +8,8 @@ A step in flight may still write to pages, and to a slot, that were given back m
 a later step, and steps run in their order.
 
 - Sequences that decode go first, so a long prompt never stalls them; prompts fill the rest of the budget in chunks.
+  While most of the batch decodes, smaller chunks ride on more steps (Sarathi-Serve: Agrawal et al., OSDI 2024): steps
+  of a few hundred tokens leave a GPU's arithmetic idle, and each gets its share of what would fill it.
 - Waiting sequences join in order (priority, then arrival) and the first that does not fit stops the rest: a long
   prompt can't be starved by short ones behind it.
 - A waiting sequence whose next page is being computed in this very step waits for it: prompts that begin alike and
@@ -34,13 +36,18 @@ from quire.service.request import Request
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
-    """The limits of a batch. Lengths and budgets are in tokens."""
+    """The limits of a batch. Lengths and budgets are in tokens.
+
+    `max_mixed_tokens` is the budget of a step while at least half of the batch decodes, if that leaves room for as many
+    prompt tokens as there are decodes; 0 is no such limit.
+    """
 
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 512
     max_model_len: int = 8192
     max_waiting: int = 1024
     enable_prefix_caching: bool = True
+    max_mixed_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting"):
@@ -156,7 +163,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The next step, which is to be launched; its plan has no work if there is nothing to do."""
-        step = _Step(self.config.max_num_batched_tokens)
+        step = _Step(self._budget())
         preempted = self._schedule_running(step)
         # Pages that a preemption freed belong to those who needed them, not to newcomers who would need more soon.
         if not preempted:
@@ -164,6 +171,15 @@ class Scheduler:
         schedule = step.schedule()
         self._book(schedule)
         return schedule
+
+    def _budget(self) -> int:
+        config = self.config
+        if config.max_mixed_tokens == 0 or 2 * len(self._running) < config.max_num_seqs:
+            return config.max_num_batched_tokens
+        num_decodes = sum(1 for sequence in self._running if sequence.num_pending == 1)
+        if 2 * num_decodes < config.max_num_seqs:
+            return config.max_num_batched_tokens
+        return min(config.max_num_batched_tokens, max(config.max_mixed_tokens, 2 * num_decodes))
 
     def append(self, sequence: Sequence, token_id: int) -> None:
         """Adds the token that a step drew for a sequence that has not ended; it may have been preempted meanwhile."""

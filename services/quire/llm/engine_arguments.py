@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
-from quire.engine.config import CoreConfig, Dtype
-from quire.engine.scheduler import SchedulerConfig
+from quire.engine.config import CoreConfig, Device, Dtype, LoadFormat
 from quire.llm.arguments import ArgumentError, Unsupported, check_arguments, check_number
+
+C = TypeVar("C", bound=Enum)
 
 _ARGUMENTS = (
     *("model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("enable_prefix_caching", "kv_cache_bytes", "kv_cache_memory_bytes", "num_pages", "seed", "threads"),
+    *("device", "gpu_memory_utilization", "enforce_eager", "load_format"),
 )
 _ONE_DEVICE = "the model runs on one device: leave it out"
 _UNSUPPORTED: Unsupported = {
@@ -21,16 +23,12 @@ _UNSUPPORTED: Unsupported = {
     "pipeline_parallel_size": ((None, 1), _ONE_DEVICE),
     "data_parallel_size": ((None, 1), _ONE_DEVICE),
     "distributed_executor_backend": ((None,), _ONE_DEVICE),
-    "device": ((None, "auto", "cpu"), "the model runs on the CPU: leave it out"),
     "quantization": ((None,), "a GGUF file's own quantization is used: leave it out"),
-    "load_format": ((None, "auto"), "GGUF files and safetensors are told apart by themselves: leave it out"),
     "kv_cache_dtype": ((None, "auto"), "it follows dtype: leave it out"),
-    "gpu_memory_utilization": ((None,), "set kv_cache_bytes"),
     "num_gpu_blocks_override": ((None,), "set num_pages"),
     "block_size": ((None, 16), "pages have 16 tokens: leave it out"),
     "swap_space": ((None, 0), "what is preempted is computed again: leave it out"),
     "cpu_offload_gb": ((None, 0), "leave it out"),
-    "enforce_eager": ((None, True, False), "leave it out"),
     "enable_chunked_prefill": ((None, True), "long prompts always come in chunks: set max_num_batched_tokens"),
     "disable_log_stats": ((None, True, False), "leave it out: metrics() tells"),
     "trust_remote_code": ((None, False), "models' own code is never run: leave it out"),
@@ -65,7 +63,7 @@ def check_call(call: str, others: Mapping[str, object], known: Sequence[str]) ->
     check_arguments(call, others, known, _CALL_UNSUPPORTED)
 
 
-def core_config(dtype: Any, others: Mapping[str, object], **given: Any) -> CoreConfig:
+def core_config(dtype: Any, device: Any, load_format: Any, others: Mapping[str, object], **given: Any) -> CoreConfig:
     """The core's configuration from those arguments that are not None; `others` are those that LLM does not know.
 
     Raises ConfigError for a wrong value, ArgumentError for a wrong name or type.
@@ -73,23 +71,25 @@ def core_config(dtype: Any, others: Mapping[str, object], **given: Any) -> CoreC
     check_arguments("LLM", others, _ARGUMENTS, _UNSUPPORTED)
     for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages", "threads"):
         check_number(name, given[name], whole=True, optional=True)
+    check_number("gpu_memory_utilization", given["gpu_memory_utilization"], optional=True)
     # Calls bring all their prompts at once.
     given_ones = {name: value for name, value in given.items() if value is not None}
-    config = CoreConfig(dtype=_dtype(dtype), max_waiting=sys.maxsize, **given_ones)
-    # Whoever sets one of the two means it; the other follows.
-    if given["max_num_batched_tokens"] is None:
-        config = replace(config, max_num_batched_tokens=max(config.max_num_batched_tokens, config.max_num_seqs))
-    elif given["max_num_seqs"] is None:
-        config = replace(config, max_num_seqs=max(1, min(config.max_num_seqs, config.max_num_batched_tokens)))
-    # Raises what is wrong with them, before the model is read.
-    SchedulerConfig(config.max_num_seqs, config.max_num_batched_tokens)
-    return config
+    return CoreConfig(
+        dtype=_choice("dtype", Dtype, {"float": "float32"}.get(_name(dtype), _name(dtype))),
+        device=_choice("device", Device, "auto" if device is None else str(device)),
+        load_format=_choice("load_format", LoadFormat, "auto" if load_format is None else str(load_format)),
+        max_waiting=sys.maxsize,
+        **given_ones,
+    )
 
 
-def _dtype(dtype: Any) -> Dtype:
-    name = str(dtype).removeprefix("torch.")
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _choice(field: str, kind: type[C], name: str) -> C:
     try:
-        return Dtype({"float": "float32"}.get(name, name))
+        return kind(name)
     except ValueError as error:
-        known = ", ".join(known.value for known in Dtype)
-        raise ArgumentError(f"dtype is {name!r}: choose one of {known}", field="dtype") from error
+        known = ", ".join(known.value for known in kind)
+        raise ArgumentError(f"{field} is {name!r}: choose one of {known}", field=field) from error

@@ -45,8 +45,11 @@ class LLM:
     tokenizer: a checkpoint whose tokenizer and chat template are used instead of the model's.
     dtype: "float32" is exact, "bfloat16" is fast, "auto" is the fastest that the device does well.
     max_model_len: prompt and output together, in tokens; None is the model's context.
-    max_num_seqs, max_num_batched_tokens: sequences in a batch (64), tokens in a step (512).
-    kv_cache_bytes: memory for pages (2 GiB); kv_cache_memory_bytes is the same; num_pages says it in pages.
+    device: "cuda", "cpu", or "auto": the GPU, if there is one.
+    max_num_seqs, max_num_batched_tokens: sequences in a batch (64; 256 on a GPU), tokens in a step (512; 8192).
+    kv_cache_bytes: memory for pages (2 GiB; on a GPU what gpu_memory_utilization, 0.9, of its memory leaves);
+    kv_cache_memory_bytes is the same; num_pages says it in pages.
+    enforce_eager: no CUDA graphs. load_format: "dummy" makes random weights for a folder without any.
     seed: for outputs whose params have none; None is a random one. threads: of the model, None is torch's choice.
 
     Raises ModelError if the model can't be found or run, ConfigError for a wrong value, ArgumentError for a wrong name.
@@ -59,6 +62,7 @@ class LLM:
         *,
         tokenizer: str | os.PathLike[str] | None = None,
         dtype: Any = "auto",
+        device: Any = None,
         max_model_len: int | None = None,
         max_num_seqs: int | None = None,
         max_num_batched_tokens: int | None = None,
@@ -67,6 +71,9 @@ class LLM:
         kv_cache_memory_bytes: int | None = None,
         num_pages: int | None = None,
         seed: int | None = 0,
+        gpu_memory_utilization: float | None = None,
+        enforce_eager: bool | None = None,
+        load_format: str | None = None,
         threads: int | None = None,
         **others: object,
     ) -> None:
@@ -78,6 +85,8 @@ class LLM:
         try:
             config = core_config(
                 dtype,
+                device,
+                load_format,
                 others,
                 model=os.fspath(model),
                 max_model_len=max_model_len,
@@ -86,6 +95,8 @@ class LLM:
                 enable_prefix_caching=enable_prefix_caching,
                 kv_cache_bytes=kv_cache_memory_bytes if kv_cache_bytes is None else kv_cache_bytes,
                 num_pages=num_pages,
+                gpu_memory_utilization=gpu_memory_utilization,
+                enforce_eager=enforce_eager,
                 threads=threads,
             )
             self._load(config, None if tokenizer is None else os.fspath(tokenizer))

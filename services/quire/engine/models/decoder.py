@@ -55,7 +55,7 @@ class Decoder:
             head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
             head_rows = dense(head).to(self._embedding.dtype)
         self._head = Head(self._kernels.linear(head), head_rows)
-        self._rotary = _rotary_table(config, weights.frequency_divisors(config.head_size // 2))
+        self._rotary = rotary_frequencies_table(config, weights.frequency_divisors(config.head_size // 2))
         progress(1.0)
 
     def new_kv_cache(self, num_pages: int) -> KVCache:
@@ -90,7 +90,8 @@ class Decoder:
         return self._head(rms_norm(rows, self._norm, eps, torch.float32))
 
 
-def _rotary_table(config: ModelConfig, divisors: Tensor | None) -> Tensor:
+def rotary_frequencies_table(config: ModelConfig, divisors: Tensor | None) -> Tensor:
+    """Cosines and sines of all positions, as `rotary_table` gives them; `divisors` float32 [head_size / 2] or none."""
     inv_freq = config.rope.inverse_frequencies(config.head_size)
     if divisors is not None:
         inv_freq = inv_freq / divisors

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from quire.engine.models.config import ModelConfig
-from quire.engine.models.linear import Linear, LinearKernels
+from quire.engine.models.linear import Linear, LinearFactory
 from quire.engine.models.step import Step
-from quire.engine.models.weights import Weights, stack
+from quire.engine.models.weights import Weights
 from quire.kernels.paged_attention import paged_attention
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary import rotary
@@ -23,7 +23,7 @@ from quire.kernels.write_pages import write_pages
 class LayerLoader:
     """Layer `index` of a checkpoint, part by part, by Hugging Face's names within the layer."""
 
-    def __init__(self, weights: Weights, config: ModelConfig, kernels: LinearKernels, index: int) -> None:
+    def __init__(self, weights: Weights, config: ModelConfig, kernels: LinearFactory, index: int) -> None:
         self.config = config
         self.index = index
         self._weights = weights
@@ -31,18 +31,21 @@ class LayerLoader:
         self._prefix = f"model.layers.{index}."
 
     def vector(self, name: str, size: int) -> Tensor:
-        """Float32 [size]."""
-        return self._weights.vector(f"{self._prefix}{name}", size)
+        """Float32 [size], on the device."""
+        return self._kernels.vector(self._weights.vector(f"{self._prefix}{name}", size))
 
     def linear(self, parts: dict[str, int], columns: int, bias: bool = False) -> Linear:
         """One product for several matrices, each given as its name and number of rows."""
-        weight = stack([self._weights.matrix(f"{self._prefix}{name}.weight", n, columns) for name, n in parts.items()])
+        weights = [self._weights.matrix(f"{self._prefix}{name}.weight", n, columns) for name, n in parts.items()]
         biases = [self.vector(f"{name}.bias", n) for name, n in parts.items()] if bias else []
-        return self._kernels.linear(weight, torch.cat(biases) if biases else None)
+        return self._kernels.stacked(weights, torch.cat(biases) if biases else None)
 
 
 class Attention:
-    """Grouped-query attention with rotary positions over paged keys and values."""
+    """Grouped-query attention with rotary positions over paged keys and values.
+
+    Called on a CPU; a GPU has its own way through the same parts: `quire.engine.models.gpu_decoder`.
+    """
 
     def __init__(
         self,
@@ -55,48 +58,48 @@ class Attention:
     ) -> None:
         """`head_norms`: queries and keys are normalized per head. `window`: how many tokens a query sees, 0 is all."""
         config = loader.config
-        self._num_heads, self._head_size, self._eps = config.num_heads, config.head_size, config.rms_norm_eps
-        self._num_rotated = config.num_heads + config.num_kv_heads
-        self._window = window
+        self.num_heads, self.head_size, self.eps = config.num_heads, config.head_size, config.rms_norm_eps
+        self.num_rotated = config.num_heads + config.num_kv_heads
+        self.window = window
         rows, kv_rows = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
-        self._qkv = loader.linear(
+        self.qkv = loader.linear(
             {"self_attn.q_proj": rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows},
             config.hidden_size,
             qkv_bias,
         )
-        self._output = loader.linear({"self_attn.o_proj": config.hidden_size}, rows, output_bias)
-        self._head_norm: Tensor | None = None
+        self.output = loader.linear({"self_attn.o_proj": config.hidden_size}, rows, output_bias)
+        self.head_norm: Tensor | None = None
         if head_norms:
             # One norm for queries and keys: [heads + kv_heads, head_size].
             query, key = (loader.vector(f"self_attn.{name}_norm.weight", config.head_size) for name in "qk")
-            self._head_norm = torch.stack([query] * config.num_heads + [key] * config.num_kv_heads)
+            self.head_norm = torch.stack([query] * config.num_heads + [key] * config.num_kv_heads)
 
     def __call__(self, hidden: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
         """hidden [T, hidden_size] of `step.dtype` → the same shape, of a float type; writes the step's keys and values
         into the layer's pages first."""
-        qkv = self._qkv(hidden).view(hidden.shape[0], -1, self._head_size)
-        rotated = qkv[:, : self._num_rotated]
-        if self._head_norm is not None:
-            rotated = rms_norm(rotated.to(torch.float32), self._head_norm, self._eps, torch.float32)
+        qkv = self.qkv(hidden).view(hidden.shape[0], -1, self.head_size)
+        rotated = qkv[:, : self.num_rotated]
+        if self.head_norm is not None:
+            rotated = rms_norm(rotated.to(torch.float32), self.head_norm, self.eps, torch.float32)
         rotated = rotary(rotated, step.cos, step.sin)
-        write_pages(rotated[:, self._num_heads :], qkv[:, self._num_rotated :], keys, values, step.writes)
-        queries = rotated[:, : self._num_heads].to(keys.dtype)
-        attended = paged_attention(queries, keys, values, step.attention[self._window])
-        return self._output(attended.view(hidden.shape[0], -1).to(step.dtype))
+        write_pages(rotated[:, self.num_heads :], qkv[:, self.num_rotated :], keys, values, step.writes)
+        queries = rotated[:, : self.num_heads].to(keys.dtype)
+        attended = paged_attention(queries, keys, values, step.attention[self.window])
+        return self.output(attended.view(hidden.shape[0], -1).to(step.dtype))
 
 
 class GatedMlp:
-    """down(silu(gate(x)) · up(x))."""
+    """down(silu(gate(x)) · up(x)); called on a CPU, as `Attention` is."""
 
     def __init__(self, loader: LayerLoader) -> None:
         config = loader.config
         size = config.intermediate_size
-        self._gate_up = loader.linear({"mlp.gate_proj": size, "mlp.up_proj": size}, config.hidden_size)
-        self._down = loader.linear({"mlp.down_proj": config.hidden_size}, size)
+        self.gate_up = loader.linear({"mlp.gate_proj": size, "mlp.up_proj": size}, config.hidden_size)
+        self.down = loader.linear({"mlp.down_proj": config.hidden_size}, size)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """hidden [T, hidden_size] → the same shape, of a float type."""
-        return self._down(silu_and_mul(self._gate_up(hidden)))
+        return self.down(silu_and_mul(self.gate_up(hidden)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quire.engine.models.model import ModelDtype
-from quire.engine.models.weights import GROUP_SIZE, LinearWeight, QuantizedWeight, dense
+from quire.engine.models.weights import GROUP_SIZE, LinearWeight, QuantizedWeight, dense, stack
 
 # A 4-bit product of at most this many rows beats a dense one, and a bfloat16 one without native support a float32 one.
 _PACKED_ROWS_BESIDE_BFLOAT16 = 4
@@ -29,6 +30,16 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] → [T, N], in a float type of the product's choice. Best if x has `LinearKernels.input_dtype(T)`."""
+
+
+class LinearFactory(Protocol):
+    """Puts a checkpoint's tensors where a device computes with them."""
+
+    def stacked(self, weights: Sequence[LinearWeight], bias: Tensor | None) -> Linear:
+        """One layer for weights [N, K] whose rows follow one another, and a bias, float32, over all of them."""
+
+    def vector(self, values: Tensor) -> Tensor:
+        """`values`, on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +75,14 @@ class LinearKernels:
         """The layer for a weight [N, K] and a bias, float32 [N]."""
         product = self._product(weight)
         return product if bias is None else BiasedLinear(product, bias)
+
+    def stacked(self, weights: Sequence[LinearWeight], bias: Tensor | None) -> Linear:
+        """The layer for all of `weights` in one product."""
+        return self.linear(stack(weights), bias)
+
+    def vector(self, values: Tensor) -> Tensor:
+        """They are where they belong."""
+        return values
 
     def _product(self, weight: LinearWeight) -> Linear:
         if self.small_rows and isinstance(weight, QuantizedWeight) and PackedLinear.takes(weight):

@@ -6,9 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from quire.engine.models import llama, mistral, qwen2, qwen3
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.decoder import Decoder
+from quire.engine.models.dummy import DummyWeights
+from quire.engine.models.gpu_decoder import GpuDecoder
 from quire.engine.models.layer import Layer, LayerLoader
 from quire.engine.models.model import Model, ModelDtype
 from quire.engine.models.safetensors import FolderWeights
@@ -43,15 +47,46 @@ def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress
     Raises ModelError if the architecture is not supported, a setting can't be served, or a tensor is missing, left over
     or misshapen.
     """
-    progress(0.0, f"reading {path.name}")
-    weights: Weights = _gguf(path) if format is CheckpointFormat.GGUF else FolderWeights(path)
-    family = FAMILIES.get(weights.settings.text("model_type"))
-    if family is None:
-        raise weights.settings.error("model_type", f"supported are {', '.join(FAMILIES)}")
-    config = family.configure(weights.settings)
+    weights, config, family = _open(path, format, progress)
     model = Decoder(weights, config, family.load_layer, dtype, lambda done: progress(done, "loading weights"))
     weights.finish()
     return model
+
+
+def load_gpu_model(
+    path: Path,
+    format: CheckpointFormat,
+    dtype: ModelDtype,
+    device: torch.device,
+    progress: Progress,
+    *,
+    dummy: bool = False,
+) -> GpuDecoder:
+    """As `load_model`, for a GPU; `dummy` makes random weights for a folder with config.json.
+
+    Raises ModelError if the GPU's memory does not suffice, too.
+    """
+    made: Weights | None = None
+    if dummy and format is CheckpointFormat.FOLDER:
+        made = DummyWeights(path, device, torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
+    weights, config, family = _open(path, format, progress, made)
+    loading = "making random weights" if dummy else "loading weights"
+    model = GpuDecoder(weights, config, family.load_layer, dtype, device, lambda done: progress(done, loading))
+    weights.finish()
+    return model
+
+
+def _open(
+    path: Path, format: CheckpointFormat, progress: Progress, made: Weights | None = None
+) -> tuple[Weights, ModelConfig, Family]:
+    progress(0.0, f"reading {path.name}")
+    weights = made
+    if weights is None:
+        weights = _gguf(path) if format is CheckpointFormat.GGUF else FolderWeights(path)
+    family = FAMILIES.get(weights.settings.text("model_type"))
+    if family is None:
+        raise weights.settings.error("model_type", f"supported are {', '.join(FAMILIES)}")
+    return weights, family.configure(weights.settings), family
 
 
 def _gguf(path: Path) -> Weights:

@@ -37,7 +37,7 @@ class FolderWeights:
     """An open folder; see `quire.engine.models.weights.Weights`."""
 
     def __init__(self, path: Path) -> None:
-        self.settings = _settings(path)
+        self.settings = read_settings(path)
         self._path = path
 
     @cached_property
@@ -111,7 +111,8 @@ def _files(path: Path) -> list[Path]:
         raise ModelError(f"{index} is not a readable index ({error}): download it again", field="model") from error
 
 
-def _settings(path: Path) -> Settings:
+def read_settings(path: Path) -> Settings:
+    """A folder's config.json; raises ModelError if it can't be used."""
     file = path / "config.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))

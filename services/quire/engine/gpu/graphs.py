@@ -1,0 +1,75 @@
+"""CUDA graphs of a function that does the same every time, up to a size: captured when they are first wanted."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+
+
+class Graphs:
+    """All captured graphs of a runner; they share one pool of memory, since they run one after another.
+
+    What a captured function returns is overwritten by the next graph that runs: results belong into memory of the
+    caller's. Without `enabled` functions just run.
+    """
+
+    def __init__(self, stream: torch.cuda.Stream | None, *, enabled: bool) -> None:
+        self._enabled = enabled and stream is not None
+        self._stream = stream
+        self._pool: Any = None
+        self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Runs `function` on the stream: from its graph if it was called under this key before.
+
+        The first call runs it as it is, which compiles its kernels, and captures it after that.
+        """
+        graph = self._graphs.get(key)
+        if graph is not None:
+            graph.replay()
+            return
+        function()
+        if self._enabled:
+            self._graphs[key] = self._capture(function)
+
+    def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # torch.cuda.graph would also wait for the device, collect garbage and empty the cache: a pause for requests.
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            function()
+        finally:
+            graph.capture_end()
+        return graph
+
+
+class Sizes:
+    """The sizes that graphs are captured for; everything is rounded up to one of them."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.all = tuple(sorted(set(sizes)))
+
+    def __call__(self, count: int) -> int | None:
+        """The smallest size that holds `count`, or None."""
+        index = bisect_left(self.all, count)
+        return self.all[index] if index < len(self.all) else None
+
+
+def batch_sizes(limit: int) -> Sizes:
+    """For steps of one token a sequence: padding costs little, since they read weights and pages."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, limit, 32)]
+    return Sizes([size for size in sizes if size < limit] + [limit])
+
+
+def token_sizes(limit: int) -> Sizes:
+    """For steps with prompts in them: padding costs arithmetic, so there is at most about 6% of it from 512 on."""
+    sizes = [16, 32, *range(64, 512, 32), *range(512, 1024, 64), *range(1024, limit, 128)]
+    return Sizes([size for size in sizes if size < limit] + [limit])

@@ -1,0 +1,65 @@
+"""Which GPU a core runs on, and how much of its memory becomes pages: what weights and the largest step leave."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from quire.engine.config import CoreConfig, Device
+from quire.engine.gpu.runner import GpuRunner
+from quire.engine.models.gpu_decoder import GpuDecoder
+from quire.engine.scheduler import SchedulerConfig
+from quire.engine.sequence import pages_for
+from quire.service.errors import ConfigError
+
+# For captured graphs, which need about what a step of their largest size does, and what the driver takes.
+_RESERVED = 768 << 20
+
+
+def choose_gpu(device: Device) -> torch.device | None:
+    """The GPU to run on, None for the CPU; raises ConfigError if there is none and one was asked for."""
+    available = device is not Device.CPU and torch.cuda.is_available()
+    if device is Device.CUDA and not available:
+        raise ConfigError(
+            "--device is cuda and torch sees no GPU: install a torch with CUDA and check `nvidia-smi`, or use cpu",
+            field="device",
+        )
+    return torch.device("cuda", torch.cuda.current_device()) if available else None
+
+
+def size_pages(config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, max_model_len: int) -> int:
+    """How many pages fit beside the weights and the largest step, which is run to see what it needs.
+
+    Raises ConfigError, with the bytes that are missing, if one context does not fit.
+    """
+    device = model.device
+    probe = GpuRunner(model, 1, limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len, graphs=False)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        probe.warm_up(limits.max_num_batched_tokens)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"a step of --max-num-batched-tokens {limits.max_num_batched_tokens} does not fit the GPU beside the "
+            "weights: lower it",
+            field="max_num_batched_tokens",
+        ) from error
+    step_bytes = torch.cuda.max_memory_allocated(device) - before
+    del probe
+    gc.collect()
+    torch.cuda.empty_cache()
+    if config.num_pages:
+        return config.num_pages
+    free, total = torch.cuda.mem_get_info(device)
+    room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - _RESERVED
+    num_bytes = config.kv_cache_bytes or room
+    needed = pages_for(max_model_len) * model.kv_page_bytes
+    if num_bytes < needed:
+        raise ConfigError(
+            f"pages for one context of {max_model_len} tokens need {needed} bytes, and {max(num_bytes, 0)} are left of "
+            f"the GPU's {total}: {needed - num_bytes} are missing; lower --max-model-len, --max-num-batched-tokens or "
+            "raise --gpu-memory-utilization or --kv-cache-bytes",
+            field="max_model_len",
+        )
+    return num_bytes // model.kv_page_bytes

@@ -1,0 +1,301 @@
+"""Runs steps on a GPU: two graphs a step, forward and draw, over a batch that stays on the device.
+
+`launch` sends the plan and starts both; nothing waits until the core reads the tokens. Where tokens are masked, the
+draw is launched when the masks are there. Everything happens on one stream, in the order of the launches: what a
+step reads of the batch is what the steps before it wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quire.engine.adjust import adjust_logits
+from quire.engine.gpu.batch import GpuBatch, StagedStep
+from quire.engine.gpu.drawing import draw_tokens
+from quire.engine.gpu.graphs import Graphs, batch_sizes, token_sizes
+from quire.engine.gpu.reports import PromptReport, TokenReport
+from quire.engine.models.gpu_decoder import GpuDecoder, GpuStep
+from quire.engine.plan import StepPlan, StepResult
+from quire.engine.runner import DeviceInfo, StepMasks
+from quire.kernels.attention_worklist import AttentionLimits
+from quire.kernels.step_inputs import StepInputs, prepare_inputs
+from quire.kernels.token_mask import apply_token_mask_triton
+from quire.service.errors import InternalError
+from quire.service.pages import PAGE_SIZE
+from quire.service.request import TokenLogprobs
+
+# Larger steps take longer to run than to launch kernel by kernel, and are rarely of a size seen before.
+_LARGEST_GRAPH = 2048
+
+
+@dataclass(slots=True)
+class GpuPendingStep:
+    """A step on its way; see quire.engine.runner.PendingStep."""
+
+    staged: StagedStep
+    draw_masked: Callable[[GpuPendingStep, StepMasks | None], None]
+    drawn: bool = False
+    token_ids: Tensor | None = None  # on the host, once `done`
+    done: torch.cuda.Event | None = None
+    logprobs: TokenReport | None = None
+    prompt_logprobs: list[PromptReport] = field(default_factory=list)
+
+    def draw(self, masks: StepMasks | None) -> None:
+        if not self.drawn:
+            self.draw_masked(self, masks)
+
+    def wait(self) -> StepResult:
+        if self.token_ids is None:
+            raise InternalError("the step's masks never came")
+        if self.done is not None:
+            self.done.synchronize()
+        token_ids = np.full(len(self.staged.work), -1)
+        token_ids[self.staged.drawing] = self.token_ids[: len(self.staged.drawing)].numpy()
+        logprobs: dict[int, TokenLogprobs] = {}
+        if self.logprobs is not None:
+            logprobs = dict(zip(self.logprobs.items, self.logprobs.read(), strict=True))
+        prompts = {report.item: tuple(report.read()) for report in self.prompt_logprobs}
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompts)
+
+
+class GpuRunner:
+    """`quire.engine.runner.Runner` for a model on a GPU; on a CPU it runs without graphs, for tests.
+
+    Use with a core that runs ahead by one step at most: pinned memory of a step's tokens is used again two steps later.
+    """
+
+    def __init__(
+        self,
+        model: GpuDecoder,
+        num_pages: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        *,
+        graphs: bool = True,
+    ) -> None:
+        device, on_gpu = model.device, model.device.type == "cuda"
+        name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
+        self.info = DeviceInfo(name, str(model.dtype).removeprefix("torch."), torch.get_num_threads())
+        self._model = model
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._graphs = Graphs(self._stream, enabled=graphs and on_gpu)
+        self._batch = batch = GpuBatch(max_num_seqs, max_model_len, device)
+        self._cache = model.new_kv_cache(num_pages)
+        self._max_num_seqs = max_num_seqs
+        self._batch_sizes = batch_sizes(max_num_seqs)
+        self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
+        self._pads = on_gpu
+        sizes = [("decode", size) for size in self._batch_sizes.all] + [
+            ("mixed", size) for size in self._token_sizes.all
+        ]
+        self._unprepared = sorted(sizes, key=lambda one: one[1]) if graphs and on_gpu else []
+        rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
+        self._inputs = StepInputs(
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int32, device=device),
+            torch.zeros(rows, dtype=torch.int64, device=device),
+        )
+        self._hidden = torch.zeros(batch.size, model.config.hidden_size, dtype=model.dtype, device=device)
+        self._drawn = torch.zeros(batch.size, dtype=torch.int64, device=device)
+        self._results = [torch.zeros(batch.size, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
+        self._turn = 0
+        words = -(-vocab_size // 32)
+        self._masks = torch.zeros(max_num_seqs, words, dtype=torch.int32, device=device)
+        self._mask_rows = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._host_masks: list[Tensor] = []
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
+        """Starts a step; see quire.engine.runner.Runner."""
+        with self._on_stream():
+            staged = self._batch.stage(plan)
+            step = GpuPendingStep(staged, self._draw)
+            if staged.work.score.any():
+                self._forward_and_score(step)
+            else:
+                self._forward(staged)
+            if not masked:
+                self._draw(step, None)
+        return step
+
+    def prepare(self) -> bool:
+        """Captures the next graph that steps may want, the smallest first; returns whether there may be another.
+
+        To be called between steps only. Requests go on without: what is missing is captured when it is wanted.
+        """
+        if not self._unprepared:
+            return False
+        kind, size = self._unprepared.pop(0)
+        with torch.inference_mode(), self._on_stream():
+            self._batch.clear_inputs()
+            if kind == "mixed":
+                self._run_mixed(size)
+            else:
+                self._run_decodes(size)
+                self._run_draw(size, 0)
+        self._synchronize()
+        return bool(self._unprepared)
+
+    def _synchronize(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def warm_up(self, max_num_batched_tokens: int) -> None:
+        """Runs the largest step, of padding only: compiles kernels and takes the memory that it needs."""
+        with torch.inference_mode(), self._on_stream():
+            self._batch.clear_inputs()
+            size = min(max_num_batched_tokens, len(self._inputs.token_ids))
+            self._hidden_states(size, min(size, self._max_num_seqs), size, min(size, self._max_num_seqs))
+            self._draw_rows(self._max_num_seqs, 0)
+        self._synchronize()
+
+    def _on_stream(self) -> AbstractContextManager[object]:
+        return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
+
+    def _forward(self, staged: StagedStep) -> None:
+        """Leaves the hidden states of the rows that are drawn in `_hidden`."""
+        count = len(staged.work)
+        if staged.decodes_only and self._pads and (size := self._batch_sizes(count)) is not None:
+            self._run_decodes(size)
+        elif self._pads and (size := self._token_sizes(staged.num_tokens)) is not None:
+            self._run_mixed(size)
+        else:
+            # All slots, so that kernels that look at all sequences are compiled once.
+            most = int(staged.work.counts.max())
+            self._forward_padded(staged.num_tokens, self._max_num_seqs, most, len(staged.drawing))
+
+    def _run_decodes(self, size: int) -> None:
+        self._graphs.run(("decode", size), partial(self._forward_padded, size, size, 1, None))
+
+    def _run_mixed(self, size: int) -> None:
+        seqs = min(size, self._max_num_seqs)
+        self._graphs.run(("mixed", size), partial(self._forward_padded, size, seqs, size, seqs))
+
+    def _run_draw(self, size: int, num_masks: int) -> None:
+        self._graphs.run(("draw", size, num_masks), partial(self._draw_rows, size, num_masks))
+
+    def _forward_padded(self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None) -> None:
+        self._keep(self._hidden_states(num_tokens, num_seqs, max_query_len, num_logits))
+
+    def _keep(self, hidden: Tensor) -> None:
+        self._hidden[: len(hidden)].copy_(hidden)
+
+    def _hidden_states(self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None) -> Tensor:
+        columns, batch = self._batch.columns, self._batch
+        inputs = self._inputs.rows(num_tokens)
+        query_start, slots = columns.query_start[: num_seqs + 1], columns.slots[:num_seqs]
+        prepare_inputs(
+            query_start, slots, columns.starts[:num_seqs], batch.token_ids, batch.block_tables, PAGE_SIZE, inputs
+        )
+        step = GpuStep(
+            token_ids=inputs.token_ids,
+            positions=inputs.positions,
+            slot_mapping=inputs.slot_mapping,
+            query_start=query_start,
+            context_lens=columns.context_lens[:num_seqs],
+            table_rows=slots,
+            block_tables=batch.block_tables,
+            logit_rows=None if num_logits is None else columns.logit_rows[:num_logits],
+            limits=AttentionLimits(num_tokens, num_seqs, max_query_len),
+        )
+        return self._model.forward(step, self._cache)
+
+    def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
+        with torch.inference_mode(), self._on_stream():
+            staged, count = step.staged, len(step.staged.drawing)
+            if count:
+                num_masks = self._send_masks(staged, masks) if masks is not None and masks.work else 0
+                if self._is_plain(staged) and self._pads and (size := self._batch_sizes(count)) is not None:
+                    masked = self._batch_sizes(num_masks) or 0 if num_masks else 0
+                    self._run_draw(size, masked)
+                else:
+                    self._draw_with_all(step, num_masks)
+            self._send_back(step)
+        step.drawn = True
+
+    def _is_plain(self, staged: StagedStep) -> bool:
+        state, slots = self._batch.sampling, staged.work.slots[staged.drawing]
+        adjusted = state.penalizes[slots] | state.biases[slots] | state.forbids_ends[slots] | state.forbids_words[slots]
+        special = adjusted | (state.num_logprobs[slots] >= 0)
+        return not special.any()
+
+    def _draw_rows(self, num_rows: int, num_masks: int) -> None:
+        logits = self._model.logits(self._hidden[:num_rows])
+        if num_masks:
+            apply_token_mask_triton(logits, self._mask_rows[:num_masks], self._masks[:num_masks])
+        draw_tokens(logits, self._batch, self._drawn[:num_rows])
+
+    def _draw_with_all(self, step: GpuPendingStep, num_masks: int) -> None:
+        """Also what only few ask for: penalties, bias, bans and log-probabilities."""
+        staged, state = step.staged, self._batch.sampling
+        count, slots = len(staged.drawing), staged.work.slots[staged.drawing]
+        logits = self._model.logits(self._hidden[:count])
+        reported = np.flatnonzero(state.num_logprobs[slots] >= 0)
+        as_given = logits[self._upload(reported)]
+        adjust_logits(logits, state, self._batch.token_ids, slots, torch.from_numpy(staged.work.ends[staged.drawing]))
+        if num_masks:
+            apply_token_mask_triton(logits, self._mask_rows[:num_masks], self._masks[:num_masks])
+        draw_tokens(logits, self._batch, self._drawn[:count])
+        if reported.size:
+            chosen = self._drawn[self._upload(reported)].clamp_min(0)
+            step.logprobs = TokenReport.of(
+                as_given, chosen, state.num_logprobs[slots[reported]].tolist(), staged.drawing[reported].tolist()
+            )
+
+    def _send_back(self, step: GpuPendingStep) -> None:
+        count = len(step.staged.drawing)
+        self._turn = (self._turn + 1) % len(self._results)
+        step.token_ids = self._results[self._turn]
+        step.token_ids[:count].copy_(self._drawn[:count], non_blocking=True)
+        if self._stream is not None:
+            step.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            step.done.record(self._stream)
+
+    def _send_masks(self, staged: StagedStep, masks: StepMasks) -> int:
+        """Copies masks beside the forward pass; returns how many."""
+        rows = (np.cumsum(staged.work.sample) - 1)[list(masks.work)].astype(np.int32)
+        size = self._batch_sizes(len(rows)) or len(rows)
+        padded = np.full(size, -1, dtype=np.int32)
+        padded[: len(rows)] = rows
+        # Blocks until the masks are there, while the forward pass runs.
+        bits = torch.from_numpy(masks.batch.rows.view(np.int32))
+        if self._copies is None or self._stream is None:
+            self._masks[: len(rows)].copy_(bits)
+            self._mask_rows[:size].copy_(torch.from_numpy(padded))
+            return size
+        # No step that still reads the last masks can be running: its tokens were needed to ask for these.
+        with torch.cuda.stream(self._copies):
+            self._masks[: len(rows)].copy_(self._pinned(bits), non_blocking=True)
+            self._mask_rows[:size].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+        self._stream.wait_stream(self._copies)
+        return size
+
+    def _pinned(self, values: Tensor) -> Tensor:
+        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
+
+    def _upload(self, indexes: npt.NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(indexes).to(self._device)
+
+    def _forward_and_score(self, step: GpuPendingStep) -> None:
+        """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
+        work, state = step.staged.work, self._batch.sampling
+        hidden = self._hidden_states(step.staged.num_tokens, len(work), int(work.counts.max()), None)
+        firsts = np.cumsum(work.counts) - work.counts
+        for item in np.flatnonzero(work.score).tolist():
+            slot, start, first = int(work.slots[item]), int(work.starts[item]), int(firsts[item])
+            end = min(int(work.ends[item]), int(state.num_prompt_tokens[slot]) - 1)
+            targets = self._batch.token_ids[slot, start + 1 : end + 1]
+            rows, num_top = hidden[first : first + len(targets)], int(state.num_prompt_logprobs[slot])
+            step.prompt_logprobs.append(PromptReport.of(item, rows, targets, num_top, self._model.logits))
+        self._keep(hidden.index_select(0, self._batch.columns.logit_rows[: len(step.staged.drawing)]))

@@ -1,0 +1,179 @@
+"""A decoder on a GPU: the families' layers through fused kernels and cuBLAS, with no shape that depends on the batch.
+
+All that depends on it is in device tensors, so that a captured graph of `forward` serves any batch of up to its number
+of tokens. The residual stream has the model's type: in float32 everything is, in bfloat16 everything but norms,
+softmax and logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from quire.engine.models.config import ModelConfig
+from quire.engine.models.decoder import rotary_frequencies_table
+from quire.engine.models.gpu_linear import GpuLinear, GpuLinears
+from quire.engine.models.layer import Attention, Layer, LayerLoader
+from quire.engine.models.linear import Linear
+from quire.engine.models.model import KVCache, ModelDtype
+from quire.engine.models.weights import Weights
+from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
+from quire.kernels.paged_attention_triton import TritonAttentionPlan, paged_attention_triton, plan_attention_triton
+from quire.kernels.rms_norm import add_rms_norm, rms_norm
+from quire.kernels.rotary_and_write import HeadNorm, rotary_and_write
+from quire.service.errors import InternalError, ModelError
+from quire.service.pages import PAGE_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class GpuStep:
+    """One step's tokens, flat: T rows of S sequences, N of which want logits. Rows past the step's are padding."""
+
+    token_ids: Tensor  # int32 [T]
+    positions: Tensor  # int32 [T]
+    slot_mapping: Tensor  # int64 [T], page × PAGE_SIZE + offset; negative for padding, which is not written
+    query_start: Tensor  # int32 [S + 1], offsets into T; padding sequences have no queries
+    context_lens: Tensor  # int32 [S], tokens with keys and values once this step's are written
+    table_rows: Tensor  # int32 [S], each sequence's row in block_tables
+    block_tables: Tensor  # int32 [slots, P]
+    logit_rows: Tensor | None  # int32 [N], indexes into T; None for all of them
+    limits: AttentionLimits
+
+
+class GpuDecoder:
+    """A model whose weights are on `device`. `load_layer` is what makes it a model of its family."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        config: ModelConfig,
+        load_layer: Callable[[LayerLoader], Layer],
+        dtype: ModelDtype,
+        device: torch.device,
+        progress: Callable[[float], None],
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16
+        self.kv_page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_size
+        self.kv_page_bytes *= self.dtype.itemsize
+        linears = GpuLinears.on(device, self.dtype)
+        try:
+            embedding = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
+            self._embedding = self._head = linears.matrix([embedding])
+            if not config.tie_word_embeddings:
+                head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
+                self._head = linears.matrix([head])
+            self._layers = []
+            for index in range(config.num_layers):
+                progress(index / config.num_layers)
+                self._layers.append(load_layer(LayerLoader(weights, config, linears, index)))
+            self._norm = linears.vector(weights.vector("model.norm.weight", config.hidden_size))
+        except torch.OutOfMemoryError as error:
+            raise _too_large(config, self.dtype, device) from error
+        self._gate_ups = [_on_gpu(layer.mlp.gate_up) for layer in self._layers]
+        self._head_norms = [_head_norm(layer.attention) for layer in self._layers]
+        divisors = weights.frequency_divisors(config.head_size // 2)
+        self._rotary = rotary_frequencies_table(config, divisors).to(device)
+        progress(1.0)
+
+    def new_kv_cache(self, num_pages: int) -> KVCache:
+        """A pool of `num_pages` pages, not cleared: attention on a GPU reads no slot that is not written.
+
+        Raises ModelError if memory does not suffice.
+        """
+        shape = (num_pages, self.config.num_kv_heads, PAGE_SIZE, self.config.head_size)
+        try:
+            keys, values = (
+                tuple(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(self.config.num_layers))
+                for _ in range(2)
+            )
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{num_pages} pages of keys and values need {num_pages * self.kv_page_bytes} bytes, more than the GPU "
+                "has free: lower num_pages, kv_cache_bytes or gpu_memory_utilization",
+                field="num_pages",
+            ) from error
+        return KVCache(keys, values)
+
+    def forward(self, step: GpuStep, cache: KVCache) -> Tensor:
+        """The normalized hidden states of the rows that want logits, [N, hidden_size] of the model's type.
+
+        Writes the step's keys and values into `cache`.
+        """
+        eps = self.config.rms_norm_eps
+        plans = self._plan(step)
+        residual = F.embedding(step.token_ids, self._embedding)
+        hidden = rms_norm(residual, self._layers[0].input_norm, eps, self.dtype)
+        for index, layer in enumerate(self._layers):
+            if index:
+                hidden = add_rms_norm(residual, hidden, layer.input_norm, eps, self.dtype)
+            attended = self._attend(index, hidden, step, plans[layer.attention.window], cache)
+            hidden = add_rms_norm(residual, attended, layer.mlp_norm, eps, self.dtype)
+            hidden = layer.mlp.down(self._gate_ups[index].gated(hidden))
+        if step.logit_rows is not None:
+            residual, hidden = residual.index_select(0, step.logit_rows), hidden.index_select(0, step.logit_rows)
+        return add_rms_norm(residual, hidden, self._norm, eps, self.dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, hidden_size], as `forward` gives it → float32 [N, vocab_size].
+
+        Not rounded to bfloat16 on the way: largest logits of 20 to 30 would be multiples of 1/8, and two greedy tokens
+        in a hundred others.
+        """
+        if hidden.is_cuda and hidden.dtype is not torch.float32:
+            return torch.mm(hidden, self._head.t(), out_dtype=torch.float32)
+        return F.linear(hidden, self._head).to(torch.float32)
+
+    def _plan(self, step: GpuStep) -> Mapping[int, TritonAttentionPlan]:
+        config = self.config
+        return {
+            window: plan_attention_triton(
+                step.query_start,
+                step.context_lens,
+                step.block_tables,
+                AttentionShape(config.num_heads, config.num_kv_heads, config.head_size, window),
+                step.limits,
+                step.table_rows,
+            )
+            for window in sorted(set(config.windows))
+        }
+
+    def _attend(self, index: int, hidden: Tensor, step: GpuStep, plan: TritonAttentionPlan, cache: KVCache) -> Tensor:
+        attention = self._layers[index].attention
+        keys, values = cache.keys[index], cache.values[index]
+        qkv = attention.qkv(hidden).view(hidden.shape[0], -1, self.config.head_size)
+        queries = rotary_and_write(
+            qkv, step.positions, self._rotary, step.slot_mapping, keys, values, self._head_norms[index]
+        )
+        attended = paged_attention_triton(queries, keys, values, plan)
+        return attention.output(attended.view(hidden.shape[0], -1))
+
+
+def _on_gpu(linear: Linear) -> GpuLinear:
+    if not isinstance(linear, GpuLinear):
+        raise InternalError("a layer of a GPU's model was not loaded for it")
+    return linear
+
+
+def _head_norm(attention: Attention) -> HeadNorm | None:
+    if attention.head_norm is None:
+        return None
+    return HeadNorm(attention.head_norm[0].contiguous(), attention.head_norm[-1].contiguous(), attention.eps)
+
+
+def _too_large(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> ModelError:
+    free, total = torch.cuda.mem_get_info(device)
+    attention = 2 * (config.num_heads + config.num_kv_heads) * config.head_size * config.hidden_size
+    layers = config.num_layers * (attention + 3 * config.hidden_size * config.intermediate_size)
+    heads = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+    needed = (layers + heads) * dtype.itemsize
+    return ModelError(
+        f"the model's weights need {needed} bytes and the GPU has {total}, of which {free} are left: {needed - total} "
+        "bytes are missing at least; use dtype bfloat16, a smaller model or a larger GPU",
+        field="model",
+    )
