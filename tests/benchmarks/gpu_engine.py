@@ -1,0 +1,265 @@
+"""The engine's core on a GPU over random weights: throughput, latency, prefill, shared prefixes, start-up.
+
+    PYTHONPATH=services:kernels:operator python tests/benchmarks/gpu_engine.py llama-8b --out figures.json
+    PYTHONPATH=services:kernels:operator python tests/benchmarks/gpu_engine.py qwen3-0.6b --only one --profile
+
+Prompts are token ids, decoding is greedy, nothing is detokenized. Shapes are those of the models' public config.json;
+lengths and seeds are fixed, so that another engine can be given the same work. Each workload's time is from the first
+request to the last token; the run before it, of the same shape, is not counted: it captures graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+BEGAN = time.perf_counter()
+
+import torch  # noqa: E402
+
+from quire.engine.config import CoreConfig, Device, LoadFormat  # noqa: E402
+from quire.engine.core import EngineCore  # noqa: E402
+from quire.engine.loading import load_core  # noqa: E402
+from quire.engine.models.gpu_linear import GpuLinears  # noqa: E402
+from quire.service.request import Request, SamplingParams, StopConditions  # noqa: E402
+
+MODELS = {
+    "llama-8b": {
+        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "hidden_act": "silu",
+        "tie_word_embeddings": False, "eos_token_id": 128001,
+        "rope_scaling": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+    },
+    "qwen3-0.6b": {
+        "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936,
+        "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
+        "tie_word_embeddings": True, "eos_token_id": 151645,
+    },
+}  # fmt: skip
+
+Work = list[tuple[list[int], int]]  # prompts and how many tokens follow
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`warm` is run before it."""
+
+    name: str
+    make: Callable[[], Work]
+    warm: Callable[[], Work] | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step took, in seconds, and did."""
+
+    seconds: float
+    tokens: int
+    sequences: int
+    context: int
+
+
+def print_trace(trace: list[Step], shape: dict[str, Any]) -> None:
+    """Groups of steps by their tokens: how long they took, and the bytes that they read over that time."""
+    layers, hidden, head = shape["num_hidden_layers"], shape["hidden_size"], shape["head_dim"]
+    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
+    weights = layers * (2 * hidden * head * (heads + kv_heads) + 3 * hidden * shape["intermediate_size"])
+    weights += shape["vocab_size"] * hidden
+    groups: dict[int, list[Step]] = {}
+    for step in trace:
+        groups.setdefault(min(step.tokens.bit_length(), 13), []).append(step)
+    for _, steps in sorted(groups.items()):
+        seconds = sum(step.seconds for step in steps)
+        read = sum(2 * weights + 4 * layers * kv_heads * head * step.context for step in steps)
+        print(
+            f"  {len(steps):5} steps of {min(s.tokens for s in steps):5} to {max(s.tokens for s in steps):5} tokens: "
+            f"{1e3 * seconds / len(steps):8.3f} ms each, {seconds:7.3f} s in all, {read / seconds / 1e12:5.2f} TB/s"
+        )
+
+
+def mixed(count: int, seed: int, lo: int = 100, hi: int = 1024) -> Work:
+    draw = random.Random(seed)
+    return [
+        ([draw.randrange(10, 100000) for _ in range(draw.randint(lo, hi))], draw.randint(lo, hi)) for _ in range(count)
+    ]
+
+
+def fixed(count: int, prompt: int, output: int, seed: int) -> Work:
+    draw = random.Random(seed)
+    return [([draw.randrange(10, 100000) for _ in range(prompt)], output) for _ in range(count)]
+
+
+def shared_prefix(count: int, prefix: int, suffix: int, output: int, seed: int) -> Work:
+    draw = random.Random(seed)
+    start = [draw.randrange(10, 100000) for _ in range(prefix)]
+    return [(start + [draw.randrange(10, 100000) for _ in range(suffix)], output) for _ in range(count)]
+
+
+WORKLOADS = [
+    Workload("one", lambda: fixed(1, 128, 256, 1), lambda: fixed(1, 128, 16, 21)),
+    Workload("eight", lambda: fixed(8, 128, 256, 1), lambda: fixed(8, 128, 16, 22)),
+    Workload("sixtyfour", lambda: fixed(64, 512, 256, 5), lambda: fixed(64, 512, 16, 23)),
+    Workload("prefill", lambda: fixed(16, 2048, 1, 6), lambda: fixed(16, 2048, 1, 26)),
+    Workload("mixed256", lambda: mixed(256, 0), lambda: mixed(256, 77, 16, 300)),
+    Workload("prefix cold", lambda: shared_prefix(256, 2048, 64, 64, 2)),
+    Workload("prefix warm", lambda: shared_prefix(256, 2048, 64, 64, 2)),
+    Workload("mixed1024", lambda: mixed(1024, 3)),
+]
+
+
+def run(core: EngineCore, work: Work, first_key: int, trace: list[Step] | None = None) -> dict[str, float]:
+    """Submits everything at once and steps until it is done; `trace` gets every step."""
+    began = time.perf_counter()
+    for index, (prompt, output) in enumerate(work):
+        key, stop = first_key + index, StopConditions(output, ignore_eos=True)
+        core.submit(key, Request(str(key), "m", tuple(prompt), SamplingParams(temperature=0.0), stop))
+    tokens = steps = 0
+    last, preempted = began, core.scheduler.num_preemptions
+    while core.has_work:
+        steps += 1
+        computed = core.stats.computed_tokens
+        for update in core.step():
+            tokens += len(update.token_ids)
+        if trace is not None:
+            now = time.perf_counter()
+            context = sum(sequence.num_computed for sequence in core.scheduler)
+            trace.append(Step(now - last, core.stats.computed_tokens - computed, core.scheduler.num_running, context))
+            last = now
+    seconds = time.perf_counter() - began
+    inputs = sum(len(prompt) for prompt, _ in work)
+    assert tokens == sum(output for _, output in work)
+    return {
+        "s": round(seconds, 4), "out_tok_s": round(tokens / seconds, 1), "in_tok_s": round(inputs / seconds, 1),
+        "ms_per_token": round(1e3 * seconds / max(output for _, output in work), 3), "steps": steps,
+        "preemptions": core.scheduler.num_preemptions - preempted,
+    }  # fmt: skip
+
+
+def profile(core: EngineCore, work: Work, first_key: int, skip: int, steps: int) -> None:
+    """Prints where the GPU's time goes in `steps` steps after the first `skip`, and how much of it is idle."""
+    for index, (prompt, output) in enumerate(work):
+        stop = StopConditions(output, ignore_eos=True)
+        core.submit(first_key + index, Request("p", "m", tuple(prompt), SamplingParams(temperature=0.0), stop))
+    for _ in range(skip):
+        core.step()
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities) as found:
+        for _ in range(steps):
+            core.step()
+        torch.cuda.synchronize()
+    while core.has_work:
+        core.step()
+    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
+    busy, end = 0.0, spans[0][0]
+    for start, stop_at in spans:
+        busy += max(0.0, stop_at - max(start, end))
+        end = max(end, stop_at)
+    whole = end - spans[0][0]
+    print(f"GPU: {whole / steps / 1e3:.3f} ms a step, idle {100 * (1 - busy / whole):.1f}%")
+    print_gaps(kernels, steps)
+    by_name: dict[str, tuple[float, int]] = {}
+    for event in kernels:
+        total, count = by_name.get(event.name, (0.0, 0))
+        by_name[event.name] = (total + event.time_range.elapsed_us(), count + 1)
+    for name, (total, count) in sorted(by_name.items(), key=lambda item: -item[1][0])[:22]:
+        print(f"  {total / steps:9.1f} µs a step {count / steps:7.1f} × {total / count:8.2f} µs  {name[:100]}")
+
+
+def print_gaps(kernels: list[Any], steps: int) -> None:
+    """Between which kernels the GPU waits."""
+    gaps: dict[tuple[str, str], tuple[float, int]] = {}
+    ordered = sorted(kernels, key=lambda event: event.time_range.start)
+    for before, after in pairwise(ordered):
+        gap = after.time_range.start - before.time_range.end
+        if gap > 0:
+            names = (before.name[:40], after.name[:40])
+            total, count = gaps.get(names, (0.0, 0))
+            gaps[names] = (total + gap, count + 1)
+    for names, (total, count) in sorted(gaps.items(), key=lambda item: -item[1][0])[:8]:
+        print(f"  waits {total / steps:8.1f} µs a step {count / steps:6.1f} × {total / count:7.2f} µs  {names}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("--only", default="", help="comma-separated names of workloads (default: all)")
+    parser.add_argument("--no-prefix-caching", action="store_true")
+    parser.add_argument("--max-num-seqs", type=int, default=256)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=None)
+    parser.add_argument("--max-mixed-tokens", type=int, default=None)
+    parser.add_argument("--cublas", action="store_true", help="also for products of few rows")
+    parser.add_argument("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
+    parser.add_argument("--profile", default="", help="workload whose steady steps are profiled")
+    parser.add_argument("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="where figures go as JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(MODELS[arguments.model]))
+        if arguments.cublas:
+            GpuLinears.on = classmethod(lambda cls, device, dtype: cls(device, dtype, None))  # type: ignore[method-assign,assignment]
+        imported = time.perf_counter()
+        loaded = load_core(
+            CoreConfig(
+                model=folder, device=Device.CUDA, load_format=LoadFormat.DUMMY, max_model_len=4096,
+                max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens,
+                max_mixed_tokens=arguments.max_mixed_tokens,
+                max_waiting=100000, enable_prefix_caching=not arguments.no_prefix_caching,
+            ),
+            lambda *_: None,
+        )  # fmt: skip
+    core = loaded.core
+    ready = time.perf_counter()
+    run(core, fixed(1, 8, 1, 9), 0)
+    start = {
+        "import": round(imported - BEGAN, 2),
+        **{name: round(seconds, 2) for name, seconds in loaded.ready.start_seconds.items()},
+        "first token": round(time.perf_counter() - ready, 2), "all": round(time.perf_counter() - BEGAN, 2),
+    }  # fmt: skip
+    figures: dict[str, object] = {
+        "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+        "model": arguments.model, "pages": loaded.ready.num_pages, "start_s": start,
+    }  # fmt: skip
+    began, more = time.perf_counter(), True
+    while more:
+        more = core.prepare()
+    figures["all graphs captured after s more"] = round(time.perf_counter() - began, 2)
+    print(json.dumps(figures), flush=True)
+    wanted = [name for name in arguments.only.split(",") if name]
+    key = 1000
+    for workload in WORKLOADS:
+        if wanted and workload.name not in wanted:
+            continue
+        if workload.warm is not None:
+            run(core, workload.warm(), key)
+            key += 10000
+        trace: list[Step] | None = [] if arguments.trace else None
+        figures[workload.name] = run(core, workload.make(), key, trace)
+        key += 10000
+        print(workload.name, json.dumps(figures[workload.name]), flush=True)
+        if trace:
+            print_trace(trace, MODELS[arguments.model])
+    for name in [name for name in arguments.profile.split(",") if name]:
+        print("profile of", name)
+        work = next(workload for workload in WORKLOADS if workload.name == name).make()
+        profile(core, [(prompt[::-1], output) for prompt, output in work], key, arguments.skip, 20)
+        key += 10000
+    if arguments.out is not None:
+        arguments.out.write_text(json.dumps(figures, indent=1))
+
+
+if __name__ == "__main__":
+    main()
