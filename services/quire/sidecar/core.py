@@ -29,8 +29,6 @@ from quire.sidecar.grammar.matcher import SequenceMatcher
 from quire.sidecar.grammar.trials import Trials
 from quire.sidecar.metrics import SidecarMetrics
 
-# A new request whose grammar's turn to be compiled does not come for so long is better told to come back.
-_PATIENCE_S = 2.0
 # After a restart all of an engine's grammars come at once, of requests that are half done.
 _REPLAY_PATIENCE_S = 60.0
 
@@ -84,7 +82,7 @@ class GrammarCore:
         return cls(compiler, trials, text.vocab_size, filler, metrics)
 
     async def compile(
-        self, constraint: Constraint, tenant: str, patience_s: float = _PATIENCE_S
+        self, constraint: Constraint, tenant: str, patience_s: float | None = None
     ) -> tuple[CompiledGrammar, bool]:
         """The compiled grammar and whether it was there before. Raises what GrammarCompiler.compile raises."""
         kind = constraint.kind.value

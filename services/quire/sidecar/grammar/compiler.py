@@ -44,11 +44,12 @@ class GrammarCompiler:
         """The compiled grammar, if it is in the cache."""
         return self._find(_key(constraint, tenant))
 
-    async def compile(self, constraint: Constraint, tenant: str, patience_s: float) -> CompiledGrammar:
+    async def compile(self, constraint: Constraint, tenant: str, patience_s: float | None = None) -> CompiledGrammar:
         """The compiled grammar; those of one tenant who ask for the same one at the same time share the work.
 
         Raises InvalidRequestError if the constraint is wrong, not supported or exceeds the limits, and
-        OverloadedError if so many others are being compiled that its turn does not come within `patience_s`.
+        OverloadedError if so many others are being compiled that its turn does not come within `patience_s`, by
+        default as long as a constraint may take.
         """
         key = _key(constraint, tenant)
         grammar = self._find(key)
@@ -56,7 +57,9 @@ class GrammarCompiler:
             return grammar
         task = self._running.get(key)
         if task is None:
-            task = asyncio.get_running_loop().create_task(self._compile(key, constraint, patience_s))
+            task = asyncio.get_running_loop().create_task(
+                self._compile(key, constraint, patience_s or self._limits.compile_seconds)
+            )
             self._running[key] = task
             task.add_done_callback(lambda task: self._done(key, task))
         # One who gives up must not take it away from the others.
