@@ -78,10 +78,46 @@ def attend_block(
 
 
 @jit
+def store_rows(
+    out_ptr: tl.tensor,
+    prefix_ptr: tl.tensor,
+    prefix_lses_ptr: tl.tensor,
+    head: tl.tensor,
+    element: tl.tensor,
+    acc: tl.tensor,
+    lse: tl.tensor,
+    there: tl.tensor,
+    HEAD_SIZE: tl.constexpr,
+    PREFIX: tl.constexpr,
+) -> None:
+    """Writes the results of some rows, whose places are `head`, with what is known of a shared prefix (see PREFIX).
+
+    acc, there [rows, BLOCK_SIZE]; lse, head [rows]. 1: these are the results over a prefix, so the logarithms of their
+    denominators are written too; 2: those of the prefix are merged in, where there is one.
+    """
+    place = head[:, None] * HEAD_SIZE + element[None, :]
+    first = there & (element == 0)[None, :]
+    if PREFIX == 1:
+        tl.store(prefix_lses_ptr + head, lse, mask=tl.max(first.to(tl.int32), 1) > 0)
+    if PREFIX == 2:
+        other_lse = tl.load(prefix_lses_ptr + head, mask=tl.max(first.to(tl.int32), 1) > 0, other=-1e30)
+        known = (other_lse > -1e29)[:, None]
+        other = tl.load(prefix_ptr + place, mask=there & known, other=0.0)
+        best = tl.maximum(lse, other_lse)
+        share = tl.exp2(lse - best)
+        other_share = tl.exp2(other_lse - best)
+        acc = (acc * share[:, None] + other * other_share[:, None]) / (share + other_share)[:, None]
+    tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=there)
+
+
+@jit
 def combine_parts(
     partials_ptr: tl.tensor,
     lses_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    prefix_ptr: tl.tensor,
+    prefix_lses_ptr: tl.tensor,
     first_slot: tl.tensor,
     parts: tl.tensor,
     first_row: tl.tensor,
@@ -94,6 +130,7 @@ def combine_parts(
     BLOCK_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_PARTS: tl.constexpr,
+    PREFIX: tl.constexpr,
 ) -> None:
     """Weighs the results of a tile's parts and writes the tile's output: some rows of many parts at a time.
 
@@ -123,9 +160,11 @@ def combine_parts(
             acc = acc * fade[:, None] + tl.sum(x * share[:, :, None], 0)
             weight = weight * fade + tl.sum(share, 0)
             best = new_best
-        head = (first_row + row // GROUP) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
-        tl.store(
-            out_ptr + head[:, None] * HEAD_SIZE + element[None, :],
-            (acc / weight[:, None]).to(out_ptr.dtype.element_ty),
-            mask=inside[:, None] & (element < HEAD_SIZE)[None, :],
-        )
+        query = first_row + row // GROUP
+        if PREFIX == 1:
+            query = tl.load(rows_ptr + query, mask=inside, other=0).to(tl.int64)
+        head = query * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+        store_rows(
+            out_ptr, prefix_ptr, prefix_lses_ptr, head, element, acc / weight[:, None], best + tl.log2(weight),
+            inside[:, None] & (element < HEAD_SIZE)[None, :], HEAD_SIZE, PREFIX,
+        )  # fmt: skip

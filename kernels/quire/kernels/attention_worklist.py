@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels._triton import ceil_div, jit, next_power_of_2, tl
+from quire.kernels.prefix_groups import PrefixGroups
 
 # What `_list_kernel` writes for an item, in this order: the sequence's row in the block tables; its first query's row
 # and position; how many queries; the first key and the last plus one; the slot of the tile's first part, or -1 if its
@@ -101,6 +102,11 @@ def prefill_tile(head_size: int) -> Tile:
     return Tile(128, 64, 8, 3, 1, 1024) if head_size <= 128 else Tile(64, 32, 4, 2, 1, 1024)
 
 
+def prefix_tile(head_size: int) -> Tile:
+    """For the queries of all sequences that share a prefix: its keys stay in the L2 cache, arithmetic counts."""
+    return Tile(64, 64, 4, 3, 2, 256) if head_size <= 128 else Tile(64, 32, 4, 2, 1, 256)
+
+
 def list_work(
     query_start: Tensor,
     context_lens: Tensor,
@@ -108,8 +114,12 @@ def list_work(
     limits: AttentionLimits,
     table_rows: Tensor | None,
     tiles: tuple[Tile, Tile] | None,
+    prefix_lens: Tensor | None = None,
 ) -> tuple[WorkList, ...]:
-    """The lists of decodes and, if the limits allow any, of prefill chunks. Arguments: `plan_attention_triton`."""
+    """The lists of decodes and, if the limits allow any, of prefill chunks. Arguments: `plan_attention_triton`.
+
+    prefix_lens int32 [S]: so many keys of each sequence are left out.
+    """
     decode, prefill = tiles or (decode_tile(shape.group, limits.decode_query_len), prefill_tile(shape.head_size))
     if limits.decode_query_len * shape.group > decode.rows or shape.group > prefill.rows:
         raise ValueError(
@@ -118,13 +128,22 @@ def list_work(
         )
     first_long = limits.decode_query_len + 1
     num_tiles = min(limits.max_seqs, limits.max_tokens)
-    lists = [_launch(decode, num_tiles, (1, limits.decode_query_len), query_start, context_lens, shape, table_rows)]
+    given = (query_start, context_lens, shape, table_rows, prefix_lens)
+    lists = [_launch(decode, num_tiles, (1, limits.decode_query_len), *given)]
     if limits.max_query_len >= first_long:
         # Each chunk may end in a tile that is not full.
         num_tiles = limits.max_tokens // (prefill.rows // shape.group)
         num_tiles += min(limits.max_seqs, limits.max_tokens // first_long)
-        lists.append(_launch(prefill, num_tiles, (first_long, _ANY), query_start, context_lens, shape, table_rows))
+        lists.append(_launch(prefill, num_tiles, (first_long, _ANY), *given))
     return tuple(lists)
+
+
+def list_prefix_work(groups: PrefixGroups, shape: AttentionShape, limits: AttentionLimits, tile: Tile) -> WorkList:
+    """The list of what groups share: every row of a group against all of the group's keys."""
+    most_groups = max(1, limits.max_seqs // 2)
+    num_tiles = limits.max_tokens // (tile.rows // shape.group) + most_groups
+    given = (groups.row_start, groups.lengths, shape, groups.table_rows, None)
+    return _launch(tile, num_tiles, (1, _ANY), *given, causal=False)
 
 
 def _launch(
@@ -135,6 +154,8 @@ def _launch(
     context_lens: Tensor,
     shape: AttentionShape,
     table_rows: Tensor | None,
+    prefix_lens: Tensor | None,
+    causal: bool = True,
 ) -> WorkList:
     device = query_start.device
     num_sms = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
@@ -155,6 +176,7 @@ def _launch(
         query_start,
         context_lens,
         query_start if table_rows is None else table_rows,
+        query_start if prefix_lens is None else prefix_lens,
         work.items,
         work.count,
         context_lens.shape[0],
@@ -166,6 +188,8 @@ def _launch(
         TARGET=target,
         WINDOW=shape.window,
         HAS_ROWS=table_rows is not None,
+        HAS_PREFIX=prefix_lens is not None,
+        CAUSAL=causal,
         FIELDS=ITEM_FIELDS,
         BLOCK_SEQS=next_power_of_2(context_lens.shape[0]),
         num_warps=4,
@@ -207,6 +231,7 @@ def _list_kernel(
     query_start_ptr: tl.tensor,
     context_lens_ptr: tl.tensor,
     table_rows_ptr: tl.tensor,
+    prefix_lens_ptr: tl.tensor,
     items_ptr: tl.tensor,
     count_ptr: tl.tensor,
     num_seqs: tl.tensor,
@@ -218,6 +243,8 @@ def _list_kernel(
     TARGET: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    HAS_PREFIX: tl.constexpr,
+    CAUSAL: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
 ) -> None:
@@ -228,6 +255,8 @@ def _list_kernel(
     starts = tl.load(query_start_ptr + seq, mask=inside, other=0)
     ends = tl.load(query_start_ptr + seq + 1, mask=inside, other=0)
     lengths = tl.load(context_lens_ptr + seq, mask=inside, other=0)
+    if HAS_PREFIX:
+        lengths -= tl.load(prefix_lens_ptr + seq, mask=inside, other=0)
     tiles, blocks = _tiles_and_blocks(
         ends - starts, lengths, MIN_QUERIES, MAX_QUERIES, TILE_QUERIES, BLOCK_KEYS, WINDOW
     )
@@ -247,7 +276,12 @@ def _list_kernel(
     start = tl.load(query_start_ptr + index)
     queries = tl.load(query_start_ptr + index + 1) - start
     length = tl.load(context_lens_ptr + index)
-    tiles, blocks = _tiles_and_blocks(queries, length, MIN_QUERIES, MAX_QUERIES, TILE_QUERIES, BLOCK_KEYS, WINDOW)
+    begin = 0
+    if HAS_PREFIX:
+        begin = tl.load(prefix_lens_ptr + index)
+    tiles, blocks = _tiles_and_blocks(
+        queries, length - begin, MIN_QUERIES, MAX_QUERIES, TILE_QUERIES, BLOCK_KEYS, WINDOW
+    )
     parts, size = _parts(blocks, part_blocks)
 
     # A chunk's last tile has most keys to read: first, so that what is left at the end is small.
@@ -256,7 +290,11 @@ def _list_kernel(
     first = tile * TILE_QUERIES
     num_queries = tl.minimum(queries - first, TILE_QUERIES)
     position = length - queries + first
-    begin = part * size * BLOCK_KEYS
+    end = position + num_queries
+    if not CAUSAL:
+        position = length
+        end = length
+    begin += part * size * BLOCK_KEYS
     if WINDOW > 0:
         begin += tl.maximum(position - WINDOW + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     table_row = index
@@ -268,7 +306,7 @@ def _list_kernel(
     tl.store(fields + 2, position)
     tl.store(fields + 3, num_queries)
     tl.store(fields + 4, begin)
-    tl.store(fields + 5, tl.minimum(begin + size * BLOCK_KEYS, position + num_queries))
+    tl.store(fields + 5, tl.minimum(begin + size * BLOCK_KEYS, end))
     tl.store(fields + 6, tl.where(parts > 1, slot + rank // parts * parts, -1))
     tl.store(fields + 7, part)
     tl.store(fields + 8, parts)

@@ -21,8 +21,18 @@ import torch
 from torch import Tensor
 
 from quire.kernels._triton import jit, next_power_of_2, tl
-from quire.kernels.attention_block import attend_block, combine_parts
-from quire.kernels.attention_worklist import ITEM_FIELDS, AttentionLimits, AttentionShape, Tile, WorkList, list_work
+from quire.kernels.attention_block import attend_block, combine_parts, store_rows
+from quire.kernels.attention_worklist import (
+    ITEM_FIELDS,
+    AttentionLimits,
+    AttentionShape,
+    Tile,
+    WorkList,
+    list_prefix_work,
+    list_work,
+    prefix_tile,
+)
+from quire.kernels.prefix_groups import PrefixGroups
 
 _LOG2_E = 1.4426950408889634
 # Elements that a combining program holds at a time: 64 registers of each of its threads.
@@ -36,6 +46,17 @@ class TritonAttentionPlan:
     shape: AttentionShape
     block_tables: Tensor  # int32 [tables, P]
     lists: tuple[WorkList, ...]
+    prefixes: PrefixWork | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixWork:
+    """What groups of sequences share in a step, and where its results lie until they are merged; T as of the limits."""
+
+    work: WorkList
+    rows: Tensor  # int32 [T]
+    out: Tensor  # float32 [T, heads, D]
+    lses: Tensor  # float32 [T, heads]; -1e30 where a row is in no group
 
 
 def plan_attention_triton(
@@ -46,20 +67,36 @@ def plan_attention_triton(
     limits: AttentionLimits,
     table_rows: Tensor | None = None,
     tiles: tuple[Tile, Tile] | None = None,
+    groups: PrefixGroups | None = None,
+    group_tile: Tile | None = None,
 ) -> TritonAttentionPlan:
     """Launches the kernels that list a step's work; capture it in front of the layers.
 
     query_start int32 [S + 1], S ≤ max_seqs: sequence i's queries are rows query_start[i] to query_start[i + 1] - 1, and
     one without any is skipped, whatever else is said of it; context_lens int32 [S], keys that there are once the step's
     are written; block_tables int32 [tables, P]; table_rows int [S]: each sequence's row in block_tables, i if None;
-    tiles: those of decodes and prefill chunks, for tuning.
+    tiles, group_tile: those of decodes and prefill chunks, and of groups, for tuning; groups: of the sequences, from
+    `quire.kernels.prefix_groups`: what they share is read once. Layers with a window have no use for them.
     """
     if context_lens.shape[0] > limits.max_seqs:
         raise ValueError(f"there are {context_lens.shape[0]} sequences, and the limit is {limits.max_seqs}")
     if block_tables.stride(1) != 1:
         raise ValueError(f"a block table must be contiguous, and the strides are {block_tables.stride()}")
-    lists = list_work(query_start, context_lens, shape, limits, table_rows, tiles)
-    return TritonAttentionPlan(shape, block_tables, lists)
+    if groups is not None and (shape.window > 0 or groups.rows.shape[0] < limits.max_tokens):
+        raise ValueError(f"groups must have room for {limits.max_tokens} rows, and none are for windows: {shape}")
+    prefix_lens = None if groups is None else groups.prefix_lens
+    lists = list_work(query_start, context_lens, shape, limits, table_rows, tiles, prefix_lens)
+    if groups is None:
+        return TritonAttentionPlan(shape, block_tables, lists)
+    work = list_prefix_work(groups, shape, limits, group_tile or prefix_tile(shape.head_size))
+    rows = (limits.max_tokens, shape.num_heads)
+    prefixes = PrefixWork(
+        work,
+        groups.rows,
+        torch.empty((*rows, shape.head_size), dtype=torch.float32, device=query_start.device),
+        torch.full(rows, -1e30, dtype=torch.float32, device=query_start.device),
+    )
+    return TritonAttentionPlan(shape, block_tables, lists, prefixes)
 
 
 def paged_attention_triton(
@@ -83,41 +120,64 @@ def paged_attention_triton(
     if scale <= 0:
         raise ValueError(f"scale must be positive, and is {scale}")
     out = torch.empty_like(queries)
+    prefixes = plan.prefixes
+    if prefixes is not None:
+        _launch(prefixes.work, queries, key_pages, value_pages, prefixes.out, plan, scale, soft_cap, True, 1)
+    for index, work in enumerate(plan.lists):
+        merge = 0 if prefixes is None else 2
+        _launch(work, queries, key_pages, value_pages, out, plan, scale, soft_cap, index > 0, merge)
+    return out
+
+
+def _launch(
+    work: WorkList,
+    queries: Tensor,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    out: Tensor,
+    plan: TritonAttentionPlan,
+    scale: float,
+    soft_cap: float,
+    bulk: bool,
+    prefix: int,
+) -> None:
+    shape, tile, prefixes = plan.shape, work.tile, plan.prefixes
     block_size = max(16, next_power_of_2(shape.head_size))
     combine_rows = min(4, next_power_of_2(shape.group))
-    for index, work in enumerate(plan.lists):
-        tile = work.tile
-        _attend_kernel[(shape.num_kv_heads, work.items.shape[0])](
-            queries,
-            key_pages,
-            value_pages,
-            out,
-            plan.block_tables,
-            work.items,
-            work.count,
-            work.partials,
-            work.lses,
-            work.arrivals,
-            plan.block_tables.stride(0),
-            scale * _LOG2_E,
-            soft_cap * _LOG2_E,
-            NUM_KV_HEADS=shape.num_kv_heads,
-            GROUP=shape.group,
-            HEAD_SIZE=shape.head_size,
-            PAGE_SIZE=key_pages.shape[2],
-            WINDOW=shape.window,
-            SOFT_CAP=soft_cap != 0.0,
-            FIELDS=ITEM_FIELDS,
-            TILE_ROWS=tile.rows,
-            BLOCK_KEYS=tile.keys,
-            BLOCK_SIZE=block_size,
-            COMBINE_ROWS=combine_rows,
-            COMBINE_PARTS=max(2, _COMBINED_PER_WARP * tile.num_warps // (combine_rows * block_size)),
-            STAGES=tile.num_stages,
-            BULK=index > 0,
-            num_warps=tile.num_warps,
-        )
-    return out
+    _attend_kernel[(shape.num_kv_heads, work.items.shape[0])](
+        queries,
+        key_pages,
+        value_pages,
+        out,
+        work.items if prefixes is None else prefixes.rows,
+        work.lses if prefixes is None else prefixes.out,
+        work.lses if prefixes is None else prefixes.lses,
+        plan.block_tables,
+        work.items,
+        work.count,
+        work.partials,
+        work.lses,
+        work.arrivals,
+        plan.block_tables.stride(0),
+        scale * _LOG2_E,
+        soft_cap * _LOG2_E,
+        NUM_KV_HEADS=shape.num_kv_heads,
+        GROUP=shape.group,
+        HEAD_SIZE=shape.head_size,
+        PAGE_SIZE=key_pages.shape[2],
+        WINDOW=shape.window,
+        SOFT_CAP=soft_cap != 0.0,
+        FIELDS=ITEM_FIELDS,
+        TILE_ROWS=tile.rows,
+        BLOCK_KEYS=tile.keys,
+        BLOCK_SIZE=block_size,
+        COMBINE_ROWS=combine_rows,
+        COMBINE_PARTS=max(2, _COMBINED_PER_WARP * tile.num_warps // (combine_rows * block_size)),
+        STAGES=tile.num_stages,
+        BULK=bulk,
+        PREFIX=prefix,
+        num_warps=tile.num_warps,
+    )
 
 
 def _check_layout(queries: Tensor, key_pages: Tensor, value_pages: Tensor, shape: AttentionShape) -> None:
@@ -136,6 +196,9 @@ def _attend_kernel(
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    rows_ptr: tl.tensor,
+    prefix_ptr: tl.tensor,
+    prefix_lses_ptr: tl.tensor,
     tables_ptr: tl.tensor,
     items_ptr: tl.tensor,
     count_ptr: tl.tensor,
@@ -159,8 +222,12 @@ def _attend_kernel(
     COMBINE_PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     BULK: tl.constexpr,
+    PREFIX: tl.constexpr,
 ) -> None:
-    """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's."""
+    """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's.
+
+    PREFIX 1: the queries are those that `rows_ptr` names, which all see all keys; see `store_rows`.
+    """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     if item >= tl.load(count_ptr):
@@ -180,7 +247,10 @@ def _attend_kernel(
     element = tl.arange(0, BLOCK_SIZE)
     query = row // GROUP
     there = (query < num_queries)[:, None] & (element < HEAD_SIZE)[None, :]
-    head = (first_row + query) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+    token = first_row + query
+    if PREFIX == 1:
+        token = tl.load(rows_ptr + token, mask=query < num_queries, other=0).to(tl.int64)
+    head = token * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
     place = head[:, None] * HEAD_SIZE + element[None, :]
     q = tl.load(queries_ptr + place, mask=there, other=0.0)
     positions = position + query
@@ -206,7 +276,9 @@ def _attend_kernel(
     weight = tl.where(weight > 0.0, weight, 1.0)  # a part without a key, before the tile's first or after its last
     acc = acc / weight[:, None]
     if first_slot < 0:
-        tl.store(out_ptr + place, acc.to(out_ptr.dtype.element_ty), mask=there)
+        store_rows(
+            out_ptr, prefix_ptr, prefix_lses_ptr, head, element, acc, best + tl.log2(weight), there, HEAD_SIZE, PREFIX
+        )
     else:
         slot = ((first_slot + part) * NUM_KV_HEADS + kv_head).to(tl.int64) * TILE_ROWS
         tl.store(partials_ptr + (slot + row)[:, None] * HEAD_SIZE + element[None, :], acc, mask=there)
@@ -217,6 +289,7 @@ def _attend_kernel(
         if tl.atomic_add(arrivals, 1, sem="acq_rel") == parts - 1:
             tl.store(arrivals, 0)
             combine_parts(
-                partials_ptr, lses_ptr, out_ptr, first_slot, parts, first_row, num_queries, kv_head,
-                NUM_KV_HEADS, GROUP, HEAD_SIZE, TILE_ROWS, BLOCK_SIZE, COMBINE_ROWS, COMBINE_PARTS,
+                partials_ptr, lses_ptr, out_ptr, rows_ptr, prefix_ptr, prefix_lses_ptr, first_slot, parts, first_row,
+                num_queries, kv_head, NUM_KV_HEADS, GROUP, HEAD_SIZE, TILE_ROWS, BLOCK_SIZE, COMBINE_ROWS,
+                COMBINE_PARTS, PREFIX,
             )  # fmt: skip
