@@ -67,6 +67,27 @@ async def test_a_lost_event_is_made_up_for_by_a_snapshot(tmp_path: Path) -> None
         assert metric(service, "cache_lag_events", engine=fake.address) == 0
 
 
+async def test_a_watch_that_ends_alone_is_opened_again(tmp_path: Path) -> None:
+    """What happened in between is in the new snapshot; what was known stays in use until then, and streams run on."""
+    async with engines(tmp_path, 1) as fakes, router(tmp_path, fakes) as service, gateway(service) as session:
+        (fake,) = fakes
+        fake.store(prompt_of(1))
+        await until(lambda: known(service, fake, prompt_of(1)) == 4)
+        fake.hold_at(2)
+        request = request_of(prompt_of(3))
+        stream = session.submit(request)
+        await stream.until_tokens(2)
+        fake.end_cache_watches()
+        fake.lose_event(prompt_of(2))
+        assert known(service, fake, prompt_of(1)) == 4
+        await until(lambda: known(service, fake, prompt_of(2)) == 4)
+        fake.evict(prefix_hashes(CacheKey(), prompt_of(1)))
+        await until(lambda: known(service, fake, prompt_of(1)) == 0)
+        fake.hold_at(None)
+        await assert_whole(stream, request)
+        assert (fake.subscriptions, fake.sessions_opened) == (2, 1)
+
+
 async def test_an_engine_in_a_new_life_has_none_of_its_old_pages(tmp_path: Path) -> None:
     """A restarted pod is empty: believing otherwise would send it prompts that it must compute from the start."""
     async with engines(tmp_path, 1) as fakes, router(tmp_path, fakes) as service:

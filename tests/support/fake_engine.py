@@ -84,7 +84,7 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         self._pages: dict[bytes, None] = {}
         self._load = engine_pb2.WatchLoadResponse(phase=engine_pb2.ENGINE_PHASE_READY)
         self._sessions: list[_Session] = []
-        self._cache_watches: list[asyncio.Queue[engine_pb2.WatchCacheResponse]] = []
+        self._cache_watches: list[asyncio.Queue[engine_pb2.WatchCacheResponse | None]] = []
         self._load_watches: list[asyncio.Queue[engine_pb2.WatchLoadResponse]] = []
         self._limit: int | None = None
         self._failures: list[QuireError] = []
@@ -169,6 +169,11 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         watches, self._cache_watches = self._cache_watches, []
         self.store(prompt)
         self._cache_watches = watches
+
+    def end_cache_watches(self) -> None:
+        """Ends every watch of the cache, as an engine does with a subscriber that falls behind."""
+        for watch in self._cache_watches:
+            watch.put_nowait(None)
 
     def restart_cache(self) -> None:
         """A new epoch with an empty cache, of which nobody is told."""
@@ -300,7 +305,7 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
     async def WatchCache(  # noqa: N802
         self, request: engine_pb2.WatchCacheRequest, context: _Context
     ) -> AsyncIterator[engine_pb2.WatchCacheResponse]:
-        watch: asyncio.Queue[engine_pb2.WatchCacheResponse] = asyncio.Queue()
+        watch: asyncio.Queue[engine_pb2.WatchCacheResponse | None] = asyncio.Queue()
         snapshot = engine_pb2.CacheSnapshot(stored=b"".join(self._pages))
         first = engine_pb2.WatchCacheResponse(epoch=self.epoch, sequence=self._sequence, snapshot=snapshot)
         self._cache_watches.append(watch)
@@ -308,8 +313,9 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         self.changed.set()
         try:
             yield first
-            while True:
-                yield await watch.get()
+            while (event := await watch.get()) is not None:
+                yield event
+            await abort(context, UnavailableError("the subscriber fell behind: subscribe again for a snapshot"))
         finally:
             self._cache_watches.remove(watch)
 

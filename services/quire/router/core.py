@@ -21,6 +21,7 @@ from quire.router.flight import Flight, Peer
 from quire.router.index import page_keys
 from quire.router.metrics import RouterMetrics
 from quire.router.observation import RequestObserver
+from quire.router.waiting import WaitingRoom
 from quire.service.errors import (
     DeadlineExceededError,
     ErrorCode,
@@ -56,19 +57,16 @@ class Router:
         self.fleet = Fleet()
         # Set whenever `ready` may have changed.
         self.changed = asyncio.Event()
-        self._hold_seconds = hold
         self._max_moves = max_moves
         self._budget = RetryBudget(retry_share)
         self._observer = RequestObserver(tracer, metrics)
         self._peers: dict[Peer, None] = {}
-        self._held: dict[Flight, None] = {}
-        # Runs while a request waits for its turn to be moved.
-        self._turn: asyncio.TimerHandle | None = None
+        self._waiting = WaitingRoom(hold, expire=self._hold_over, wake=self._dispatch_waiting)
         self._draining = False
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._idle.set()
-        metrics.observe(self.fleet, held=lambda: len(self._held))
+        metrics.observe(self.fleet, held=lambda: len(self._waiting))
 
     @property
     def ready(self) -> bool:
@@ -228,7 +226,7 @@ class Router:
         now = _now()
         if flight.moving and not self._budget.allows(now, self._in_flight):
             self._hold(flight, frames)
-            self._await_turn(now)
+            self._waiting.wake_at(self._budget.next_turn(now))
             return
         tokens = (*flight.request.prompt_token_ids, *flight.tokens)
         pages = page_keys(b"".join(prefix_hashes(flight.request.cache_key, tokens)))
@@ -241,24 +239,16 @@ class Router:
             flight.moving = False
             self._budget.spend(now)
         self._observer.dispatched(flight, choice, time.perf_counter() - began, now)
-        flight.stop_waiting()
+        self._waiting.leave(flight)
         request = replace(flight.request, output_token_ids=tuple(flight.tokens))
         choice.endpoint.send(flight, request, pages, len(tokens) - choice.matched_tokens)
 
     def _hold(self, flight: Flight, frames: _Frames) -> None:
-        request = flight.request
-        if self.fleet.ready and request.model not in self.fleet.models:
-            self._finish(flight, Finished(FinishReason.ERROR, self._not_found(request.model)), frames)
-            return
-        self._held[flight] = None
-        if flight.timer is None:
-            until_deadline = float("inf")
-            if request.deadline_unix_ms is not None:
-                until_deadline = max(0.0, request.deadline_unix_ms / 1000 - time.time())
-            flight.held_at = _now()
-            flight.timer = asyncio.get_running_loop().call_later(
-                min(self._hold_seconds, until_deadline), self._hold_over, flight, until_deadline <= self._hold_seconds
-            )
+        model = flight.request.model
+        if self.fleet.ready and model not in self.fleet.models:
+            self._finish(flight, Finished(FinishReason.ERROR, self._not_found(model)), frames)
+        else:
+            self._waiting.enter(flight)
 
     def _hold_over(self, flight: Flight, deadline_passed: bool) -> None:
         model = flight.request.model
@@ -273,14 +263,6 @@ class Router:
         else:
             error = UnavailableError(f"no engine is ready: {self.fleet.states}", retry_after=_RETRY_AFTER)
         self._finish_now(flight, Finished(FinishReason.ERROR, error))
-
-    def _await_turn(self, now: float) -> None:
-        if self._turn is None:
-            self._turn = asyncio.get_running_loop().call_at(self._budget.next_turn(now), self._next_turn)
-
-    def _next_turn(self) -> None:
-        self._turn = None
-        self._dispatch_held()
 
     def _not_found(self, model: str) -> NotFoundError:
         served = ", ".join(self.fleet.models)
@@ -356,8 +338,7 @@ class Router:
         del flight.peer.flights[flight.key]
         if flight.endpoint is not None:
             flight.endpoint.release(flight)
-        self._held.pop(flight, None)
-        flight.stop_waiting()
+        self._waiting.leave(flight)
         if finished.reason in (FinishReason.STOP, FinishReason.LENGTH):
             self.fleet.learn_output(len(flight.tokens))
         self._observer.ended(flight, finished, _now())
@@ -370,12 +351,11 @@ class Router:
     def _engine_changed(self) -> None:
         self.changed.set()
         if self.fleet.ready:
-            self._dispatch_held()
+            self._dispatch_waiting()
 
-    def _dispatch_held(self) -> None:
+    def _dispatch_waiting(self) -> None:
         frames: _Frames = {}
-        held, self._held = self._held, {}
-        for flight in held:
+        for flight in self._waiting.take_all():
             self._dispatch(flight, frames)
         _deliver(frames)
 

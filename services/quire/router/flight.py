@@ -60,13 +60,6 @@ class Flight:
             self.fruitless_moves = 0
             self.left.clear()
 
-    def stop_waiting(self) -> None:
-        """It is held no more."""
-        self.held_at = None
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
-
     def already_over(self) -> Finished | None:
         """How it ended if its last token has been seen and only its terminal event was lost with an engine.
 
