@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -90,8 +91,9 @@ async def status(http: httpx.AsyncClient, key: str) -> int:
     return (await http.get("/v1/models", headers=bearer(key))).status_code
 
 
-async def test_nobody_comes_in_without_a_key(start: Callable[..., Any]) -> None:
+async def test_nobody_comes_in_without_a_key(start: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
     """Without it a gateway with a key file could still answer strangers on some route."""
+    caplog.set_level(logging.DEBUG)
     key = new_key()
     _, http = await start(line(key))
     async with http:
@@ -108,6 +110,8 @@ async def test_nobody_comes_in_without_a_key(start: Callable[..., Any]) -> None:
         assert 'quire_gateway_refusals_total{reason="unknown_key",tenant=""}' in (await http.get("/metrics")).text
         assert await status(http, key) == 200
         assert (await http.post("/v1/completions", json=COMPLETION, headers=bearer(key))).status_code == 200
+    # Nor is a key given away by the log.
+    assert caplog.records and not any(key in str(vars(record)) for record in caplog.records)
 
 
 async def test_openai_client_and_its_errors(start: Callable[..., Any]) -> None:
