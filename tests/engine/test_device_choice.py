@@ -1,0 +1,73 @@
+"""Which device a core runs on and what its limits are, and what is said where that can't be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_model
+
+from quire.engine.config import CoreConfig, Device, LoadFormat
+from quire.engine.gpu.loading import choose_gpu
+from quire.engine.loading import load_core
+from quire.engine.models.dummy import DummyWeights
+from quire.engine.models.model import ModelDtype
+from quire.engine.models.registry import load_gpu_model
+from quire.service.checkpoint.locate import CheckpointFormat
+from quire.service.errors import ConfigError
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    """A pod that falls back to the CPU in silence would be a hundred times slower than was asked for."""
+    with pytest.raises(ConfigError, match="--device is cuda and torch sees no GPU: install a torch with CUDA"):
+        choose_gpu(Device.CUDA)
+    assert choose_gpu(Device.AUTO) is None and choose_gpu(Device.CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "on_gpu", "limits"),
+    [
+        ({}, False, (64, 512, 0)),
+        ({}, True, (256, 8192, 512)),
+        ({"max_num_seqs": 1000}, False, (1000, 1000, 0)),
+        ({"max_num_batched_tokens": 7}, True, (7, 7, 512)),
+        ({"max_num_seqs": 3, "max_num_batched_tokens": 5, "max_mixed_tokens": 4}, True, (3, 5, 4)),
+    ],
+)
+def test_limits(given: dict[str, int], on_gpu: bool, limits: tuple[int, int, int]) -> None:
+    """Whoever sets one of two that belong together means it: the other must follow, on each device from its own."""
+    found = CoreConfig(**given).batch_limits(on_gpu=on_gpu)  # type: ignore[arg-type]
+    assert (found.max_num_seqs, found.max_num_batched_tokens, found.max_mixed_tokens) == limits
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization is 0: give a share"),
+        ({"kv_cache_bytes": 5}, "--kv-cache-bytes is 5: it must be at least"),
+        ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens 8 is less than max_num_seqs 9"),
+    ],
+)
+def test_wrong_values(given: dict[str, float], words: str) -> None:
+    """They must be refused when they are given, not when a model has been loaded for a minute."""
+    with pytest.raises(ConfigError, match=words):
+        CoreConfig(**given)  # type: ignore[arg-type]
+
+
+def test_random_weights(tmp_path: Path) -> None:
+    """A folder with nothing but config.json is enough to measure speed; its model is finite and the same each time."""
+    tiny_model(tmp_path, "qwen2", seed=1)
+    (tmp_path / "model.safetensors").unlink()
+    device = torch.device("cpu")
+    first, second = (
+        load_gpu_model(tmp_path, CheckpointFormat.FOLDER, ModelDtype.FLOAT32, device, lambda *_: None, dummy=True)
+        for _ in range(2)
+    )
+    hidden = torch.ones(1, first.config.hidden_size)
+    logits = first.logits(hidden)
+    assert torch.isfinite(logits).all() and logits.std() > 0 and torch.equal(logits, second.logits(hidden))
+    assert torch.equal(DummyWeights(tmp_path, device, torch.float32).vector("a.bias", 3), torch.zeros(3))
+    with pytest.raises(ConfigError, match="--load-format dummy makes random weights on a GPU"):
+        load_core(CoreConfig(str(tmp_path), device=Device.CPU, load_format=LoadFormat.DUMMY), lambda *_: None)
