@@ -9,11 +9,13 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import grpc
 import httpx
 import openai
 import pytest
-from fake_router import Answer, FakeRouter
+from fake_router import Answer, FakeRouter, Submission
 from gateway_testing import MODEL
+from llguidance import LLTokenizer
 from malformed_requests import (
     BAD_CHATS,
     BAD_COMPLETIONS,
@@ -25,13 +27,46 @@ from malformed_requests import (
     SCHEMA,
     TEXT,
     TOKENIZE,
+    tool,
 )
 from openai.types import completion_create_params as text_params
 from openai.types.chat import completion_create_params as chat_params
 
 from quire.gateway.openai.types import ChatBody, CompletionBody
 from quire.gateway.server import Gateway
+from quire.service.checkpoint import TextModel
 from quire.service.errors import InvalidRequestError
+from quire.service.grpc_server import channel
+from quire.service.request import FinishReason
+from quire.sidecar.grammar.compile import build_tokenizer, compile_constraint
+from quire.v1 import inference_pb2, inference_pb2_grpc, request_pb2
+
+
+def schema_format(schema: object) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}
+
+
+SCHEMA_FIELD = "response_format.json_schema.schema"
+IMPOSSIBLE: list[tuple[Mapping[str, Any], str]] = [
+    ({"regex": "("}, "regex"),
+    ({"regex": "a{5,2}"}, "regex"),
+    ({"regex": "(?=a)b"}, "regex"),
+    ({"structured_outputs": {"regex": "\\"}}, "structured_outputs.regex"),
+    ({"guided_regex": "[z-a]"}, "guided_regex"),
+    ({"grammar": "start"}, "grammar"),
+    ({"grammar": "begin: 'a'"}, "grammar"),
+    ({"guided_grammar": "start: other"}, "guided_grammar"),
+    ({"structured_outputs": {"grammar": "start: start"}}, "structured_outputs.grammar"),
+    (schema_format({"type": "strin"}), SCHEMA_FIELD),
+    (schema_format({"type": "string", "minLength": 5, "maxLength": 2}), SCHEMA_FIELD),
+    (schema_format({"$ref": "#/$defs/nowhere"}), SCHEMA_FIELD),
+    (schema_format({"type": "object", "properties": {"a": {"not": {}}}, "required": ["a"]}), SCHEMA_FIELD),
+    (schema_format({"enum": []}), SCHEMA_FIELD),
+    ({"guided_json": {"type": "integer", "minimum": 5, "maximum": 2}}, "guided_json"),
+    (tool(parameters={"properties": {"a": {"type": "strin"}}}) | {"tool_choice": "required"}, "tools"),
+    (tool(parameters={"properties": {"a": {"not": {}}}}, strict=True), "tools"),
+    (NOW | {"tool_choice": "auto", "regex": "("}, "regex"),
+]
 
 
 def assert_refused(response: httpx.Response, status: int, param: str | None) -> str:
@@ -226,3 +261,57 @@ class TestRefusedByTheEngine:
         """Without it a grammar that can't be compiled would be a 200 that breaks off, or name an internal field."""
         response = await http.post("/v1/chat/completions", json=CHAT | fields | {"stream": stream})
         assert_refused(response, 400, param)
+
+
+class TestImpossibleGrammars:
+    """Constraints as the sidecar's own compiler refuses them."""
+
+    @pytest.fixture(scope="class")
+    def tokenizer(self, text_model: TextModel) -> LLTokenizer:
+        return build_tokenizer(text_model)
+
+    @pytest.fixture
+    def answer(self, tokenizer: LLTokenizer) -> Answer:
+        async def compile_first(submission: Submission) -> None:
+            assert submission.request.constraint is not None
+            try:
+                compile_constraint(tokenizer, submission.request.constraint)
+            except InvalidRequestError as error:
+                submission.send(error=error)
+            else:
+                submission.send(finish=FinishReason.STOP)
+
+        return compile_first
+
+    async def test_name_the_clients_field(
+        self, http: httpx.AsyncClient, gateway: Gateway, subtests: pytest.Subtests
+    ) -> None:
+        """Without it what can't be compiled would be our failure, or be blamed on a grammar that nobody wrote."""
+        tasks = len(asyncio.all_tasks())
+        for fields, param in IMPOSSIBLE:
+            for stream in (False, True):
+                with subtests.test(f"{param} {fields}"):
+                    body = CHAT | fields | {"stream": stream}
+                    text = assert_refused(await http.post("/v1/chat/completions", json=body), 400, param)
+                    assert "constraint." not in text
+        await assert_nothing_is_held(gateway, http, tasks)
+
+    async def test_over_grpc(self, gateway: Gateway, subtests: pytest.Subtests) -> None:
+        """Without it the same would be an internal error of the public service."""
+        async with channel(gateway.grpc_address) as dialed:
+            stub: inference_pb2_grpc.InferenceServiceAsyncStub = inference_pb2_grpc.InferenceServiceStub(dialed)
+            for kind, source in (
+                ("regex", "("),
+                ("lark", "start"),
+                ("json_schema", '{"type": "strin"}'),
+                ("lark", ""),
+            ):
+                with subtests.test(f"{kind} {source}"):
+                    constraint = request_pb2.Constraint(**{kind: source})
+                    options = inference_pb2.GenerationOptions(constraint=constraint)
+                    request = inference_pb2.GenerateRequest(prompt=inference_pb2.Prompt(text="x"), options=options)
+                    with pytest.raises(grpc.aio.AioRpcError) as caught:
+                        await stub.Generate(request)
+                    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+                    field = dict(caught.value.trailing_metadata() or ())["quire-field"]
+                    assert field == f"options.constraint.{kind}"

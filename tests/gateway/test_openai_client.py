@@ -121,7 +121,9 @@ async def test_token_prompts(client: openai.AsyncOpenAI, router: FakeRouter) -> 
     assert [(await router.next()).request.prompt_token_ids for _ in range(2)] == [(5, 6), (7,)]
 
 
-async def test_all_options_reach_the_wire(client: openai.AsyncOpenAI, router: FakeRouter) -> None:
+async def test_all_options_reach_the_wire(
+    client: openai.AsyncOpenAI, router: FakeRouter, encode: Callable[[str], list[int]]
+) -> None:
     """Without it an option could be validated and then forgotten."""
     await client.chat.completions.create(
         model=MODEL,
@@ -136,11 +138,27 @@ async def test_all_options_reach_the_wire(client: openai.AsyncOpenAI, router: Fa
         service_tier="auto",
         n=1,
         tools=[],
+        tool_choice="auto",
+        parallel_tool_calls=True,
         logprobs=False,
-        presence_penalty=0,
-        frequency_penalty=0.0,
-        logit_bias={},
-        extra_body={"top_k": 7, "priority": -2, "cache_salt": "tenant", "regex": "[a-z]+"},
+        presence_penalty=0.25,
+        frequency_penalty=-0.5,
+        logit_bias={"7": -100, "9": 2},
+        prompt_cache_key="x",
+        safety_identifier="y",
+        extra_body={
+            "top_k": 7,
+            "priority": -2,
+            "cache_salt": "tenant",
+            "regex": "[a-z]+",
+            "min_p": 0.125,
+            "repetition_penalty": 1.5,
+            "min_tokens": 3,
+            "stop_token_ids": [5, 6],
+            "bad_words": ["word"],
+            "skip_special_tokens": True,
+            "include_stop_str_in_output": False,
+        },
     )
     request = (await router.next()).request
     assert request.model == MODEL
@@ -150,6 +168,14 @@ async def test_all_options_reach_the_wire(client: openai.AsyncOpenAI, router: Fa
     assert request.priority == -2
     assert request.cache_key.salt == "tenant"
     assert request.constraint == Constraint(ConstraintKind.REGEX, "[a-z]+")
+    sampling = request.sampling
+    assert (sampling.min_p, sampling.presence_penalty, sampling.frequency_penalty) == (0.125, 0.25, -0.5)
+    assert (sampling.repetition_penalty, sampling.logit_bias) == (1.5, ((7, -100.0), (9, 2.0)))
+    assert sampling.bad_words == (tuple(encode("word")), tuple(encode(" word")))
+    assert (request.stop.min_tokens, request.stop.stop_token_ids, request.stop.ignore_eos) == (3, (5, 6), False)
+    await client.completions.create(model=MODEL, prompt="x", extra_body={"ignore_eos": True, "top_k": -1})
+    request = (await router.next()).request
+    assert (request.stop.ignore_eos, request.sampling.top_k) == (True, 0)
 
 
 async def test_seeds_are_drawn(client: openai.AsyncOpenAI, router: FakeRouter) -> None:
@@ -206,6 +232,28 @@ async def test_message_forms(client: openai.AsyncOpenAI, router: FakeRouter, tex
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nOne.\nTwo.<|im_end|>\n"
         f"<|im_start|>assistant\n{ANSWER}<|im_end|>\n<|im_start|>user\nGo on.<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+async def test_tokenize_agrees_with_a_chat(
+    http: httpx.AsyncClient, router: FakeRouter, encode: Callable[[str], list[int]]
+) -> None:
+    """Without it a client that counts tokens beforehand would be told other numbers than it is charged for."""
+    await http.post("/v1/chat/completions", json={"model": MODEL, "messages": QUESTION})
+    request = (await router.next()).request
+    told = (await http.post("/tokenize", json={"model": MODEL, "messages": QUESTION})).json()
+    assert told["tokens"] == list(request.prompt_token_ids)
+    assert (told["count"], told["max_model_len"], told["token_strs"]) == (len(told["tokens"]), 8192, None)
+    text = (await http.post("/detokenize", json={"tokens": told["tokens"]})).json()["prompt"]
+    assert text.endswith("<|im_end|>\n<|im_start|>assistant\n")
+    bare = {"messages": QUESTION, "add_generation_prompt": False}
+    opening = encode("<|im_start|>assistant\n")
+    assert (await http.post("/tokenize", json=bare)).json()["tokens"] + opening == told["tokens"]
+    for add in (None, True, False):
+        body = {"prompt": "Hello you", "add_special_tokens": add, "return_token_strs": True}
+        told = (await http.post("/tokenize", json=body)).json()
+        assert (told["tokens"], told["token_strs"]) == (encode("Hello you"), ["Hello", "Ġyou"])
+    missing = await http.post("/tokenize", json={"model": "x", "prompt": "x"})
+    assert missing.json()["error"]["code"] == "model_not_found"
 
 
 async def test_models(client: openai.AsyncOpenAI) -> None:

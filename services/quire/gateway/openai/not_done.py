@@ -53,6 +53,8 @@ IN_BODIES: NotDone = {
 
 IN_CHATS: NotDone = {"echo": ((False,), "put the last message in front of the answer yourself")}
 
+IN_TOKENIZE: NotDone = {name: IN_BODIES[name] for name in ("chat_template", "mm_processor_kwargs")}
+
 IN_STREAM_OPTIONS: NotDone = {
     "include_obfuscation": ((False,), "set it to false: nothing is added to the stream"),
     "continuous_usage_stats": ((False,), "leave it out: include_usage gives the usage at the end"),

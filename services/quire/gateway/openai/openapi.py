@@ -46,7 +46,7 @@ _GENERATES = (*_WITH_BODY, RateLimitError, UnavailableError, DeadlineExceededErr
 _NOT_DONE: Mapping[type[msgspec.Struct], Sequence[not_done.NotDone]] = {
     types.ChatBody: (not_done.IN_BODIES, not_done.IN_CHATS),
     types.CompletionBody: (not_done.IN_BODIES,),
-    types.TokenizeBody: (not_done.IN_BODIES,),
+    types.TokenizeBody: (not_done.IN_TOKENIZE,),
     types.StreamOptions: (not_done.IN_STREAM_OPTIONS,),
     types.StructuredOutputs: (not_done.IN_STRUCTURED_OUTPUTS,),
     types.ToolDefinition: (not_done.IN_TOOLS,),

@@ -64,6 +64,7 @@ class TokenizeRequest:
 def parse_chat(raw: bytes) -> ApiRequest:
     """The body of POST /v1/chat/completions."""
     body = _decode(_chat_decoder, ChatBody, raw)
+    not_done.refuse(body, not_done.IN_BODIES)
     not_done.refuse(body, not_done.IN_CHATS)
     aliases = {}
     max_tokens = body.max_tokens
@@ -92,6 +93,7 @@ def parse_chat(raw: bytes) -> ApiRequest:
 def parse_completion(raw: bytes) -> ApiRequest:
     """The body of POST /v1/completions."""
     body = _decode(_completion_decoder, CompletionBody, raw)
+    not_done.refuse(body, not_done.IN_BODIES)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequestError(
             f"best_of is {not_done.shown(body.best_of)}, which is not supported: set n and choose yourself",
@@ -111,6 +113,7 @@ def parse_completion(raw: bytes) -> ApiRequest:
 def parse_tokenize(raw: bytes) -> TokenizeRequest:
     """The body of POST /tokenize."""
     body = _decode(_tokenize_decoder, TokenizeBody, raw)
+    not_done.refuse(body, not_done.IN_TOKENIZE)
     if (body.prompt is None) == (body.messages is None):
         problem = "both set" if body.prompt is not None else "both missing"
         raise InvalidRequestError(f"prompt and messages are {problem}: give one of them", field="prompt")
@@ -224,7 +227,7 @@ def _renamed(error: QuireError, aliases: Mapping[str, str]) -> QuireError:
 
 def _decode(decoder: msgspec.json.Decoder[B], body_type: type[B], raw: bytes) -> B:
     try:
-        body = decoder.decode(raw)
+        return decoder.decode(raw)
     except msgspec.ValidationError as error:
         raise _validation_error(str(error), body_type) from error
     except msgspec.DecodeError as error:
@@ -233,8 +236,6 @@ def _decode(decoder: msgspec.json.Decoder[B], body_type: type[B], raw: bytes) ->
         raise InvalidRequestError(f"the body is not valid UTF-8: {error}") from error
     except RecursionError as error:
         raise InvalidRequestError("the body is nested too deeply: flatten it") from error
-    not_done.refuse(body, not_done.IN_BODIES)
-    return body
 
 
 def _validation_error(text: str, body_type: type[msgspec.Struct]) -> InvalidRequestError:
