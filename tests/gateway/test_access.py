@@ -128,6 +128,8 @@ async def test_openai_client_and_its_errors(start: Callable[..., Any]) -> None:
             await client.chat.completions.create(**CHAT)
         assert 1 <= int(error.value.response.headers["retry-after"]) <= 60
         assert error.value.response.headers["x-ratelimit-remaining-requests"] == "0"
+        # What does not generate costs the gateway as well.
+        assert (await http.post("/tokenize", json={"prompt": "Hi"}, headers=bearer(key))).status_code == 429
         with pytest.raises(openai.AuthenticationError):
             await client.with_options(api_key="sk-unknown").models.list()
 

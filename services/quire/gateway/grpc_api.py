@@ -114,8 +114,9 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.TokenizeResponse:
         """A prompt's token ids, as Generate would compute them."""
         try:
-            self._check_model(request.model, context)
-            tokenized = await self._core.model.tokenize(read_prompt(request.prompt))
+            with self._gate.enter(self._caller(context)):
+                self._check_model(request.model, context)
+                tokenized = await self._core.model.tokenize(read_prompt(request.prompt))
         except QuireError as error:
             await abort(context, in_contract_terms(error))
         return inference_pb2.TokenizeResponse(
@@ -127,11 +128,13 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
     ) -> inference_pb2.DetokenizeResponse:
         """The text of token ids."""
         try:
-            self._check_model(request.model, context)
-            self._core.model.codec.check_token_ids(request.token_ids, "tokens")
+            with self._gate.enter(self._caller(context)):
+                self._check_model(request.model, context)
+                self._core.model.codec.check_token_ids(request.token_ids, "tokens")
+                text = await self._core.model.detokenize(request.token_ids)
         except QuireError as error:
             await abort(context, in_contract_terms(error))
-        return inference_pb2.DetokenizeResponse(text=await self._core.model.detokenize(request.token_ids))
+        return inference_pb2.DetokenizeResponse(text=text)
 
     async def ListModels(  # noqa: N802
         self, request: inference_pb2.ListModelsRequest, context: _Context
@@ -183,16 +186,17 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 model = request.model or self._core.model.name
                 self._core.model.check_name(model)
                 caller.check_model(model)
+                options = admission.options(read_options(request.options, stream=stream))
                 generations = await self._core.prepare(
                     request_id,
                     read_prompt(request.prompt),
-                    admission.options(read_options(request.options, stream=stream)),
+                    options,
                     trace=seen.trace,
                     deadline_unix_ms=_deadline(context.time_remaining()),
                 )
                 running = _Running(request_id, generations)
                 seen.prepared(model, generations, request_id, stream=stream)
-                admission.start(generations)
+                admission.start(generations, options.n)
                 ends: dict[int, Result] = {}
                 with self._core.open(generations, admission.counting(seen.progress)) as output:
                     async for index, event in output:

@@ -72,8 +72,8 @@ def application(core: Core, observer: Observer, gate: Gate, registry: CollectorR
     served: dict[str, Any] = {
         "/v1/chat/completions": chat,
         "/v1/completions": text,
-        "/tokenize": Tokenize(core.model, limits),
-        "/detokenize": Detokenize(core.model, limits),
+        "/tokenize": Tokenize(core.model, gate, limits),
+        "/detokenize": Detokenize(core.model, gate, limits),
         "/v1/models": models,
         "/v1/models/{name}": model,
         "/health": health,

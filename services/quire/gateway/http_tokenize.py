@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 from starlette.types import Receive, Scope, Send
 
-from quire.gateway.access.gate import Caller
+from quire.gateway.access.gate import Caller, Gate
 from quire.gateway.exchange import Exchange
 from quire.gateway.http_completions import HttpLimits
 from quire.gateway.http_errors import answer_error
@@ -16,15 +16,18 @@ from quire.service.errors import QuireError
 
 
 class _Route:
-    def __init__(self, model: ServedModel, limits: HttpLimits) -> None:
+    def __init__(self, model: ServedModel, gate: Gate, limits: HttpLimits) -> None:
         self._model = model
+        self._gate = gate
         self._limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        exchange = Exchange(scope, receive, send)
+        caller: Caller = scope["quire.caller"]
+        exchange = Exchange(scope, receive, send, lambda: self._gate.headers(caller))
         try:
-            raw = await exchange.body(self._limits.max_body_bytes, self._limits.read_timeout)
-            body = msgspec.json.encode(await self._answer(raw, scope["quire.caller"]))
+            with self._gate.enter(caller):
+                raw = await exchange.body(self._limits.max_body_bytes, self._limits.read_timeout)
+                body = msgspec.json.encode(await self._answer(raw, caller))
         except QuireError as error:
             await answer_error(exchange, error)
             return
