@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import signal
 import subprocess
@@ -40,6 +41,8 @@ def test_what_is_served_here_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with runtime_dir() as one:
         assert find_serving() == []
         announce(one, first)
+        # A file's time is not finer than some milliseconds.
+        os.utime(one / "serve.json", (1, 1))
         fleet = top.Fleet(())
         fleet.update()
         kept = fleet.watches[0]

@@ -160,9 +160,10 @@ async def test_a_look_inside(tmp_path: Path) -> None:
         assert idle.stats.steps == 0 and not idle.sequences and idle.status.model == "tiny"
         # Long enough not to end before they are looked at.
         stop = StopConditions(4000, ignore_eos=True)
-        held = [session.submit(request(prompt_of(64, seed), request_id=str(seed), stop=stop)) for seed in (1, 1, 2)]
-        for stream in held[:2]:
-            await stream.until_tokens(2)
+        held = [session.submit(request(prompt_of(64, 1), request_id="1", stop=stop))]
+        await held[0].until_tokens(1)
+        held += [session.submit(request(prompt_of(64, seed), request_id=str(seed), stop=stop)) for seed in (1, 2)]
+        await held[1].until_tokens(2)
         seen = await pod.stub.Inspect(whole)
         assert [row.request_id for row in seen.sequences] == ["1", "1", "2"]
         decoding, waiting = engine_pb2.SEQUENCE_STATE_DECODING, engine_pb2.SEQUENCE_STATE_WAITING

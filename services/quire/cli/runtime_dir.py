@@ -59,7 +59,7 @@ def find_serving() -> list[Serving]:
     """Every `quire serve` that this user runs on this machine, the one that was started first in front."""
     folders = {path for parent in _parents() for path in parent.glob(f"{_PREFIX}*/{_ANNOUNCEMENT}")}
     found = []
-    for path in folders:
+    for path in sorted(folders):
         try:
             # Somebody else may have put it where everyone can.
             if path.stat().st_uid == os.getuid() and _is_locked(path.parent):
