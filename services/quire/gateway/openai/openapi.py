@@ -16,6 +16,7 @@ import msgspec
 from quire.gateway.errors import (
     AuthenticationError,
     BodyTooLargeError,
+    BusyError,
     MethodNotAllowedError,
     ModelNotFoundError,
     RateLimitError,
@@ -39,8 +40,15 @@ _JSON, _EVENTS, _TEXT = "application/json", "text/event-stream", "text/plain"
 _ANY_REQUEST = (InvalidRequestError, MethodNotAllowedError, InternalError)
 _WITH_KEY = (*_ANY_REQUEST, AuthenticationError)
 _NAMES_A_MODEL = (*_WITH_KEY, ModelNotFoundError)
-_WITH_BODY = (*_NAMES_A_MODEL, BodyTooLargeError, SlowRequestError, CancelledRequestError)
-_GENERATES = (*_WITH_BODY, RateLimitError, UnavailableError, DeadlineExceededError)
+_WITH_BODY = (
+    *_NAMES_A_MODEL,
+    BodyTooLargeError,
+    SlowRequestError,
+    CancelledRequestError,
+    RateLimitError,
+    BusyError,
+)
+_GENERATES = (*_WITH_BODY, UnavailableError, DeadlineExceededError)
 
 # What passes of fields that are not done, by struct.
 _NOT_DONE: Mapping[type[msgspec.Struct], Sequence[not_done.NotDone]] = {
