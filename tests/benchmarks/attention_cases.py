@@ -20,6 +20,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape, Tile
 from quire.kernels.paged_attention_triton import TritonAttentionPlan, paged_attention_triton, plan_attention_triton
+from quire.kernels.prefix_groups import group_prefixes
 
 POOL_TOKENS = 1 << 21
 Launches = list[Callable[[], object]]
@@ -33,6 +34,7 @@ class Workload:
     seqs: list[tuple[int, int]]
     decode_query_len: int = 1
     window: int = 0
+    shared: int = 0  # tokens that all of them begin with, in the same pages
 
 
 def uneven(count: int) -> list[int]:
@@ -52,6 +54,9 @@ OTHERS = [
     Workload("64 decodes at 8192, window 1024", [(1, 8192)] * 64, window=1024),
     Workload("64 verifications of 4 at 2048", [(4, 2048)] * 64, decode_query_len=4),
     Workload("1 verification of 8 at 32768", [(8, 32768)], decode_query_len=8),
+    Workload("64 decodes at 2048, all shared", [(1, 2048 + 17)] * 64, shared=2048),
+    Workload("256 decodes at 2100, 2048 shared", [(1, 2100)] * 256, shared=2048),
+    Workload("256 decodes at 4096, 512 shared", [(1, 4096)] * 256, shared=512),
     Workload("prefill 2048 of 2048", [(2048, 2048)]),
     Workload("prefill 8192 of 8192", [(8192, 8192)]),
     Workload("prefill 2048 at 8192", [(2048, 8192)]),
@@ -76,6 +81,7 @@ class PagedInput:
 
     def __init__(self, shape: Shape, workload: Workload, tiles: tuple[Tile, Tile] | None = None) -> None:
         self.seqs = workload.seqs
+        self.shared = workload.shared
         self.shape = AttentionShape(shape.heads, shape.kv_heads, shape.head_size, workload.window)
         self.pages = pool(shape.kv_heads, shape.head_size)
         self.starts = torch.tensor([0, *(count for count, _ in self.seqs)]).cumsum(0).tolist()
@@ -90,7 +96,8 @@ class PagedInput:
         )
         read = [min(length, workload.window + count - 1) if workload.window else length for count, length in self.seqs]
         token_bytes = shape.kv_heads * shape.head_size * 2 * DTYPE.itemsize
-        self.num_bytes = sum(read) * token_bytes + 2 * self.starts[-1] * shape.heads * shape.head_size * DTYPE.itemsize
+        read_once = sum(read) - self.shared * (len(self.seqs) - 1)
+        self.num_bytes = read_once * token_bytes + 2 * self.starts[-1] * shape.heads * shape.head_size * DTYPE.itemsize
         sights = sum(sights_of(count, length, workload.window) for count, length in self.seqs)
         self.flops = 4 * shape.heads * shape.head_size * sights
         sets = turns(self.num_bytes)
@@ -109,11 +116,17 @@ class PagedInput:
         there = torch.arange(width) < pages[:, None]
         tables = torch.zeros(there.shape, dtype=torch.int32)
         tables[there] = torch.randperm(POOL_TOKENS // PAGE_SIZE)[: int(pages.sum())].to(torch.int32)
+        tables[:, : self.shared // PAGE_SIZE] = tables[0, : self.shared // PAGE_SIZE]
         return tables.cuda()
 
     def plan(self, tiles: tuple[Tile, Tile] | None = None) -> TritonAttentionPlan:
+        groups = None
+        if self.shared:
+            groups = group_prefixes(
+                self.query_start, self.context_lens, self.tables[0], None, PAGE_SIZE, self.limits.max_tokens
+            )
         return plan_attention_triton(
-            self.query_start, self.context_lens, self.tables[0], self.shape, self.limits, tiles=tiles
+            self.query_start, self.context_lens, self.tables[0], self.shape, self.limits, tiles=tiles, groups=groups
         )
 
     def run(self, index: int) -> Tensor:
@@ -265,6 +278,10 @@ def paged_attention_cases(shape: Shape) -> Iterator[Case]:
 
 def attention_plan_cases(shape: Shape) -> Iterator[Case]:
     """What making the work lists takes, once a step. That they are right, attention's results show."""
-    for workload in (Workload("1 decode", [(1, 1024)]), Workload("mixed 256", [(1, 1024)] * 255 + [(512, 512)])):
+    for workload in (
+        Workload("1 decode", [(1, 1024)]),
+        Workload("mixed 256", [(1, 1024)] * 255 + [(512, 512)]),
+        Workload("256 with a shared prefix", [(1, 2100)] * 256, shared=2048),
+    ):
         inputs = PagedInput(shape, workload)
         yield Case(shape.name, workload.detail, 0.0, [inputs.plan], inputs.error)

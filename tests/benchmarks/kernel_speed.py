@@ -40,6 +40,7 @@ from kernel_cases import (
     silu_and_mul_cases,
     token_mask_cases,
 )
+from sampling_cases import adjust_cases, logprobs_cases, sample_cases
 
 KERNELS: dict[str, Callable[[Shape], Iterator[Case]]] = {
     "rms_norm": rms_norm_cases,
@@ -47,6 +48,9 @@ KERNELS: dict[str, Callable[[Shape], Iterator[Case]]] = {
     "silu_and_mul": silu_and_mul_cases,
     "rotary_and_write": rotary_and_write_cases,
     "token_mask": token_mask_cases,
+    "sample": sample_cases,
+    "adjust": adjust_cases,
+    "logprobs": logprobs_cases,
     "attention_plan": attention_plan_cases,
     "paged_attention": paged_attention_cases,
 }
