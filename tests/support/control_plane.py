@@ -176,12 +176,22 @@ class Api:
 class ControlPlane:
     """The running programs. `folder` has their logs."""
 
-    def __init__(self, folder: Path, url: str, audit: Path) -> None:
+    def __init__(self, folder: Path, url: str, start_api_server: Callable[[], subprocess.Popen[bytes]]) -> None:
         self.folder = folder
         self.url = url
-        self.audit = audit
+        self.audit = folder / "audit.log"
+        self._start_api_server = start_api_server
+        self._api_server = start_api_server()
         self.authority = folder / "certs/apiserver.crt"
+        until("the API server's certificate", lambda: _alive(self._api_server) and self.authority.exists())
         self.api = Api(url, self.authority, _TOKEN)
+        until("the API server is ready", lambda: _alive(self._api_server) and _is_ready(self.api))
+
+    def restart_api_server(self) -> None:
+        """Ends it and starts it anew, with the same store behind it."""
+        end(self._api_server)
+        self._api_server = self._start_api_server()
+        until("the API server is ready", lambda: _alive(self._api_server) and _is_ready(self.api))
 
     def kubeconfig(self, name: str, token: str) -> Path:
         """A file for programs that act with `token`."""
@@ -241,20 +251,20 @@ def control_plane(folder: Path) -> Iterator[ControlPlane]:
             f"--listen-peer-urls=http://127.0.0.1:{peer}", f"--initial-advertise-peer-urls=http://127.0.0.1:{peer}",
             f"--initial-cluster=default=http://127.0.0.1:{peer}",
         )  # fmt: skip
-        server = _start(
-            stack, folder, "kube-apiserver", f"--etcd-servers=http://127.0.0.1:{etcd}", f"--secure-port={secure}",
-            "--bind-address=127.0.0.1", "--advertise-address=10.99.0.1", f"--cert-dir={folder}/certs",
-            f"--token-auth-file={folder}/tokens.csv", "--authorization-mode=RBAC",
-            "--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://kubernetes.default.svc",
-            f"--service-account-key-file={folder}/sa.pub", f"--service-account-signing-key-file={folder}/sa.key",
-            "--disable-admission-plugins=ServiceAccount", "--allow-privileged=true", "--endpoint-reconciler-type=none",
-            f"--audit-policy-file={folder}/audit.yaml", f"--audit-log-path={folder}/audit.log",
-            "--audit-log-mode=blocking",
-        )  # fmt: skip
-        certificate = folder / "certs/apiserver.crt"
-        until("the API server's certificate", lambda: _alive(server) and certificate.exists())
-        plane = ControlPlane(folder, f"https://127.0.0.1:{secure}", folder / "audit.log")
-        until("the API server is ready", lambda: _alive(server) and _is_ready(plane.api))
+
+        def start_api_server() -> subprocess.Popen[bytes]:
+            return _start(
+                stack, folder, "kube-apiserver", f"--etcd-servers=http://127.0.0.1:{etcd}", f"--secure-port={secure}",
+                "--bind-address=127.0.0.1", "--advertise-address=10.99.0.1", f"--cert-dir={folder}/certs",
+                f"--token-auth-file={folder}/tokens.csv", "--authorization-mode=RBAC",
+                "--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://kubernetes.default.svc",
+                f"--service-account-key-file={folder}/sa.pub", f"--service-account-signing-key-file={folder}/sa.key",
+                "--disable-admission-plugins=ServiceAccount", "--allow-privileged=true",
+                "--endpoint-reconciler-type=none", f"--audit-policy-file={folder}/audit.yaml",
+                f"--audit-log-path={folder}/audit.log", "--audit-log-mode=blocking",
+            )  # fmt: skip
+
+        plane = ControlPlane(folder, f"https://127.0.0.1:{secure}", start_api_server)
         admin = plane.kubeconfig("admin", _TOKEN)
         common = (f"--kubeconfig={admin}", "--bind-address=127.0.0.1", "--secure-port=0", "--leader-elect=false")
         _start(
@@ -283,7 +293,7 @@ def _add_node(api: Api) -> None:
 
 def _start(stack: ExitStack, folder: Path, name: str, *arguments: str) -> subprocess.Popen[bytes]:
     program = Path(os.environ["KUBEBUILDER_ASSETS"]) / name
-    log = stack.enter_context((folder / f"{name}.log").open("wb"))
+    log = stack.enter_context((folder / f"{name}.log").open("ab"))
     process = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
     stack.callback(end, process)
     return process

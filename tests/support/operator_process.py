@@ -40,22 +40,27 @@ def _is_established(crd: Document) -> bool:
 class OperatorProcess:
     """One operator. `log` is where it writes."""
 
-    def __init__(self, plane: ControlPlane, name: str = "operator-0", **environment: str) -> None:
+    def __init__(self, plane: ControlPlane, name: str = "operator-0") -> None:
         account = "/api/v1/namespaces/quire-system/serviceaccounts/quire-operator/token"
         request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
         token = plane.api.request("POST", account, request)["status"]["token"]
-        self._environment = {**os.environ, "KUBECONFIG": str(plane.kubeconfig(name, token)), **environment}
+        self.kubeconfig = plane.kubeconfig(name, token)
+        self._environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig)}
         self._environment.pop("KUBERNETES_SERVICE_HOST", None)
         self.name = name
         self.log = plane.folder / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self, module: str = "quire.operator") -> OperatorProcess:
+    def start(self) -> OperatorProcess:
         """Starts it; it leads when it can."""
         flags = ["--namespace=quire-system", f"--identity={self.name}", "--lease-duration=4", "--resync=3600"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *flags], stdout=log, stderr=log, env=self._environment, cwd=ROOT
+                [sys.executable, "-m", "quire.operator", *flags],
+                stdout=log,
+                stderr=log,
+                env=self._environment,
+                cwd=ROOT,
             )
         return self
 

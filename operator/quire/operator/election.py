@@ -103,12 +103,12 @@ async def lead(
     if begun.done():
         await asyncio.wait((running, begun.result()), return_when=asyncio.FIRST_COMPLETED)
     is_held = begun.done() and not running.done()
-    if running.done():
+    if running.done() and not running.cancelled():
         # The election ends by itself only when the lease is lost, or by a fault that must not go unseen.
         await running
     for task in (running, stopped):
         task.cancel()
-    await asyncio.gather(running, stopped, return_exceptions=True)
+    await asyncio.gather(running, stopped, *([begun.result()] if begun.done() else []), return_exceptions=True)
     if is_held:
         await lock.release()
         await begun.result()

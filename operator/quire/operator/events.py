@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Any
 
 from quire.operator import names
-from quire.operator.resources.metadata import Manifest
+from quire.operator.resources.metadata import Manifest, digest
 from quire.operator.spec import InferenceService
 from quire.operator.status_types import Condition, Status
 
@@ -22,24 +22,32 @@ def events(
     service: InferenceService, previous: Mapping[str, Any], status: Status, now: datetime, identity: str
 ) -> list[Manifest]:
     """One for each condition of those told that changed its status or its reason."""
-    before = {each["type"]: (each["status"], each["reason"]) for each in previous.get("conditions", ())}
+    before = {each["type"]: each for each in previous.get("conditions", ())}
     return [
-        _event(service, condition, now, identity)
+        _event(service, condition, before.get(condition.type, {}), now, identity)
         for condition in status.conditions
-        if condition.type in _TOLD
-        and before.get(condition.type) != (condition.status, condition.reason)
-        # That nothing is wrong with a new service is no news.
-        and not (condition.type == "Degraded" and condition.status == "False" and condition.type not in before)
+        if condition.type in _TOLD and _is_news(condition, before.get(condition.type))
     ]
 
 
-def _event(service: InferenceService, condition: Condition, now: datetime, identity: str) -> Manifest:
+def _is_news(condition: Condition, before: Mapping[str, Any] | None) -> bool:
+    if before is None:
+        # That nothing is wrong with a new service is none.
+        return (condition.type, condition.status) != ("Degraded", "False")
+    return (before["status"], before["reason"]) != (condition.status, condition.reason)
+
+
+def _event(
+    service: InferenceService, condition: Condition, before: Mapping[str, Any], now: datetime, identity: str
+) -> Manifest:
+    # Whoever is killed before the status is written comes to the same name again, and the event is there already.
+    transition = digest([service.uid, dict(before), condition.type, condition.status, condition.reason])
     is_bad = condition.type == "Degraded" and condition.status == "True"
     said = condition.message or f"{condition.type} is {condition.status}"
     return {
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"generateName": f"{service.name}-", "namespace": service.namespace},
+        "metadata": {"name": f"{service.name}.{transition}", "namespace": service.namespace},
         "eventTime": now.strftime("%Y-%m-%dT%H:%M:%S.%fZ"),
         "type": "Warning" if is_bad else "Normal",
         "reason": condition.reason,

@@ -71,9 +71,9 @@ class Reconciler:
         observed = await self._observe(service)
         refusals = await self._write(service, observed)
         status = status_of(service, observed, refusals=refusals, previous=previous, now=self._now())
-        # Events go first: a status that was told without them would never be told again.
+        # Events go first: once the status is written, its transitions are none any more.
         for event in events(service, previous, status, self._now(), self._config.identity):
-            await self._cluster.create(EVENT, event)
+            await self._announce(event)
         await self._tell(key, previous, status)
         wanted = references(service)
         is_waiting = refusals or any(
@@ -124,6 +124,17 @@ class Reconciler:
                     reason="one of this name is there already and not the service's: delete it, or rename the service",
                 )
         await self._cluster.apply(kind, child)
+
+    async def _announce(self, event: Manifest) -> None:
+        try:
+            await self._cluster.create(EVENT, event)
+        except ApiException as error:
+            if error.status == 409:
+                return
+            if error.status not in _REFUSED:
+                raise
+            # Such as in a namespace that is being deleted. The status says the same.
+            logger.warning("can't write an event: %s", error.reason)
 
     async def _tell(self, key: Key, previous: Manifest, status: Status) -> None:
         """Writes the status if it differs."""
