@@ -90,6 +90,8 @@ class TextStream:
         # Scored tokens wait until their text is out: a stop string may yet take it back.
         self._waiting: deque[Score] = deque()
         self._shown_characters = 0
+        # On the path of every token of almost every request.
+        self._plain = not (self.scored or shown.without_output or stop.stop_token_ids)
 
     @property
     def taken(self) -> int:
@@ -103,7 +105,12 @@ class TextStream:
         call = self.call
         text = self._take_echo(self._echo) if self._echo is not None and self._prompt_done else ""
         if len(call.token_ids) > self._taken:
-            text += self._take_tokens(call.token_ids[self._taken :])
+            new = call.token_ids[self._taken :]
+            if self._plain:
+                text += self._text.feed(new)
+                self._taken = self._text.num_tokens
+            else:
+                text += self._take_tokens(new)
         if call.finished is not None:
             if not self._shown.without_output:
                 text += self._text.flush()
@@ -111,7 +118,8 @@ class TextStream:
         if self._text.stop_string is not None:
             self._reason = FinishReason.STOP
         self._ended = self._reason is not None
-        self._shown_characters += len(text)
+        if self.scored:
+            self._shown_characters += len(text)
         return text
 
     def take_scores(self) -> list[Score]:
@@ -152,14 +160,13 @@ class TextStream:
         if self._shown.without_output:
             self._taken += len(token_ids)
             return ""
-        if self.scored:
-            return self._take_scored(token_ids)
-        count = len(token_ids)
-        if self._stop_token_ids and token_ids[-1] in self._stop_token_ids:
-            token_ids.pop()
-        seen = self._text.num_tokens
-        text = self._text.feed(token_ids)
-        self._taken += count if self._text.stop_string is None else self._text.num_tokens - seen
+        return self._take_scored(token_ids) if self.scored else self._take_to_stop_token(token_ids)
+
+    def _take_to_stop_token(self, token_ids: list[int]) -> str:
+        # A stop token is the last one, unless a stop string came before.
+        stopped = token_ids[-1] in self._stop_token_ids
+        text = self._text.feed(token_ids[:-1] if stopped else token_ids)
+        self._taken = self._text.num_tokens + (stopped and self._text.stop_string is None)
         return text
 
     def _take_scored(self, token_ids: list[int]) -> str:
