@@ -92,6 +92,19 @@ def test_blocks_that_the_memory_accelerator_brings(columns: int, size: int, tile
     check(5, columns, size, tile, torch.float16, gated, False, DEVICE == "cuda")
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in FLOAT_TYPES if dtype is not torch.float32])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_logits_may_be_more_exact_than_what_they_come_from(splits: int, dtype: torch.dtype) -> None:
+    """Without it large logits are rounded to bfloat16 on their way, and other tokens win."""
+    torch.manual_seed(0)
+    x, weight = ((torch.randn(size, 200, device=DEVICE)).to(dtype) for size in (5, 300))
+    bias = torch.randn(300, device=DEVICE)
+    exact, by_torch = F.linear(x.double(), weight.double(), bias.double()), F.linear(x.float(), weight.float(), bias)
+    space, tile = SplitSpace.new(x.device), LinearTile(32, 64, 2, splits=splits)
+    assert_close(linear_triton(x, weight, tile, bias, space, dtype=torch.float32), exact, by_torch, 1e-5)
+    assert_close(linear(x, weight, bias, dtype=torch.float32), exact, by_torch, 1e-5)
+
+
 @ON_GPU
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 64, 65])
 @pytest.mark.parametrize(("columns", "size"), [(4096, 4096), (6144, 4096), (1024, 3072), (4096, 14336), (3072, 1024)])

@@ -40,17 +40,28 @@ class SplitSpace:
 
 
 def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, space: SplitSpace | None = None, dependent: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    space: SplitSpace | None = None,
+    dependent: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x Wᵀ + b, [M, N] in x's type, accumulated in float32.
+    """x Wᵀ + b, [M, N] of `dtype` (x's type if None), accumulated in float32 and rounded once.
 
     x [M, K]; weight [N, K] of x's type; bias [N] of any float type; space: without it K is never split; dependent: the
     launch may overlap the end of the kernel before it on the stream.
     """
     tile = tile_for(x.shape[0], *weight.shape, gated=False) if x.is_cuda else None
-    if tile is None or (tile.splits > 1 and space is None):
+    if tile is not None and (tile.splits == 1 or space is not None):
+        return linear_triton(x, weight, tile, bias, space, dependent=dependent, dtype=dtype)
+    if dtype is None or dtype is x.dtype:
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return linear_triton(x, weight, tile, bias, space, dependent=dependent)
+    if x.is_cuda and dtype is torch.float32:
+        out = torch.mm(x, weight.t(), out_dtype=dtype)
+    else:
+        out = F.linear(x.to(dtype), weight.to(dtype))
+    return out if bias is None else out.add_(bias)
 
 
 def linear_silu_and_mul(x: Tensor, weight: Tensor, space: SplitSpace | None = None, dependent: bool = False) -> Tensor:
@@ -69,6 +80,7 @@ def linear_triton(
     space: SplitSpace | None = None,
     gated: bool = False,
     dependent: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`linear`, or `linear_silu_and_mul` if `gated`, with a tile of one's choice. x's rows may be strided."""
     num_rows, size = x.shape
@@ -78,7 +90,7 @@ def linear_triton(
             f"weight must be contiguous, [N, {size}] and {x.dtype}, x contiguous along K: weight is "
             f"{list(weight.shape)} and {weight.dtype}, the strides are {weight.stride()} and {x.stride()}"
         )
-    out = torch.empty((num_rows, columns), dtype=x.dtype, device=x.device)
+    out = torch.empty((num_rows, columns), dtype=dtype or x.dtype, device=x.device)
     if num_rows == 0:
         return out
     rows = max(16, next_power_of_2(num_rows)) if not tile.swap else max(8, next_power_of_2(num_rows))
