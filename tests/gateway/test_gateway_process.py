@@ -20,6 +20,7 @@ from gateway_testing import ANSWER, until_ready
 
 from quire.gateway.__main__ import build_config, build_parser, main
 from quire.gateway.config import GatewayConfig
+from quire.gateway.tools.choice import ToolFormat
 from quire.service.errors import ConfigError
 
 
@@ -45,13 +46,15 @@ def test_flags() -> None:
     """Without it a flag could be parsed and lost."""
     argv = shlex.split(
         "--routers a:1,b:2 --model m --served-model-name x --served-model-name y --max-model-len 100 --host ::1 "
-        "--port 1 --grpc-listen [::]:2 --router-timeout 3 --grace 4 --max-body-bytes 5000"
+        "--port 1 --grpc-listen [::]:2 --router-timeout 3 --grace 4 --max-body-bytes 5000 "
+        "--tool-call-format llama3_json"
     )
     assert config_of(*argv) == GatewayConfig(
         routers=("a:1", "b:2"),
         model="m",
         served_model_names=("x", "y"),
         max_model_len=100,
+        tool_call_format=ToolFormat.LLAMA3_JSON,
         host="::1",
         port=1,
         grpc_listen="[::]:2",

@@ -7,6 +7,7 @@ import dataclasses
 import pytest
 
 from quire.gateway.model import Conversation, ServedModel
+from quire.gateway.tools.choice import ToolFormat
 from quire.service.chat import Message
 from quire.service.checkpoint import TextModel
 from quire.service.errors import InvalidRequestError, ModelError
@@ -42,3 +43,19 @@ def test_max_model_len(text_model: TextModel) -> None:
     """Without it a gateway could promise more context than its engines hold, or than the model has."""
     assert ServedModel(("m",), text_model, max_model_len=100).max_model_len == 100
     assert ServedModel(("m",), text_model, max_model_len=10**6).max_model_len == text_model.max_model_len
+
+
+def test_tool_call_format(text_model: TextModel) -> None:
+    """Without it a model would be told of tools in one format and read in another."""
+
+    def style(template: str | None, given: ToolFormat | None = None) -> ToolFormat:
+        text = dataclasses.replace(text_model, chat_template=template)
+        return ServedModel(("m",), text, tool_format=given).tool_format
+
+    llama = '{{ tools }}{"name": function name, "parameters": dictionary}'
+    hermes = "{{ tools }}<tool_call>{{ messages }}</tool_call>"
+    assert (style(llama), style(hermes)) == (ToolFormat.LLAMA3_JSON, ToolFormat.HERMES)
+    assert style("{{ tools }}", ToolFormat.LLAMA3_JSON) is ToolFormat.LLAMA3_JSON
+    # What the gateway itself writes into the prompt is Hermes'.
+    assert style(text_model.chat_template, ToolFormat.LLAMA3_JSON) is ToolFormat.HERMES
+    assert style(None) is ToolFormat.HERMES

@@ -10,6 +10,7 @@ import uvloop
 
 from quire.gateway.config import GatewayConfig
 from quire.gateway.server import serve
+from quire.gateway.tools.choice import ToolFormat
 from quire.gateway.workers import run_workers, this_worker
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
@@ -47,6 +48,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="what the API calls the model; repeat it for further names; default: the checkpoint's name",
     )
     option("--max-model-len", type=int, metavar="TOKENS", help="prompt and output; default: the model's context")
+    option(
+        "--tool-call-format",
+        choices=[style.value for style in ToolFormat],
+        help="how the model writes calls to tools; default: as its chat template tells",
+    )
     option("--host", default="127.0.0.1", help="where HTTP listens (default: %(default)s)")
     option("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
     option("--grpc-listen", default="127.0.0.1:8001", metavar="ADDR", help="the gRPC service (default: %(default)s)")
@@ -139,6 +145,7 @@ def build_config(arguments: argparse.Namespace) -> GatewayConfig:
         model=arguments.model,
         served_model_names=tuple(arguments.served_model_name),
         max_model_len=arguments.max_model_len,
+        tool_call_format=ToolFormat(arguments.tool_call_format) if arguments.tool_call_format else None,
         host=arguments.host,
         port=arguments.port,
         grpc_listen=arguments.grpc_listen,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.gateway.access.ledger import MAX_WORKERS
+from quire.gateway.tools.choice import ToolFormat
 from quire.service.errors import ConfigError
 from quire.service.tls import TlsFiles
 
@@ -21,6 +22,8 @@ class GatewayConfig:
     served_model_names: tuple[str, ...] = ()
     # Tokens of prompt and output, where engines hold less than the model's context; None: the model's.
     max_model_len: int | None = None
+    # How the model writes calls to tools; None: as its chat template says.
+    tool_call_format: ToolFormat | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     grpc_listen: str = "127.0.0.1:8001"

@@ -65,8 +65,8 @@ class Tokenized:
 class ServedModel:
     """`names` are all names it answers to, the first its own and the one the routers know it by.
 
-    `max_model_len` is for engines that hold less than the model's context. `tool_format` is what the chat template
-    teaches, if it does not say so itself. Raises ModelError.
+    `max_model_len` is for engines that hold less than the model's context. `tool_format` is how the model
+    writes calls, where its chat template tells of tools but not of that. Raises ModelError.
     """
 
     def __init__(

@@ -65,7 +65,9 @@ def load_model(config: GatewayConfig) -> ServedModel:
     """The text side of the model that `config` names. Raises ModelError."""
     checkpoint = locate(config.model, text_only=True)
     names = config.served_model_names or (checkpoint.name,)
-    return ServedModel(names, load_text(checkpoint), max_model_len=config.max_model_len)
+    return ServedModel(
+        names, load_text(checkpoint), max_model_len=config.max_model_len, tool_format=config.tool_call_format
+    )
 
 
 class Gateway:
