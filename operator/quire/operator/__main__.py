@@ -17,6 +17,7 @@ from quire.operator.cluster import Cluster
 from quire.operator.config import Images, OperatorConfig
 from quire.operator.election import lead
 from quire.operator.handlers import watch
+from quire.operator.kinds import SERVICE
 from quire.operator.metrics import OperatorMetrics
 from quire.operator.queue import WakeQueue
 from quire.operator.reconciler import Reconciler
@@ -62,12 +63,14 @@ async def serve(config: OperatorConfig, stop: asyncio.Event) -> None:
         async def act() -> None:
             logger.info("leads", extra={"identity": config.identity})
             metrics.leads.set(1)
-            reconciler = Reconciler(Cluster(api), config)
+            cluster = Cluster(api)
+            if not await cluster.serves(SERVICE):
+                # Kopf would wait for ever.
+                raise ConfigError("the cluster knows no InferenceService: apply manifests/crd first")
+            reconciler = Reconciler(cluster, config)
             queue = WakeQueue(reconciler.reconcile, workers=config.workers, resync=config.resync, metrics=metrics)
             try:
                 await watch(queue, stop)
-                # Kopf hears SIGTERM itself and ends.
-                stop.set()
             finally:
                 await queue.close()
                 metrics.leads.set(0)

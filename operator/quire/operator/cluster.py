@@ -30,6 +30,16 @@ class Cluster:
     def __init__(self, api: client.ApiClient) -> None:
         self._api = api
 
+    async def serves(self, kind: Kind) -> bool:
+        """Whether the API server knows the kind."""
+        try:
+            await self._request("GET", f"/apis/{kind.api_version}/{kind.plural}", {"limit": "1"})
+        except ApiException as error:
+            if error.status == 404:
+                return False
+            raise
+        return True
+
     async def get(self, kind: Kind, namespace: str, name: str) -> Manifest | None:
         """The object, None if there is none."""
         try:

@@ -18,9 +18,9 @@ from quire.operator.reconciler import Key
 
 
 async def watch(queue: WakeQueue, stop: asyncio.Event) -> None:
-    """Runs kopf until `stop` is set."""
+    """Runs kopf until `stop` is set, or SIGTERM sets it."""
     await kopf.operator(
-        registry=_registry(queue),
+        registry=_registry(queue, stop),
         settings=_settings(),
         clusterwide=True,
         standalone=True,
@@ -28,7 +28,7 @@ async def watch(queue: WakeQueue, stop: asyncio.Event) -> None:
     )
 
 
-def _registry(queue: WakeQueue) -> kopf.OperatorRegistry:
+def _registry(queue: WakeQueue, stop: asyncio.Event) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -43,6 +43,13 @@ def _registry(queue: WakeQueue) -> kopf.OperatorRegistry:
             queue.remove(key)
         else:
             queue.add(key)
+
+    @kopf.on.cleanup(registry=registry)
+    async def stopped(**_: Any) -> None:
+        # Kopf hears SIGTERM itself, and waits in vain for tasks that are still there when it ends: its own that waits
+        # for `stop` is one of them.
+        stop.set()
+        await queue.close()
 
     async def child_changed(namespace: str, labels: Any, **_: Any) -> None:
         queue.wake(Key(namespace, labels.get(names.SERVICE, "")))
