@@ -478,3 +478,20 @@ async def test_an_engine_that_steps_for_others_is_not_stalled(tmp_path: Path) ->
         assert fakes[0].sessions_opened == 1
         fakes[0].hold_at(None)
         await assert_whole(stream, request)
+
+
+async def test_a_router_that_stood_still_blames_no_engine(tmp_path: Path) -> None:
+    """A paused machine or a starved process: declaring every engine stalled would move all streams at once."""
+    async with (
+        engines(tmp_path, 1) as fakes,
+        router(tmp_path, fakes, stall_timeout=0.2) as service,
+        gateway(service) as session,
+    ):
+        fakes[0].hold_at(1)
+        request = request_of(prompt_of(1))
+        stream = session.submit(request)
+        await stream.until_tokens(1)
+        time.sleep(0.5)  # noqa: ASYNC251 (nothing in this process may run)
+        fakes[0].hold_at(None)
+        await assert_whole(stream, request)
+        assert fakes[0].sessions_opened == 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import NoReturn, TypeAlias
 
 import grpc
@@ -153,10 +154,15 @@ class EngineLink:
 
     async def _watch_progress(self) -> NoReturn:
         """Raises StalledError when the engine does nothing although it has work."""
+        # A clock, looked at often enough to be a quarter late at most.
+        interval = self._stall_timeout / 4
         while True:
-            # A clock, looked at often enough to be a quarter late at most.
-            await asyncio.sleep(self._stall_timeout / 4)
-            if self._endpoint.idle_seconds() > self._stall_timeout:
+            looked_at = time.monotonic()
+            await asyncio.sleep(interval)
+            if time.monotonic() - looked_at > 2 * interval:
+                # It was this process that stood still: what the engine has sent meanwhile is still to be read.
+                self._endpoint.progressed()
+            elif self._endpoint.idle_seconds() > self._stall_timeout:
                 self._endpoint.stall()
                 raise StalledError(f"it has done nothing for {self._stall_timeout:g} s although it has work")
 
