@@ -27,6 +27,7 @@ from typing import Any
 
 MODEL = "smollm"
 HERE = Path(__file__).parent
+SHARES = (0.1, 0.5, 0.9, 0.99)
 PARTS = ("tokens", "grpc", "ttft", "workers", "memory")
 
 
@@ -103,13 +104,20 @@ class Bench:
             self._latencies("bare uvicorn", echo, *load, "--path", "/2", uvicorn=echo.pids)
         with self._engine() as engine, self._gateway(engine) as gateway:
             self._latencies("gateway, engine", gateway, *load, gateway=gateway.pids)
+        with self._fake_engine() as (engine, engine_pid):
+            alone = self._latencies("engine", Server(engine, ()), *load, kind="session", engine=(engine_pid,))
         with (
             self._fake_engine() as (engine, engine_pid),
             self._router(engine) as (router, router_pid),
             self._gateway(router) as gateway,
         ):
             pids = {"gateway": gateway.pids, "router": (router_pid,), "engine": (engine_pid,)}
-            self._latencies("gateway, router, engine", gateway, *load, **pids)
+            all_of_it = self._latencies("gateway, router, engine", gateway, *load, **pids)
+        added = "  ".join(
+            f"p{share * 100:g} {1000 * (_percentile(all_of_it, share) - _percentile(alone, share)):6.2f}"
+            for share in SHARES
+        )
+        print(f"  {'added by gateway and router':<28} {added}", flush=True)
 
     def workers(self, most: int) -> None:
         """The same load on more processes."""
@@ -154,8 +162,11 @@ class Bench:
         figures["cores"] = used / figures["wall"]
         return figures["tokens"] / used, figures
 
-    def _latencies(self, name: str, server: Server, *flags: str, **pids: Sequence[int]) -> None:
-        with _load("rate", server.url, *flags, model=MODEL) as process:
+    def _latencies(
+        self, name: str, server: Server, *flags: str, kind: str = "rate", **pids: Sequence[int]
+    ) -> list[float]:
+        """Prints and returns the times to the first token, in order."""
+        with _load(kind, server.url, *flags, model=MODEL) as process:
             _until(process, "begin")
             before = {part: _cpu_seconds(ids) for part, ids in pids.items()}
             figures = _figures(process)
@@ -163,13 +174,12 @@ class Bench:
         first, whole = figures["first"], figures["whole"]
         if figures["errors"] or not first:
             raise SystemExit(f"{name}: {figures['errors']} answers without a token")
-        shown = "  ".join(
-            f"p{share * 100:g} {_percentile(first, share) * 1000:6.2f}" for share in (0.1, 0.5, 0.9, 0.99)
-        )
+        shown = "  ".join(f"p{share * 100:g} {_percentile(first, share) * 1000:6.2f}" for share in SHARES)
         print(f"  {name:<28} {shown}   whole answer p50 {_percentile(whole, 0.5) * 1000:6.2f}")
         # The clock's figures are of an idle machine; these hold on any.
         spent = ", ".join(f"{part} {1000 * seconds / figures['asked']:.2f}" for part, seconds in used.items())
         print(f"    processor time per request: {spent}", flush=True)
+        return list(first)
 
     @contextmanager
     def _engine(self) -> Iterator[str]:

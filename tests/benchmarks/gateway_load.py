@@ -2,6 +2,7 @@
 
     python tests/benchmarks/gateway_load.py streams http://127.0.0.1:8000 --streams 128 --seconds 5
     python tests/benchmarks/gateway_load.py rate http://127.0.0.1:8000 --rate 100 --seconds 10
+    python tests/benchmarks/gateway_load.py session unix:/tmp/engine.sock --rate 100 --seconds 10
     python tests/benchmarks/gateway_load.py grpc 127.0.0.1:8001 --streams 128 --seconds 5
     python tests/benchmarks/gateway_load.py hold http://127.0.0.1:8000 --streams 1000
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import random
 import sys
@@ -24,7 +26,9 @@ from urllib.parse import urlsplit
 import uvloop
 
 from quire.service.grpc_server import channel
-from quire.v1 import inference_pb2, inference_pb2_grpc
+from quire.service.request import Request, SamplingParams, StopConditions
+from quire.service.wire import request_to_proto
+from quire.v1 import inference_pb2, inference_pb2_grpc, session_pb2, session_pb2_grpc
 
 QUESTION = "What is the capital of France, and how many people live there today? Answer in one sentence."
 STOPS = ["\n\nUser:", "###", "<end>"]
@@ -186,6 +190,40 @@ async def keep_rate(host: str, port: int, request: bytes, rate: float, seconds: 
     }
 
 
+async def keep_session_rate(address: str, model: str, rate: float, seconds: float) -> dict[str, Any]:
+    """The same as keep_rate on a session with an engine: what it takes without gateway and router."""
+    began: dict[int, float] = {}
+    first, tokens = list[float](), list(range(100, 150))
+    async with channel(address) as dialed:
+        stream = session_pb2_grpc.SessionServiceStub(dialed).Session()
+        await stream.write(session_pb2.SessionRequest(hello=session_pb2.Hello(peer="load")))
+
+        async def read() -> None:
+            async for response in stream:
+                for update in response.step.updates:
+                    if update.key in began:
+                        first.append(time.perf_counter() - began.pop(update.key))
+
+        reading = asyncio.create_task(read())
+        draw = random.Random(0)
+        due = time.perf_counter()
+        end = due + seconds
+        print("begin", flush=True)
+        for key in itertools.count(1):
+            if due > end:
+                break
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            request = Request(f"r{key}", model, (*tokens[1:], key % 1000), SamplingParams(), StopConditions(2))
+            submit = session_pb2.Submit(key=key, request=request_to_proto(request))
+            began[key] = time.perf_counter()
+            await stream.write(session_pb2.SessionRequest(submit=submit))
+            due += draw.expovariate(rate)
+        await asyncio.sleep(0.5)
+        reading.cancel()
+        await asyncio.gather(reading, return_exceptions=True)
+    return {"first": sorted(first), "whole": sorted(first), "errors": len(began), "asked": len(first)}
+
+
 async def keep_grpc_streams(address: str, model: str, streams: int, seconds: float) -> dict[str, Any]:
     """The same as keep_streams over the public gRPC service."""
     messages = 0
@@ -238,8 +276,8 @@ async def hold(host: str, port: int, request: bytes, streams: int) -> dict[str, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kind", choices=["streams", "rate", "grpc", "hold"])
-    parser.add_argument("target", help="a URL, or an address for grpc")
+    parser.add_argument("kind", choices=["streams", "rate", "session", "grpc", "hold"])
+    parser.add_argument("target", help="a URL, or an address for grpc and session")
     parser.add_argument("--model", default="smollm", help="(default: %(default)s)")
     parser.add_argument("--streams", type=int, default=128, metavar="N", help="(default: %(default)s)")
     parser.add_argument("--seconds", type=float, default=5.0, help="to measure (default: %(default)s)")
@@ -257,6 +295,8 @@ def main() -> None:
             work = keep_streams(*where, request, arguments.streams, arguments.seconds)
         case "rate":
             work = keep_rate(*where, request, arguments.rate, arguments.seconds)
+        case "session":
+            work = keep_session_rate(arguments.target, arguments.model, arguments.rate, arguments.seconds)
         case "grpc":
             work = keep_grpc_streams(arguments.target, arguments.model, arguments.streams, arguments.seconds)
         case _:
