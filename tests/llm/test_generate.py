@@ -323,7 +323,7 @@ def test_a_broken_step_is_not_built_upon(checkpoint: Path, monkeypatch: pytest.M
     """Without it a batch in an unknown state would go on to give wrong answers."""
     llm = LLM(checkpoint, dtype="float32", max_model_len=64)
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise MemoryError("no more")
 
     monkeypatch.setattr(CpuRunner, "launch", fail)
