@@ -19,14 +19,17 @@ from quire.service.pages import PAGE_SIZE
 _NEWEST_OUTPUT = 0.02
 
 
+# Expected times that differ by less than this share are equal: no engine's speed is known better.
+_TIE = 0.05
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The engine that a request goes to, and what is expected of it there. The smallest `rank` wins."""
+    """The engine that a request goes to, and what is expected of it there."""
 
     endpoint: Endpoint
     expected_ttft: float
     matched_tokens: int
-    rank: tuple[float, int, int, int]
 
 
 class Fleet:
@@ -73,24 +76,28 @@ class Fleet:
         """The engine with the smallest expected time to first token; None if none is ready.
 
         `keys` are the index's keys of the prompt's pages, `num_tokens` its length. Engines in `avoid` are chosen if
-        there is no other. Ties go to the engine that has to compute least, then to the one with the fewest requests
-        in flight, then in turn.
+        there is no other. Ties go to the engine that has to compute least, so that a burst with one new prefix gathers
+        where it is being computed, then to the one with the fewest requests in flight, then in turn.
         """
         ready = self.ready_for(model)
         candidates = [endpoint for endpoint in ready if endpoint not in avoid] or ready
+        if not candidates:
+            return None
         # The engine computes at least the last token, so a page that ends with it saves this request nothing.
         keys = keys[: (num_tokens - 1) // PAGE_SIZE]
         matches = self.index.match(keys)
-        self._turn += 1
-        best: Choice | None = None
-        for place, endpoint in enumerate(candidates):
+        choices = []
+        for endpoint in candidates:
             matched = max(matches.get(endpoint.cache.holder, 0), endpoint.in_progress.match(keys)) * PAGE_SIZE
-            uncached = num_tokens - matched
-            seconds = expected_ttft(endpoint.view, uncached, self._expectations)
-            rank = (seconds, uncached, len(endpoint.flights), (place + self._turn) % len(candidates))
-            if best is None or rank < best.rank:
-                best = Choice(endpoint, seconds, matched, rank)
-        return best
+            seconds = expected_ttft(endpoint.view, num_tokens - matched, self._expectations)
+            choices.append(Choice(endpoint, seconds, matched))
+        soonest = min(choice.expected_ttft for choice in choices)
+        ties = [choice for choice in choices if choice.expected_ttft <= soonest * (1 + _TIE)]
+        self._turn += 1
+        first = self._turn % len(ties)
+        return min(
+            ties[first:] + ties[:first], key=lambda choice: (-choice.matched_tokens, len(choice.endpoint.flights))
+        )
 
     def learn_output(self, num_tokens: int) -> None:
         """A request ended by itself after this many output tokens."""
