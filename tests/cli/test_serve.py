@@ -50,7 +50,7 @@ def commands(tmp_path: Path, config: ServeConfig) -> dict[str, list[str]]:
 
 def test_flags_reach_the_services(tmp_path: Path) -> None:
     """A flag that is dropped on the way is a setting that silently does not hold."""
-    config = ServeConfig("m.gguf", 2, "float32", "::", 81, 82, 512, 8, 99, 1 << 30, 3, "debug", "json")
+    config = ServeConfig("m.gguf", 2, "float32", "::", 81, 82, 512, 8, 99, 1 << 30, 3, "debug", "json", "/keys", 4)
     planned = commands(tmp_path, config)
     assert list(planned) == ["gateway", "router", "engine-0", "engine-1", "sidecar-0", "sidecar-1"]
     assert len(planned) == config.num_processes
@@ -59,6 +59,7 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
     assert {"--host=::", "--port=81", "--grpc-listen=[::]:82", "--max-model-len=512", "--model=m.gguf"} <= set(
         planned["gateway"]
     )
+    assert {"--api-keys=/keys", "--workers=4"} <= set(planned["gateway"])
     assert f"--engines=unix:{tmp_path}/engine-0.sock,unix:{tmp_path}/engine-1.sock" in planned["router"]
     for index in range(2):
         assert {

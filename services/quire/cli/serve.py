@@ -83,6 +83,8 @@ def _parser() -> Parser:
     add("--host", default=default.host, help="where HTTP and gRPC listen (default: %(default)s)")
     add("--port", type=int, default=default.port, help="of HTTP; 0 picks a free one (default: %(default)s)")
     add("--grpc-port", type=int, metavar="PORT", help="of the public gRPC service; 0 picks a free one (default: off)")
+    add("--api-keys", default="", metavar="FILE", help="made by quire keys (default: everybody may ask)")
+    add("--workers", type=int, metavar="N", help="gateway processes on the same port (default: 1)")
     add("--max-model-len", type=int, metavar="TOKENS", help="prompt and output (default: the model's context)")
     add("--max-num-seqs", type=int, metavar="N", help="sequences in an engine's batch (default: the engine's)")
     add("--num-pages", type=int, metavar="N", help="pages of 16 tokens per engine (default: what the memory holds)")

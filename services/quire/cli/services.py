@@ -44,6 +44,9 @@ class ServeConfig:
     threads: int | None = None
     log_level: str = "info"
     log_format: str = "text"
+    # For the gateway: a file of `quire keys`, empty is open to everybody; processes on its port.
+    api_keys: str = ""
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.engines <= MAX_ENGINES:
@@ -55,7 +58,7 @@ class ServeConfig:
             raise ConfigError(f"--port and --grpc-port are both {self.port}: choose two ports", field="grpc_port")
         if not self.host:
             raise ConfigError("--host is empty: give an address of this machine, such as 127.0.0.1", field="host")
-        for name in ("max_model_len", "max_num_seqs", "num_pages", "kv_cache_bytes", "threads"):
+        for name in ("workers", "max_model_len", "max_num_seqs", "num_pages", "kv_cache_bytes", "threads"):
             value = getattr(self, name)
             if value is not None:
                 at_least(f"--{name.replace('_', '-')}", value, 2 if name == "max_model_len" else 1)
@@ -110,6 +113,8 @@ def _gateway(config: ServeConfig, folder: Path) -> ChildSpec:
         "--port": config.port,
         "--grpc-listen": listens,
         "--max-model-len": config.max_model_len,
+        "--api-keys": config.api_keys and Path(config.api_keys).resolve(),
+        "--workers": config.workers,
         "--grace": GRACE_SECONDS,
     }
 

@@ -76,14 +76,17 @@ async def run_workers(config: GatewayConfig, argv: Sequence[str], stop: asyncio.
         port = _reserve(stack, config.host, config.port, "--port")
         grpc = _grpc_addresses(stack, config, folder)
         reports = [asyncio.Event() for _ in range(config.workers)]
+        addresses: dict[int, tuple[str, str]] = {}
 
         async def hear(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            index, *addresses = (await reader.readline()).decode().split()
+            index, url, grpc = (await reader.readline()).decode().split()
             writer.close()
+            addresses[int(index)] = (url, grpc)
             if not reports[int(index)].is_set():
                 reports[int(index)].set()
-                if all(report.is_set() for report in reports):
-                    facts = {"url": addresses[0], "grpc": addresses[1], "workers": config.workers}
+                if len(addresses) == config.workers:
+                    # Where gRPC listens on a socket of the file system, the first worker has the one that was named.
+                    facts = {"url": addresses[0][0], "grpc": addresses[0][1], "workers": config.workers}
                     logger.info("gateway listens", extra=facts)
 
         def spec(index: int) -> ChildSpec:
