@@ -263,12 +263,13 @@ class TestRefusedByTheEngine:
         assert_refused(response, 400, param)
 
 
+@pytest.fixture(scope="module")
+def tokenizer(text_model: TextModel) -> LLTokenizer:
+    return build_tokenizer(text_model)
+
+
 class TestImpossibleGrammars:
     """Constraints as the sidecar's own compiler refuses them."""
-
-    @pytest.fixture(scope="class")
-    def tokenizer(self, text_model: TextModel) -> LLTokenizer:
-        return build_tokenizer(text_model)
 
     @pytest.fixture
     def answer(self, tokenizer: LLTokenizer) -> Answer:

@@ -13,6 +13,7 @@ import openai
 import pytest
 from fake_router import Answer, FakeRouter
 from gateway_testing import MODEL
+from pydantic import BaseModel
 
 from quire.gateway.model import ServedModel
 from quire.service.checkpoint import TextModel
@@ -155,6 +156,21 @@ async def test_stream_helper_understands(client: openai.AsyncOpenAI, say: Any) -
     await say(TWO_CALLS)
     message = (await asking).choices[0].message
     assert [call.function.arguments for call in message.tool_calls] == [LIMA, "{}"]
+
+
+async def test_parse_helper(client: openai.AsyncOpenAI, say: Any) -> None:
+    """Without it the client's typed tools, which are strict, would not be held to their schema or not be parsed."""
+
+    class Weather(BaseModel):
+        city: str
+
+    asking = asyncio.create_task(
+        client.chat.completions.parse(model=MODEL, messages=QUESTION, tools=[openai.pydantic_function_tool(Weather)])
+    )
+    request = await say(f'<tool_call>\n{{"name": "Weather", "arguments": {LIMA}}}\n</tool_call>')
+    (call,) = (await asking).choices[0].message.tool_calls or []
+    assert call.function.parsed_arguments == Weather(city="Lima")
+    assert request.constraint is not None
 
 
 @pytest.mark.parametrize(
