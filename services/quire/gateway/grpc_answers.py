@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quire.gateway.answer import Answer
-from quire.gateway.core import Generation
 from quire.gateway.deltas import Delta, Reasoning, Score, Scores, ToolCallArguments, ToolCallStart
+from quire.gateway.output import Generation
 from quire.gateway.stream import Result, Usage
 from quire.service.text import Pieces
 from quire.v1 import inference_pb2, request_pb2

@@ -16,10 +16,11 @@ from quire.gateway import grpc_answers
 from quire.gateway.access.gate import Caller, Gate
 from quire.gateway.access.grpc_access import authorization
 from quire.gateway.answer import Answer
-from quire.gateway.core import Core, Generation, Operation
+from quire.gateway.core import Core
 from quire.gateway.deltas import Delta, Scores
 from quire.gateway.grpc_requests import in_contract_terms, read_options, read_prompt
 from quire.gateway.observation import Observer
+from quire.gateway.output import Generation, Operation
 from quire.gateway.request_id import HEADER as REQUEST_ID_HEADER
 from quire.gateway.request_id import check_request_id
 from quire.gateway.stream import Result, total_usage

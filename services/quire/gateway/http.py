@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from quire.gateway.access.gate import Caller, Gate
 from quire.gateway.access.http_access import Authentication
-from quire.gateway.core import Core, Operation
+from quire.gateway.core import Core
 from quire.gateway.errors import MethodNotAllowedError, RouteNotFoundError
 from quire.gateway.http_completions import Completions, HttpLimits
 from quire.gateway.http_errors import error_response
@@ -28,6 +28,7 @@ from quire.gateway.openai import answers
 from quire.gateway.openai.openapi import ENDPOINTS, openapi_page
 from quire.gateway.openai.requests import parse_chat, parse_completion
 from quire.gateway.openai.responses import model_object
+from quire.gateway.output import Operation
 from quire.gateway.request_id import HEADER as REQUEST_ID_HEADER
 from quire.gateway.request_id import check_request_id, new_request_id
 from quire.service.errors import InternalError, InvalidRequestError, QuireError

@@ -13,13 +13,14 @@ from quire.gateway.access.deadline import HEADER as TIMEOUT_HEADER
 from quire.gateway.access.deadline import Deadline
 from quire.gateway.access.gate import Admission, Caller, Gate
 from quire.gateway.answer import Answer
-from quire.gateway.core import Core, Generation, Operation, Output
+from quire.gateway.core import Core
 from quire.gateway.deltas import Score, Scores
 from quire.gateway.exchange import Exchange
 from quire.gateway.http_errors import answer_error
 from quire.gateway.observation import Observation, Observer
 from quire.gateway.openai.requests import ApiRequest
 from quire.gateway.openai.responses import DONE, Events, Head, answer_body, response_id
+from quire.gateway.output import Generation, Operation, Output
 from quire.gateway.stream import Result, total_usage
 from quire.service.errors import QuireError
 from quire.service.request import TraceContext

@@ -17,8 +17,8 @@ from opentelemetry.semconv.attributes import error_attributes
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 from opentelemetry.util.types import AttributeValue
 
-from quire.gateway.core import Generation, Operation
 from quire.gateway.metrics import GatewayMetrics
+from quire.gateway.output import Generation, Operation
 from quire.gateway.stream import Result, total_usage
 from quire.service.errors import CancelledRequestError, ErrorCode, InternalError, QuireError
 from quire.service.request import ConstraintKind, TraceContext

@@ -13,9 +13,9 @@ from types import TracebackType
 from quire.gateway.access.keys import ApiKey, KeyRing
 from quire.gateway.access.ledger import Ledger, Meter
 from quire.gateway.access.metrics import AccessMetrics
-from quire.gateway.core import Generation
 from quire.gateway.errors import AuthenticationError, BusyError, ModelNotFoundError, RateLimitError
 from quire.gateway.options import Options
+from quire.gateway.output import Generation
 from quire.service.errors import InvalidRequestError
 from quire.service.reload import Reloaded
 

@@ -12,12 +12,12 @@ import msgspec
 from msgspec import UNSET
 
 from quire.gateway.answer import Answer
-from quire.gateway.core import Generation, Operation
 from quire.gateway.deltas import Part, Reasoning, Score, ToolCallArguments, ToolCallStart
 from quire.gateway.model import ServedModel
 from quire.gateway.openai import answers
 from quire.gateway.openai.errors import error_body
 from quire.gateway.openai.logprobs import chat_logprobs, prompt_logprobs, text_logprobs
+from quire.gateway.output import Generation, Operation
 from quire.gateway.stream import Result, Usage, total_usage
 from quire.service.errors import QuireError
 from quire.service.request import FinishReason
