@@ -194,7 +194,7 @@ def _linear_kernel(
     share: tl.constexpr = (SIZE + SPLITS * DEPTH - 1) // (SPLITS * DEPTH) * DEPTH
     begin = part * share
     w_ptrs = weight_ptr + column.to(tl.int64)[:, None] * SIZE + depth[None, :]
-    up = columns.to(tl.int64) * SIZE
+    up = tl.cast(columns, tl.int64) * SIZE
     if PREFETCH > 0:
         line = tl.arange(0, PREFETCH // 64)
         w_lines = weight_ptr + column.to(tl.int64)[:, None] * SIZE + begin + line[None, :] * 64
