@@ -62,6 +62,23 @@ class Workload:
     warm: Callable[[], Work] | None = None
 
 
+class HostWait:
+    """How long the host waits for the GPU: what is left of the time is Python's."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._synchronize = torch.cuda.Event.synchronize
+        torch.cuda.Event.synchronize = lambda event: self._timed(event)  # type: ignore[method-assign]
+
+    def stop(self) -> None:
+        torch.cuda.Event.synchronize = self._synchronize  # type: ignore[method-assign]
+
+    def _timed(self, event: torch.cuda.Event) -> None:
+        began = time.perf_counter()
+        self._synchronize(event)
+        self.seconds += time.perf_counter() - began
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step took, in seconds, and did."""
@@ -122,6 +139,7 @@ WORKLOADS = [
 
 def run(core: EngineCore, work: Work, first_key: int, trace: list[Step] | None = None) -> dict[str, float]:
     """Submits everything at once and steps until it is done; `trace` gets every step."""
+    waited = HostWait()
     began = time.perf_counter()
     for index, (prompt, output) in enumerate(work):
         key, stop = first_key + index, StopConditions(output, ignore_eos=True)
@@ -139,11 +157,13 @@ def run(core: EngineCore, work: Work, first_key: int, trace: list[Step] | None =
             trace.append(Step(now - last, core.stats.computed_tokens - computed, core.scheduler.num_running, context))
             last = now
     seconds = time.perf_counter() - began
+    waited.stop()
     inputs = sum(len(prompt) for prompt, _ in work)
     assert tokens == sum(output for _, output in work)
     return {
         "s": round(seconds, 4), "out_tok_s": round(tokens / seconds, 1), "in_tok_s": round(inputs / seconds, 1),
         "ms_per_token": round(1e3 * seconds / max(output for _, output in work), 3), "steps": steps,
+        "host_busy": round(1 - waited.seconds / seconds, 3),
         "preemptions": core.scheduler.num_preemptions - preempted,
     }  # fmt: skip
 
@@ -202,6 +222,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument("--max-mixed-tokens", type=int, default=None)
     parser.add_argument("--cublas", action="store_true", help="also for products of few rows")
+    parser.add_argument("--no-prepare", action="store_true", help="graphs are captured when a workload wants them")
     parser.add_argument("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
     parser.add_argument("--profile", default="", help="workload whose steady steps are profiled")
     parser.add_argument("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
@@ -233,7 +254,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
         "model": arguments.model, "pages": loaded.ready.num_pages, "start_s": start,
     }  # fmt: skip
-    began, more = time.perf_counter(), True
+    began, more = time.perf_counter(), not arguments.no_prepare
     while more:
         more = core.prepare()
     figures["all graphs captured after s more"] = round(time.perf_counter() - began, 2)

@@ -72,6 +72,9 @@ def test_any_batch_chunking_prefix_hit_and_preemption(models: Models, data: st.D
     graphs = data.draw(st.booleans(), label="graphs")
     runner = GpuRunner(models.gpu, num_pages, max_num_seqs, config.max_num_batched_tokens, MAX_MODEL_LEN, graphs=graphs)
     core = models.core(runner, config, num_pages, run_ahead=data.draw(st.booleans(), label="run ahead"))
+    if data.draw(st.booleans(), label="graphs captured before"):
+        while core.prepare():
+            pass
     most_requests, most_tokens = (7, 24) if ON_GPU else (3, 5)
     outputs: dict[int, list[int]] = {}
     prompts: dict[int, tuple[int, ...]] = {}

@@ -153,6 +153,11 @@ def main(fd: int) -> int:
     except ConfigError as error:
         link.send(Failed(error.message))
         return 1
+    except Exception as error:
+        # A driver that fails, a disk that can't be read: the server must say so, not only that this process is gone.
+        logger.exception("loading failed")
+        link.send(Failed(f"loading failed: {type(error).__name__}: {error}"))
+        return 1
     try:
         CoreLoop(core, link).run()
     except ServerGoneError:

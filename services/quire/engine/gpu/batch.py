@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from quire.engine.device_batch import WorkColumns
+from quire.engine.models.gpu_decoder import MIN_SHARED_PAGES, MIN_SHARING
 from quire.engine.plan import StepPlan
 from quire.engine.sampling_state import SamplingState
 from quire.engine.sequence import pages_for
@@ -56,6 +57,7 @@ class StagedStep:
     num_tokens: int
     drawing: npt.NDArray[np.int64]  # indexes of the work that draws a token, in its order
     decodes_only: bool  # every sequence computes one token and draws the next
+    grouped: bool  # some sequences share a long prefix
 
 
 class GpuBatch:
@@ -78,6 +80,8 @@ class GpuBatch:
         )
         self.token_ids = parts[5].view(max_num_seqs, self._row)
         self.block_tables = parts[6].view(max_num_seqs, self._pages)
+        # Each slot's last page of those that sequences must share to be a group.
+        self._shared_pages = np.full(max_num_seqs, -1)
         self._starts = [max_num_seqs * sum(widths[:index]) for index in range(len(widths))]
         self._device = device
         words = Columns.words(self.size)
@@ -118,6 +122,7 @@ class GpuBatch:
         values: list[int] = []
         for admission in plan.admissions:
             self.sampling.admit(admission)
+            self._shared_pages[admission.slot] = -1
             slot, sampling = admission.slot, admission.sampling
             reals = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32)
             seed = np.array([sampling.seed], dtype=np.uint64)
@@ -128,6 +133,8 @@ class GpuBatch:
             counts.append(len(admission.token_ids))
             values += admission.token_ids
         for grant in plan.grants:
+            if grant.first < MIN_SHARED_PAGES <= grant.first + len(grant.pages):
+                self._shared_pages[grant.slot] = grant.pages[MIN_SHARED_PAGES - 1 - grant.first]
             starts.append(tables + grant.slot * self._pages + grant.first)
             counts.append(len(grant.pages))
             values += grant.pages
@@ -150,7 +157,11 @@ class GpuBatch:
         _put(columns.drawing_slots, work.slots[drawing], -1)
         _put(columns.positions, ends[drawing])
         decodes_only = num_tokens == count == len(drawing) and not work.score.any()
-        return StagedStep(work, num_tokens, drawing, decodes_only)
+        return StagedStep(work, num_tokens, drawing, decodes_only, self._share_prefixes(work))
+
+    def _share_prefixes(self, work: WorkColumns) -> bool:
+        pages = self._shared_pages[work.slots]
+        return bool((np.bincount(pages[pages >= 0]) >= MIN_SHARING).any())
 
 
 def _put(column: Tensor, values: npt.NDArray[np.generic], padding: int = 0) -> None:

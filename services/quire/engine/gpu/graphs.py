@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 class Graphs:
@@ -36,7 +39,15 @@ class Graphs:
             return
         function()
         if self._enabled:
-            self._graphs[key] = self._capture(function)
+            try:
+                self._graphs[key] = self._capture(function)
+            except torch.OutOfMemoryError:
+                self._enabled = False
+                logger.warning(
+                    "no GPU memory is left for graph %d: steps of other sizes run kernel by kernel; lower "
+                    "--gpu-memory-utilization",
+                    len(self._graphs) + 1,
+                )
 
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         if self._pool is None:

@@ -96,10 +96,7 @@ class GpuRunner:
         self._batch_sizes = batch_sizes(max_num_seqs)
         self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
         self._pads = on_gpu
-        sizes = [("decode", size) for size in self._batch_sizes.all] + [
-            ("mixed", size) for size in self._token_sizes.all
-        ]
-        self._unprepared = sorted(sizes, key=lambda one: one[1]) if graphs and on_gpu else []
+        self._unprepared = self._all_graphs() if graphs and on_gpu else []
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
         self._inputs = StepInputs(
             torch.zeros(rows, dtype=torch.int32, device=device),
@@ -113,7 +110,6 @@ class GpuRunner:
         words = -(-vocab_size // 32)
         self._masks = torch.zeros(max_num_seqs, words, dtype=torch.int32, device=device)
         self._mask_rows = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
-        self._host_masks: list[Tensor] = []
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
@@ -136,16 +132,21 @@ class GpuRunner:
         """
         if not self._unprepared:
             return False
-        kind, size = self._unprepared.pop(0)
+        run = self._unprepared.pop(0)
         with torch.inference_mode(), self._on_stream():
             self._batch.clear_inputs()
-            if kind == "mixed":
-                self._run_mixed(size)
-            else:
-                self._run_decodes(size)
-                self._run_draw(size, 0)
+            run()
         self._synchronize()
         return bool(self._unprepared)
+
+    def _all_graphs(self) -> list[Callable[[], None]]:
+        """What captures each graph that requests without masks may want: rare ones last, small ones first."""
+        wanted: list[tuple[bool, int, Callable[[], None]]] = []
+        for grouped in (False, True):
+            wanted += [(grouped, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
+            wanted += [(grouped, size, partial(self._run_mixed, size, grouped)) for size in self._token_sizes.all]
+        wanted += [(False, size, partial(self._run_draw, size, 0)) for size in self._batch_sizes.all]
+        return [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
 
     def _synchronize(self) -> None:
         if self._stream is not None:
@@ -167,31 +168,35 @@ class GpuRunner:
         """Leaves the hidden states of the rows that are drawn in `_hidden`."""
         count = len(staged.work)
         if staged.decodes_only and self._pads and (size := self._batch_sizes(count)) is not None:
-            self._run_decodes(size)
+            self._run_decodes(size, staged.grouped)
         elif self._pads and (size := self._token_sizes(staged.num_tokens)) is not None:
-            self._run_mixed(size)
+            self._run_mixed(size, staged.grouped)
         else:
             # All slots, so that kernels that look at all sequences are compiled once.
             most = int(staged.work.counts.max())
-            self._forward_padded(staged.num_tokens, self._max_num_seqs, most, len(staged.drawing))
+            self._forward_padded(staged.num_tokens, self._max_num_seqs, most, len(staged.drawing), staged.grouped)
 
-    def _run_decodes(self, size: int) -> None:
-        self._graphs.run(("decode", size), partial(self._forward_padded, size, size, 1, None))
+    def _run_decodes(self, size: int, grouped: bool) -> None:
+        self._graphs.run(("decode", size, grouped), partial(self._forward_padded, size, size, 1, None, grouped))
 
-    def _run_mixed(self, size: int) -> None:
+    def _run_mixed(self, size: int, grouped: bool) -> None:
         seqs = min(size, self._max_num_seqs)
-        self._graphs.run(("mixed", size), partial(self._forward_padded, size, seqs, size, seqs))
+        self._graphs.run(("mixed", size, grouped), partial(self._forward_padded, size, seqs, size, seqs, grouped))
 
     def _run_draw(self, size: int, num_masks: int) -> None:
         self._graphs.run(("draw", size, num_masks), partial(self._draw_rows, size, num_masks))
 
-    def _forward_padded(self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None) -> None:
-        self._keep(self._hidden_states(num_tokens, num_seqs, max_query_len, num_logits))
+    def _forward_padded(
+        self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None, grouped: bool
+    ) -> None:
+        self._keep(self._hidden_states(num_tokens, num_seqs, max_query_len, num_logits, grouped))
 
     def _keep(self, hidden: Tensor) -> None:
         self._hidden[: len(hidden)].copy_(hidden)
 
-    def _hidden_states(self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None) -> Tensor:
+    def _hidden_states(
+        self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None, grouped: bool = False
+    ) -> Tensor:
         columns, batch = self._batch.columns, self._batch
         inputs = self._inputs.rows(num_tokens)
         query_start, slots = columns.query_start[: num_seqs + 1], columns.slots[:num_seqs]
@@ -208,6 +213,7 @@ class GpuRunner:
             block_tables=batch.block_tables,
             logit_rows=None if num_logits is None else columns.logit_rows[:num_logits],
             limits=AttentionLimits(num_tokens, num_seqs, max_query_len),
+            grouped=grouped,
         )
         return self._model.forward(step, self._cache)
 

@@ -23,10 +23,15 @@ from quire.engine.models.model import KVCache, ModelDtype
 from quire.engine.models.weights import Weights
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
 from quire.kernels.paged_attention_triton import TritonAttentionPlan, paged_attention_triton, plan_attention_triton
+from quire.kernels.prefix_groups import group_prefixes
 from quire.kernels.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.rotary_and_write import HeadNorm, rotary_and_write
 from quire.service.errors import InternalError, ModelError
 from quire.service.pages import PAGE_SIZE
+
+# Reading a prefix once pays from so many pages on, shared by so many sequences of a step.
+MIN_SHARED_PAGES = 16
+MIN_SHARING = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ class GpuStep:
     block_tables: Tensor  # int32 [slots, P]
     logit_rows: Tensor | None  # int32 [N], indexes into T; None for all of them
     limits: AttentionLimits
+    grouped: bool = False  # whether keys and values that sequences share are read once
 
 
 class GpuDecoder:
@@ -131,6 +137,12 @@ class GpuDecoder:
 
     def _plan(self, step: GpuStep) -> Mapping[int, TritonAttentionPlan]:
         config = self.config
+        groups = None
+        if step.grouped:
+            groups = group_prefixes(
+                step.query_start, step.context_lens, step.block_tables, step.table_rows, PAGE_SIZE,
+                step.limits.max_tokens, MIN_SHARED_PAGES, MIN_SHARING,
+            )  # fmt: skip
         return {
             window: plan_attention_triton(
                 step.query_start,
@@ -139,6 +151,7 @@ class GpuDecoder:
                 AttentionShape(config.num_heads, config.num_kv_heads, config.head_size, window),
                 step.limits,
                 step.table_rows,
+                groups=None if window else groups,
             )
             for window in sorted(set(config.windows))
         }
