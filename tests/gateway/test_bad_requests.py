@@ -154,6 +154,25 @@ async def test_wrong_bytes(http: httpx.AsyncClient, subtests: pytest.Subtests) -
             assert what in response.json()["error"]["message"]
 
 
+async def test_deep_values_are_nobodys_failure(http: httpx.AsyncClient, subtests: pytest.Subtests) -> None:
+    """Without it JSON that can just be read, but not be written again, would be a 500."""
+    for depth in (200, 600, 900, 950, 980, 990, 1500):
+        deep = '{"a":' * depth + "{}" + "}" * depth
+        for where in (
+            '"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": %s}}',
+            '"structured_outputs": {"json": %s}',
+            '"chat_template_kwargs": %s',
+            '"store": %s',
+            '"tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}]',
+            '"tool_choice": "required", "tools": [{"type": "function", "function": {"name": "f", "parameters": %s}}]',
+            '"tools": [{"type": "function", "function": {"name": "f"}}], "guided_json": %s',
+        ):
+            with subtests.test(f"{depth} {where}"):
+                body = json.dumps(CHAT)[:-1] + ", " + where % deep + "}"
+                response = await http.post("/v1/chat/completions", content=body)
+                assert response.status_code in (200, 400), response.text
+
+
 @pytest.mark.parametrize("body", [{"messages": CHAT["messages"]}, {"model": MODEL}])
 async def test_missing_fields(http: httpx.AsyncClient, body: dict[str, Any]) -> None:
     """Without it a request without a model or messages could be served with something made up."""
