@@ -61,6 +61,7 @@ BAD: list[tuple[Document, str, str]] = [
     ({"engine": {"dtype": "int4"}}, "spec.engine.dtype", 'supported values: "auto"'),
     ({"engine": {"maxModelLen": 1}}, "spec.engine.maxModelLen", "greater than or equal to 16"),
     ({"engine": {"kvCache": "8 GB"}}, "spec.engine.kvCache", "such as 8Gi"),
+    ({"engine": {"kvCache": "100"}}, "spec.engine.kvCache", "such as 8Gi"),
     ({"engine": {"maxNumSeqs": 0}}, "spec.engine.maxNumSeqs", "greater than or equal to 1"),
     ({"engine": {"loadSeconds": 1}}, "spec.engine.loadSeconds", "greater than or equal to 10"),
     ({"engine": {"drainSeconds": -5}}, "spec.engine.drainSeconds", "greater than or equal to 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +214,18 @@ def test_render_says_what_it_wants(text: str, said: str, tmp_path: Path, capsys:
     file.write_text(text)
     assert main(["manifests", "render", str(file)]) == 2
     assert said in capsys.readouterr().err
+
+
+@settings(max_examples=30, deadline=None)
+@given(service=services)
+def test_every_flag_is_one_that_the_service_knows(service: InferenceService) -> None:
+    """The services' own parsers read what their containers are started with; a flag that is gone is a crash loop."""
+    for child in children(service, IMAGES):
+        if child["kind"] != "Deployment":
+            continue
+        pod = child["spec"]["template"]["spec"]
+        for container in (*pod.get("initContainers", ()), *pod["containers"]):
+            module = importlib.import_module(f"{container['command'][-1]}.__main__")
+            parser = getattr(module, "build_parser", None) or module._parser
+            build = getattr(module, "build_config", None) or module._config
+            build(parser().parse_args(container["args"]))

@@ -36,7 +36,7 @@ _engines = st.fixed_dictionaries(
         "gpus": st.integers(0, 1),
         "resources": _resources,
         "maxModelLen": st.integers(16, 10**6),
-        "kvCache": _quantities,
+        "kvCache": st.sampled_from(["1Mi", "512Mi", "8Gi", "1.5G", "1Ti"]),
         "surge": st.integers(0, 3),
         "extraArgs": st.lists(st.sampled_from(["--max-waiting=4", "--no-prefix-caching"]), max_size=2),
         "nodeSelector": st.dictionaries(_names, _names, max_size=2),

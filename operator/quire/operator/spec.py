@@ -16,6 +16,8 @@ from quire.service.errors import ConfigError
 
 _NAME = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*"
 _QUANTITY = r"[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?"
+# From a mebibyte on: no engine starts with less.
+_MEMORY = r"[1-9][0-9]*(\.[0-9]+)?(G|T|Mi|Gi|Ti)"
 _RELATIVE_PATH = r"([^/.][^/]*|\.[^/.][^/]*)(/([^/.][^/]*|\.[^/.][^/]*))*/?"
 # A registry host, a path, and a tag or a digest.
 _IMAGE = r"[a-zA-Z0-9][-a-zA-Z0-9.:]*(/[a-z0-9][-._a-z0-9]*)*(:[\w][-.\w]*)?(@sha256:[0-9a-f]{64})?"
@@ -246,7 +248,9 @@ class EngineSpec(Spec, frozen=True):
 
     rules = (
         matches("image", _IMAGE, f"image is not an image: {_IMAGE_ADVICE}"),
-        matches("kv_cache", _QUANTITY, "kvCache is not a quantity: write a number with a unit, such as 8Gi"),
+        matches(
+            "kv_cache", _MEMORY, "kvCache is not an amount of memory: write a number with Mi, Gi or Ti, such as 8Gi"
+        ),
         Rule(
             "self.all(flag, flag.startsWith('--'))",
             "extraArgs holds an entry that is no flag: write FLAG=VALUE in one entry, such as --max-waiting=64",
