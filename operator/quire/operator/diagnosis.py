@@ -13,7 +13,8 @@ from quire.operator import names
 from quire.operator.observed import Observed, Refusal
 from quire.operator.resources import model
 from quire.operator.resources.metadata import Component, Manifest
-from quire.operator.spec import InferenceService, SecretKey
+from quire.operator.spec import InferenceService
+from quire.operator.spec_parts import SecretKey
 
 _LOG_CHARACTERS = 500
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from quire.operator import names
 from quire.operator.config import Images
+from quire.operator.engine_spec import EngineSpec
 from quire.operator.quantity import whole_bytes
 from quire.operator.resources import model, probes, sidecar
 from quire.operator.resources.metadata import Component, Manifest
 from quire.operator.resources.pods import container, deployment, linger, own_name, resources_of
-from quire.operator.spec import EngineSpec, InferenceService
+from quire.operator.spec import InferenceService
 
 
 def engine(service: InferenceService, images: Images) -> Manifest:

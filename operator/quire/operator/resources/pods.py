@@ -8,7 +8,8 @@ from typing import Any
 from quire.operator import names
 from quire.operator.resources.environment import environment, environment_name
 from quire.operator.resources.metadata import Component, Manifest, child_name, digest, labels, manifest, selector
-from quire.operator.spec import InferenceService, ResourceSpec
+from quire.operator.spec import InferenceService
+from quire.operator.spec_parts import ResourceSpec
 
 # How long addresses of a pod that stops may still be in use: it goes on serving until they are forgotten.
 _FORGOTTEN_SECONDS = 5
