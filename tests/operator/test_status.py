@@ -93,6 +93,15 @@ def test_one_engine_of_three_serves() -> None:
     assert said["EnginesReady"]["message"] == "1 of 3 pods of the engine are ready"
 
 
+def test_what_waits_for_an_engine_is_not_the_cause() -> None:
+    """Routers and gateways are not ready without one; a person must be led to the engine."""
+    full = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no nvidia.com/gpu"}
+    waiting = deployments(DEMO, availableReplicas=0)
+    said = conditions(DEMO, Observed(waiting, (pod("engine", {"conditions": [full]}),)))
+    assert (said["Ready"]["reason"], said["GatewayReady"]["reason"]) == ("InsufficientGPUs", "Starting")
+    assert said["Progressing"]["reason"] == "Stuck"
+
+
 def test_the_sidecars_trouble_is_the_sidecars() -> None:
     """It is an init container in the pod's status, and has fields and a log of its own."""
     ended = {"name": "sidecar", "ready": False, "state": {"terminated": {"exitCode": 2, "message": "bad flag"}}}

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import msgspec
-import yaml
 
 from quire.operator import names
+from quire.operator.plain_yaml import dump
 from quire.operator.rules import Rule, Spec
 from quire.operator.spec import InferenceService, InferenceServiceSpec
 from quire.operator.status_types import Status
@@ -154,14 +154,7 @@ def _camel(name: str) -> str:
 def render() -> str:
     """The CRD as the file in manifests/crd has it."""
     note = "# Made by `python -m quire.operator.crd`: change operator/quire/operator/spec.py instead.\n"
-    return note + yaml.dump(crd(), Dumper=_PlainDumper, sort_keys=False, width=120)
-
-
-class _PlainDumper(yaml.SafeDumper):
-    """Writes a value that occurs twice twice, without anchors."""
-
-    def ignore_aliases(self, data: object) -> bool:
-        return True
+    return note + dump(crd())
 
 
 if __name__ == "__main__":

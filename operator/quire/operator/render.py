@@ -13,6 +13,7 @@ import yaml
 from quire.operator import names
 from quire.operator.config import Images
 from quire.operator.core import children
+from quire.operator.plain_yaml import dump
 from quire.operator.resources.metadata import Manifest
 from quire.operator.spec import parse
 from quire.service.errors import ConfigError
@@ -26,7 +27,7 @@ def render(text: str, images: Images) -> str:
     services = [parse(document) for document in _documents(text) if _is_service(document)]
     if not services:
         raise ConfigError(f"there is no {names.KIND} of {names.API_VERSION} in it: see manifests/samples for one")
-    return _dump(child for service in services for child in children(service, images))
+    return _stream(child for service in services for child in children(service, images))
 
 
 def _documents(text: str) -> list[Any]:
@@ -44,5 +45,5 @@ def _is_service(document: Any) -> bool:
     )
 
 
-def _dump(manifests: Iterable[Manifest]) -> str:
-    return "---\n".join(yaml.safe_dump(each, sort_keys=False, width=120) for each in manifests)
+def _stream(manifests: Iterable[Manifest]) -> str:
+    return "---\n".join(map(dump, manifests))

@@ -122,9 +122,10 @@ def _part(component: Component, pods: _Pods, found: Sequence[Problem]) -> Verdic
 
 
 def _ready(pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict:
-    for component, each in pods.items():
-        if each.available == 0:
-            return replace(_part(component, each, found), type="Ready")
+    # Routers are ready only with an engine, and gateways only with a router: the first of them is the cause.
+    for component in (Component.ENGINE, Component.ROUTER, Component.GATEWAY):
+        if pods[component].available == 0:
+            return replace(_part(component, pods[component], found), type="Ready")
     return Verdict("Ready", True, "Serving")
 
 
@@ -144,6 +145,9 @@ def _progressing(pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> V
     if not moving:
         return Verdict("Progressing", False, "Settled")
     stuck = {problem.component.value for problem in found}
+    if Component.ENGINE.value in stuck and pods[Component.ENGINE].available == 0:
+        # The others wait for it.
+        stuck |= {component.value for component in Component}
     if stuck.issuperset(moving):
         return Verdict("Progressing", False, "Stuck", "see Degraded: nothing goes on until that is put right")
     return Verdict("Progressing", True, "RollingOut", f"pods of {', '.join(moving)} are on their way")

@@ -59,8 +59,6 @@ def engine(service: InferenceService, images: Images) -> Manifest:
         volumes=[sidecar.SHARED_VOLUME, *model.volumes(service)],
         drain_seconds=spec.drain_seconds,
         surge=spec.surge,
-        # A little longer than the probe allows: the pod's own end tells more than the rollout's.
-        deadline_seconds=spec.load_seconds + 60,
         **placement,
     )
 

@@ -86,7 +86,6 @@ def deployment(
     volumes: Sequence[Manifest] = (),
     init_containers: Sequence[Manifest] = (),
     surge: int = 1,
-    deadline_seconds: int = 600,
     **pod: Any,
 ) -> Manifest:
     """The component's Deployment. New pods are ready before old ones drain, unless `surge` is 0."""
@@ -135,7 +134,8 @@ def deployment(
         spec={
             "replicas": replicas,
             "revisionHistoryLimit": 3,
-            "progressDeadlineSeconds": deadline_seconds,
+            # Routers and gateways are ready only with an engine, whose pod's own end tells more than a rollout's.
+            "progressDeadlineSeconds": service.spec.engine.load_seconds + 60,
             "selector": {"matchLabels": chosen},
             "strategy": {"type": "RollingUpdate", "rollingUpdate": rolling},
             "template": {"metadata": template_metadata, "spec": pod_spec},

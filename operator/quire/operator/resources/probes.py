@@ -21,6 +21,16 @@ def grpc(port: int, *, start_seconds: int) -> Manifest:
     }
 
 
+def split(port: int, *, live_port: int, start_seconds: int) -> Manifest:
+    """Readiness over gRPC at `port`, startup and liveness by the metrics at `live_port`.
+
+    For a server whose health tells of others too: a router without engines is not ready, and starting it again would
+    bring none.
+    """
+    alive = http(live_port, ready="/metrics", live="/metrics", start_seconds=start_seconds)
+    return {**alive, "readinessProbe": grpc(port, start_seconds=start_seconds)["readinessProbe"]}
+
+
 def http(port: int, *, ready: str, live: str, start_seconds: int, scheme: str = "HTTP") -> Manifest:
     """The same over HTTP; `ready` and `live` are paths. A server that is up but must not get requests is alive."""
 

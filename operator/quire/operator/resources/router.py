@@ -37,7 +37,7 @@ def router(service: InferenceService, images: Images) -> Manifest:
             {"name": "metrics", "containerPort": names.ROUTER_METRICS},
         ],
         lifecycle=linger(),
-        **probes.grpc(names.ROUTER_GRPC, start_seconds=60),
+        **probes.split(names.ROUTER_GRPC, live_port=names.ROUTER_METRICS, start_seconds=60),
     )
     return deployment(
         service,

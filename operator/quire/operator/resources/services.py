@@ -15,7 +15,7 @@ def url(service: InferenceService) -> str:
 
 def services(service: InferenceService) -> list[Manifest]:
     """gRPC keeps a connection for days, so a virtual address would balance nothing: its clients see the pods."""
-    headless = {"clusterIP": "None"}
+    headless: Manifest = {"clusterIP": "None"}
     return [
         _service(
             service,
@@ -23,7 +23,14 @@ def services(service: InferenceService) -> list[Manifest]:
             {"http": names.GATEWAY_HTTP, "grpc": names.GATEWAY_GRPC},
             type=service.spec.gateway.service_type,
         ),
-        _service(service, Component.ROUTER, {"grpc": names.ROUTER_GRPC, "metrics": names.ROUTER_METRICS}, **headless),
+        _service(
+            service,
+            Component.ROUTER,
+            {"grpc": names.ROUTER_GRPC, "metrics": names.ROUTER_METRICS},
+            # Gateways watch the routers' health themselves, and connect before the first engine is there.
+            publishNotReadyAddresses=True,
+            **headless,
+        ),
         _service(
             service,
             Component.ENGINE,
