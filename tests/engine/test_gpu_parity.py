@@ -5,11 +5,12 @@ Without a GPU the same runner computes on the CPU, its kernels in Triton's inter
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from families import MAX_MODEL_LEN, MODELS, PROMPTS, VOCAB_SIZE, Reference
+from families import MAX_MODEL_LEN, MODELS, PROMPTS, VOCAB_SIZE, Reference, one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import EOS
@@ -53,8 +54,9 @@ class Models(Reference):
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
-    return Models(tmp_path_factory.mktemp("model"), request.param)
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
+    with one_thread():
+        yield Models(tmp_path_factory.mktemp("model"), request.param)
 
 
 @given(data=st.data())

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from families import MAX_MODEL_LEN, MODELS, PROMPTS, VOCAB_SIZE, Reference
+from families import MAX_MODEL_LEN, MODELS, PROMPTS, VOCAB_SIZE, Reference, one_thread
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from teacher_forced import teacher_forced_logits
@@ -24,8 +25,9 @@ from quire.service.request import Request, SamplingParams, StopConditions
 
 
 @pytest.fixture(scope="module", params=MODELS)
-def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Reference:
-    return Reference(tmp_path_factory.mktemp("model"), request.param)
+def reference(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reference]:
+    with one_thread():
+        yield Reference(tmp_path_factory.mktemp("model"), request.param)
 
 
 def test_every_family_is_compared() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -53,6 +55,17 @@ MODELS: dict[str, tuple[str, dict[str, object]]] = {
         },
     ),
 }
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For tiny models: threads that wait for each other on a busy machine take a hundred times as long as the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Reference:
