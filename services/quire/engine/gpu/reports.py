@@ -8,39 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from quire.engine.logprobs import Found, find
 from quire.service.request import TokenLogprobs
 
 # Rows whose logits are there at a time: a long prompt's would fill the memory.
 _ROWS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """Tensors on their way to the host; see `quire.engine.logprobs.report`."""
-
-    chosen: Tensor
-    ranks: Tensor
-    top_tokens: Tensor
-    top_values: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, token_ids: Tensor, num_top: int) -> _Found:
-        logprobs = torch.log_softmax(logits, dim=-1)
-        chosen = logprobs.gather(1, token_ids.to(torch.int64).unsqueeze(-1))
-        ranks = (logprobs > chosen).sum(dim=-1) + 1
-        top = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
-        return cls(*(_to_host(values) for values in (chosen.squeeze(-1), ranks, top.indices, top.values)))
-
-    def read(self, num_top: list[int]) -> list[TokenLogprobs]:
-        """To be called when the step is done."""
-        rows = zip(
-            self.chosen.tolist(), self.ranks.tolist(), self.top_tokens.tolist(), self.top_values.tolist(), num_top,
-            strict=True,
-        )  # fmt: skip
-        return [
-            TokenLogprobs(logprob, rank, tuple(zip(tokens[:wanted], values[:wanted], strict=True)))
-            for logprob, rank, tokens, values, wanted in rows
-        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +21,12 @@ class TokenReport:
 
     items: list[int]
     num_top: list[int]
-    found: _Found
+    found: Found
 
     @classmethod
     def of(cls, logits: Tensor, token_ids: Tensor, num_top: list[int], items: list[int]) -> TokenReport:
         """logits: float32 [R, V], as the model gave them; token_ids: int [R]."""
-        return cls(items, num_top, _Found.of(logits, token_ids, max(num_top)))
+        return cls(items, num_top, _find(logits, token_ids, max(num_top)))
 
     def read(self) -> list[TokenLogprobs]:
         """In the order of `items`; to be called when the step is done."""
@@ -67,7 +39,7 @@ class PromptReport:
 
     item: int
     num_top: int
-    found: list[_Found]
+    found: list[Found]
 
     @classmethod
     def of(
@@ -76,14 +48,18 @@ class PromptReport:
         """hidden: [R, hidden_size], of which `logits` makes logits; token_ids: int [R], the tokens that came."""
         starts = range(0, len(hidden), _ROWS)
         found = [
-            _Found.of(logits(hidden[start : start + _ROWS]), token_ids[start : start + _ROWS], num_top)
-            for start in starts
+            _find(logits(hidden[start : start + _ROWS]), token_ids[start : start + _ROWS], num_top) for start in starts
         ]
         return cls(item, num_top, found)
 
     def read(self) -> list[TokenLogprobs]:
         """One for each token; to be called when the step is done."""
         return [one for found in self.found for one in found.read([self.num_top] * len(found.chosen))]
+
+
+def _find(logits: Tensor, token_ids: Tensor, most: int) -> Found:
+    """On its way to the host."""
+    return Found(*(_to_host(values) for values in find(logits, token_ids.to(torch.int64), most)))
 
 
 def _to_host(values: Tensor) -> Tensor:
