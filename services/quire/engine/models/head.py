@@ -11,6 +11,9 @@ from quire.engine.models.linear import Linear
 # rarely more than two.
 _NUM_LEADERS = 4
 
+# The columns that are first looked at as one.
+_BLOCK = 256
+
 
 class Head:
     """The last product, exact where tokens are decided.
@@ -30,7 +33,22 @@ class Head:
         rounded = logits.dtype is torch.bfloat16
         logits = logits.to(torch.float32)
         if rounded:
-            leaders = logits.topk(min(_NUM_LEADERS, logits.shape[1]), sorted=False).indices
+            leaders = _leaders(logits)
             weights = self._weight[leaders].to(torch.float32)
             logits.scatter_(1, leaders, torch.bmm(weights, hidden.unsqueeze(-1)).squeeze(-1))
         return logits
+
+
+def _leaders(logits: Tensor) -> Tensor:
+    """The columns of the largest few of each row, int64 [N, leaders].
+
+    They are in the blocks that have the largest maximums: finding those first is four times as quick as one search.
+    """
+    rows, columns = logits.shape
+    if columns % _BLOCK or columns < _NUM_LEADERS * _BLOCK:
+        return logits.topk(min(_NUM_LEADERS, columns), sorted=False).indices
+    blocks = logits.view(rows, -1, _BLOCK)
+    chosen = blocks.amax(-1).topk(_NUM_LEADERS, sorted=False).indices
+    candidates = blocks.gather(1, chosen.unsqueeze(-1).expand(-1, -1, _BLOCK)).view(rows, -1)
+    best = candidates.topk(_NUM_LEADERS, sorted=False).indices
+    return chosen.gather(1, best // _BLOCK) * _BLOCK + best % _BLOCK

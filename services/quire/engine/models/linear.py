@@ -150,7 +150,8 @@ class PackedLinear:
             scales = torch.cat((16 * scales, scales), 1)
         self._weight = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.to(torch.int32), 1)
         self._scales = torch.stack((scales.t(), zeros.t()), -1).to(torch.bfloat16).contiguous()
-        self._product = torch.ops.aten._weight_int4pack_mm_for_cpu.default
+        # The function, not the operator of the same name: it costs a microsecond less, 121 times a token.
+        self._product = torch._weight_int4pack_mm_for_cpu
 
     @staticmethod
     def takes(weight: QuantizedWeight) -> bool:
