@@ -18,9 +18,9 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 
 
 def examples(language: str, word: str, served: Served) -> list[str]:
-    """The code blocks in a language that hold a word."""
+    """The code blocks in a language that begin with a word."""
     blocks = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    found = [block.replace("http://127.0.0.1:8000", served.url) for block in blocks if word in block]
+    found = [block.replace("http://127.0.0.1:8000", served.url) for block in blocks if block.startswith(word)]
     assert found
     return found
 
