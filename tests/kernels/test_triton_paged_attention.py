@@ -96,6 +96,28 @@ def test_head_sizes(head_size: int) -> None:
     check(batch, shape, AttentionLimits(32, 2, 32), small_tiles(4), layers=1)
 
 
+def test_a_part_that_a_query_does_not_see_gives_nothing() -> None:
+    """Without it what is hidden from a query has a weight, which compiled code, where a product and a sum are rounded
+    once, may make infinite."""
+    shape = AttentionShape(4, 2, 64)
+    batch = make_batch([(20, 37)], shape, torch.float32, 0)
+    plan = plan_attention_triton(
+        batch.query_start, batch.context_lens, batch.block_tables, shape, AttentionLimits(32, 1, 32), batch.table_rows,
+        small_tiles(20),
+    )  # fmt: skip
+    paged_attention_triton(batch.queries, batch.key_pages, batch.value_pages, plan)
+    work = plan.lists[1]
+    hidden = [
+        (slot + part, query * shape.group)
+        for _, _, position, count, begin, _, slot, part, _ in work.items[: int(work.count)].tolist()
+        for query in range(count)
+        if position + query < begin
+    ]
+    assert hidden
+    for slot, row in hidden:
+        assert (work.lses[slot, :, row] == -1e30).all() and not work.partials[slot, :, row].any()
+
+
 def test_a_launch_made_for_more_serves_fewer() -> None:
     """Without it a captured graph that is not full may read a padding sequence, or write its result somewhere."""
     shape = AttentionShape(4, 2, 64)

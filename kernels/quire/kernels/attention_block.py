@@ -1,8 +1,10 @@
 """Attention over parts of a context, and what becomes of the parts: device functions of `paged_attention_triton`.
 
 Algorithm: FlashAttention-2 (Dao, 2023), and for the parts Flash-Decoding (Dao et al., 2023). Scores are in units of
-ln 2, so that exp2 serves; what a query may not see gets a large negative score and not -inf, so that nothing is ever
-NaN: a row that has seen nothing yet holds garbage, which the first real score's rescaling wipes out.
+ln 2, so that exp2 serves; what a query may not see gets -inf, while the running maximum starts at a large negative
+number: a row that has seen nothing yet holds zeros and nothing is ever NaN. A finite score would not do for what is
+hidden: it is the maximum, too, there, and the fused multiply-add that subtracts one from the other leaves the rounding
+error of their product with the scale, which is larger than exp2 can bear.
 """
 # ruff: noqa: N803
 
@@ -66,9 +68,9 @@ def attend_block(
         scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.0 * 1.4426950408889634 / soft_cap)) + 1.0))
         unit = 1.0
     if MASK:
-        scores = tl.where(inside[None, :] & (key[None, :] <= positions[:, None]), scores, -1e30)
+        scores = tl.where(inside[None, :] & (key[None, :] <= positions[:, None]), scores, -float("inf"))
     if WINDOW > 0:
-        scores = tl.where(key[None, :] > positions[:, None] - WINDOW, scores, -1e30)
+        scores = tl.where(key[None, :] > positions[:, None] - WINDOW, scores, -float("inf"))
     new_best = tl.maximum(best, tl.max(scores, 1) * unit)
     # One fused multiply-add an element.
     p = tl.exp2(scores * unit - new_best[:, None])
