@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product as product_of
+
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -13,6 +15,7 @@ from triton_testing import DEVICE, FLOAT_TYPES, assert_close, examples, poison
 
 triton_testing.need_triton()
 
+from quire.kernels._triton import next_power_of_2  # noqa: E402
 from quire.kernels.linear import SplitSpace, linear, linear_silu_and_mul, linear_triton  # noqa: E402
 from quire.kernels.linear_tiles import LinearTile, tile_for  # noqa: E402
 
@@ -38,9 +41,12 @@ def check(
     space.partials.fill_(float("nan"))
     exact = product(x.double(), weight.double(), bias, gated)
     by_torch = product(x, weight, bias, gated)
+    # Where there are few outputs all may be small beside their terms, whose sum is rounded.
+    terms = product(x.double().abs(), weight.double().abs(), bias.abs() if biased else None, gated)
+    slack = max(1e-6, 2e-7 * (terms.max() / exact.abs().max()).item())
     for _ in range(2):
         out = linear_triton(x, weight, tile, bias, space, gated, dependent)
-        assert_close(out, exact, by_torch)
+        assert_close(out, exact, by_torch, slack)
         assert not space.arrivals.any()
 
 
@@ -131,14 +137,14 @@ def test_the_tiles_in_use(rows: int, columns: int, size: int) -> None:
 
 
 def test_shapes_without_an_entry_get_a_tile_that_exists() -> None:
-    """Without it an unusual model's layer asks for a tile that no kernel can have."""
-    for columns in (1, 100, 1024, 5000, 200000):
-        for size in (512, 1000, 16384):
-            for rows in (1, 64):
-                for gated in (False, True):
-                    tile = tile_for(rows, columns, size, gated)
-                    assert tile is not None
-                    assert tile.columns * tile.depth <= 128 * 128 * 2
+    """Without it an unusual model's layer asks for a tile that no kernel can have, or for more shared memory than a
+    program gets, and the engine ends when that many requests run."""
+    shapes = product_of((1, 100, 1024, 5000, 6144, 200000), (512, 1000, 16384), (1, 16, 17, 64), (False, True), (2, 4))
+    for columns, size, rows, gated, element_size in shapes:
+        tile = tile_for(rows, columns, size, gated, element_size)
+        assert tile is not None and tile.stages >= 2
+        lines = max(16, next_power_of_2(rows)) + tile.columns * (2 if gated else 1)
+        assert lines * tile.depth * tile.stages * element_size <= 220 * 1024
     assert tile_for(65, 4096, 4096, False) is None
     assert tile_for(1, 4096, 64, False) is None
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from quire.kernels._triton import next_power_of_2
+
 
 @dataclass(frozen=True, slots=True)
 class LinearTile:
@@ -35,15 +37,17 @@ class LinearTile:
 
 # More rows than that are left to cuBLAS.
 MAX_ROWS = 64
-# (N, K, gated; N is of the result) → (most rows, tile) in ascending order; None: cuBLAS.
+# (N, K, gated; N is of the result) → (most rows, tile) in ascending order; None: cuBLAS. For elements of two bytes.
 TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | None], ...]] = {}
 # A GPU has about so many multiprocessors; fewer programs leave memory idle.
 _FULL = 128
+# What stages of loads may take of the 227 KiB of shared memory that a program can have on a Hopper GPU.
+_STAGE_BYTES = 192 << 10
 
 
-def tile_for(rows: int, columns: int, size: int, gated: bool) -> LinearTile | None:
-    """The tile for [rows, size] × [columns, size]ᵀ, None where cuBLAS is to be used."""
-    for most, tile in TUNED.get((columns, size, gated), ()):
+def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int = 2) -> LinearTile | None:
+    """The tile for [rows, size] × [columns, size]ᵀ of elements of so many bytes, None where cuBLAS is to be used."""
+    for most, tile in TUNED.get((columns, size, gated), ()) if element_size == 2 else ():
         if rows <= most:
             return tile
     if rows > MAX_ROWS or size < 512:
@@ -55,4 +59,6 @@ def tile_for(rows: int, columns: int, size: int, gated: bool) -> LinearTile | No
     splits = 1
     while splits < 8 and -(-columns // width) * splits < _FULL and size // (2 * splits) >= 512:
         splits *= 2
-    return LinearTile(width, 128 if width >= 64 else 256, 4, splits=splits)
+    depth = 256 if width < 64 and element_size <= 2 else 128
+    lines = max(16, next_power_of_2(rows)) + (2 if gated else 1) * width
+    return LinearTile(width, depth, min(4, _STAGE_BYTES // (lines * depth * element_size)), splits=splits)
