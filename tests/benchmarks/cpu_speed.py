@@ -170,11 +170,13 @@ def main() -> None:
     engine.prefill()
     speeds: dict[tuple[str, str], list[float]] = {}
     num_measurements = arguments.rounds * (3 + 3 * bool(arguments.llama_cpp) + arguments.transformers)
-    with Progress() as progress:
+    # Drawn between two measurements, not by a thread beside them.
+    with Progress(auto_refresh=False) as progress:
         task = progress.add_task("measuring", total=num_measurements)
         for work, name, speed in measure(engine, peers, arguments.rounds):
             speeds.setdefault((work, name), []).append(speed)
             progress.advance(task)
+            progress.refresh()
     print(f"torch {torch.__version__} ({torch.backends.cpu.get_cpu_capability()}), {arguments.threads} threads")
     show(speeds, ["quire", *peers])
 
