@@ -30,7 +30,8 @@ def test_the_request_path_lists_real_files_in_the_order_of_the_services() -> Non
 
 def test_every_flag_that_it_names_exists() -> None:
     """An example that fails is worse than none."""
-    sources = "".join(path.read_text() for path in (ROOT / "services").glob("quire/*/*.py"))
+    files = [*(ROOT / "services").glob("quire/*/*.py"), *(ROOT / "tests/benchmarks").glob("*.py")]
+    sources = "".join(path.read_text() for path in files)
     ours = "\n".join(line for line in README.splitlines() if not re.match(r"(for|kind|kubectl|curl) ", line))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)):
         # argparse makes --no-x of a switch --x.
