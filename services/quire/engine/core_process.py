@@ -59,7 +59,7 @@ class ServerLink:
             raise ServerGoneError("the engine's server process is gone") from error
 
     def receive(self, *, block: bool) -> list[ToCore]:
-        """The messages that have arrived; waits for the first one if `block`."""
+        """The messages that have arrived; waits for the first one if `block`. Raises ServerGoneError."""
         messages: list[ToCore] = []
         while True:
             while (message := self._next()) is not None:
@@ -67,10 +67,17 @@ class ServerLink:
             ready, _, _ = select.select([self._socket], [], [], None if block and not messages else 0)
             if not ready:
                 return messages
+            self._buffer += self._receive_some()
+
+    def _receive_some(self) -> bytes:
+        try:
             data = self._socket.recv(1 << 20)
-            if not data:
-                raise ServerGoneError("the engine's server process is gone")
-            self._buffer += data
+        except OSError as error:
+            # It was killed with messages from here unread.
+            raise ServerGoneError("the engine's server process is gone") from error
+        if not data:
+            raise ServerGoneError("the engine's server process is gone")
+        return data
 
     def _next(self) -> ToCore | None:
         if len(self._buffer) < LENGTH.size:
