@@ -21,10 +21,6 @@ from torch import Tensor
 # more batch cost.
 _MAX_PADDING_PAGES = 64
 
-# One bfloat16 query over so many pages is quicker through torch's fused attention than through two products, each of
-# which is prepared anew. Beyond them the products are: they share the keys' rows among threads.
-_MAX_FUSED_PAGES = 24
-
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
@@ -33,7 +29,6 @@ class DecodeBatch:
     rows: Tensor | None  # int64 [S], their rows among the step's tokens; None if they are all of them, in order
     pages: Tensor  # int64 [S × kv_heads × P], indexes into the pool seen as [pages × kv_heads, page_size × head_size]
     mask: Tensor  # [S × kv_heads, 1, P × page_size] of the pool's type: 0 where there is a token, else -inf
-    fused: slice | None  # the slots that a single sequence sees, if torch's fused attention is the quicker way
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,12 +110,6 @@ def paged_attention(queries: Tensor, key_pages: Tensor, value_pages: Tensor, pla
 def _decode(queries: Tensor, key_pages: Tensor, value_pages: Tensor, batch: DecodeBatch) -> Tensor:
     num_batches, _, context_len = batch.mask.shape
     head_size = queries.shape[-1]
-    if batch.fused is not None:
-        shape = (1, num_batches, -1, head_size)
-        keys, values = (
-            _gather(pages, batch.pages).view(shape)[:, :, batch.fused] for pages in (key_pages, value_pages)
-        )
-        return F.scaled_dot_product_attention(queries.view(shape), keys, values).view_as(queries)
     # The heads of a group share keys: together they are the rows of one product.
     grouped = queries.reshape(num_batches, -1, head_size)
     keys = _gather(key_pages, batch.pages).view(num_batches, context_len, head_size)
@@ -213,12 +202,4 @@ def _decode_batch(
         rows=None if alone else query_start[:-1][members].to(torch.int64),
         pages=_head_pages(tables, num_kv_heads),
         mask=mask.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1),
-        fused=_fused_slots(context_lens, num_pages, dtype, window),
     )
-
-
-def _fused_slots(context_lens: Tensor, num_pages: int, dtype: torch.dtype, window: int) -> slice | None:
-    if len(context_lens) > 1 or num_pages > _MAX_FUSED_PAGES or dtype is not torch.bfloat16:
-        return None
-    end = int(context_lens[0])
-    return slice(max(0, end - window) if window else 0, end)
