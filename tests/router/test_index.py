@@ -53,7 +53,8 @@ class IndexMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.index = PrefixIndex()
+        # Exact: these engines drop any page at any time.
+        self.index = PrefixIndex(stride=1)
         self.engines: list[Engine] = []
         self.sweeps: list[Iterator[None]] = []
 
@@ -219,6 +220,29 @@ def test_a_prompt_is_matched_only_up_to_the_first_gap() -> None:
     assert index.match([1, 2, 4]) == {whole: 2, gap: 1}
     assert index.match([2]) == {whole: 1, tail: 1}
     assert index.match([]) == {} and index.match([9]) == {}
+
+
+@given(
+    held=st.lists(st.tuples(engines, st.integers(0, 2), st.integers(0, 30)), max_size=8),
+    fork=st.integers(0, 30),
+    asked=st.tuples(st.integers(0, 2), st.integers(0, 30)),
+    stride=st.integers(2, 40),
+)
+@settings(deadline=None)
+def test_looking_up_some_pages_tells_what_all_would(
+    held: list[tuple[int, int, int]], fork: int, asked: tuple[int, int], stride: int
+) -> None:
+    """Prompts that fork anywhere, held up to anywhere, must be matched to the page though most are not looked up."""
+
+    def prompt(branch: int, length: int) -> list[int]:
+        return [page if page < fork else 100 * (branch + 1) + page for page in range(length)]
+
+    exact, sampled = PrefixIndex(stride=1), PrefixIndex(stride)
+    for index in (exact, sampled):
+        holders = [index.open() for _ in range(NUM_ENGINES)]
+        for engine, branch, length in held:
+            index.store(holders[engine], prompt(branch, length))
+    assert sampled.match(prompt(*asked)) == exact.match(prompt(*asked))
 
 
 def test_an_epoch_that_is_over_is_forgotten_before_the_new_one_is_known() -> None:

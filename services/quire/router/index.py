@@ -21,6 +21,9 @@ _KEY_BITS = (1 << 60) - 1
 # Pages handled between two chances for the event loop to do something else: about a millisecond.
 SLICE = 4096
 
+# Of a prompt's pages every so many-th is looked up; the reason stands at `PrefixIndex.match`.
+STRIDE = 4
+
 # The distinct sets of holders that are kept as shared objects; beyond it sharing starts anew.
 _MAX_INTERNED = 1 << 16
 
@@ -37,9 +40,12 @@ class PrefixIndex:
 
     A holder is one engine's cache in one life. It is not emptied page by page when that life ends, which would hold
     up every token in flight: `retire` hides it at once and `sweep` cleans up after it, a slice at a time.
+
+    With a `stride` of 1 `match` is exact.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stride: int = STRIDE) -> None:
+        self._stride = stride
         self._holders_of: dict[int, int] = {}
         # Equal numbers above 256 are separate objects in Python; one object per set of holders saves 32 bytes a page.
         self._interned: dict[int, int] = {}
@@ -87,25 +93,34 @@ class PrefixIndex:
     def match(self, keys: Sequence[int]) -> dict[int, int]:
         """How many pages from the first on each holder has without a gap; holders that lack the first are left out.
 
-        An engine may evict a page before those that follow it, so a page counts only if all before it are there.
+        Nearly all of a lookup's time goes by waiting for memory, so not every page is looked up: if two that are
+        `stride` apart have the same holders, so have those between them, for engines evict a prompt's pages from the
+        last to the first. A gap that is shorter can go unseen where that was not so (two sequences computed the same
+        pages at once, and the one whose copy was kept has ended); then one expectation is too good.
         """
+        if not keys:
+            return {}
+        holders_of = self._holders_of.get
         lengths: dict[int, int] = {}
         holding = self._live
-        last: int | None = -1
-        for length, holders in enumerate(map(self._holders_of.get, keys)):
+        before: int | None = None
+        begin = 0
+        for end in (*range(0, len(keys) - 1, self._stride), len(keys) - 1):
             # Mostly the very object of the page before: sets of holders are shared.
-            if holders is last:
+            if end and holders_of(keys[end]) is before:
+                begin = end + 1
                 continue
-            last = holders
-            still = holding & (holders or 0)
-            if still != holding:
-                if length:
-                    lengths.update(dict.fromkeys(_bits(holding ^ still), length))
-                if not still:
-                    return lengths
-                holding = still
-        if keys:
-            lengths.update(dict.fromkeys(_bits(holding), len(keys)))
+            for length in range(begin, end + 1):
+                before = holders_of(keys[length])
+                still = holding & (before or 0)
+                if still != holding:
+                    if length:
+                        lengths.update(dict.fromkeys(_bits(holding ^ still), length))
+                    if not still:
+                        return lengths
+                    holding = still
+            begin = end + 1
+        lengths.update(dict.fromkeys(_bits(holding), len(keys)))
         return lengths
 
     def _sweep_slice(self, limit: int) -> bool:
