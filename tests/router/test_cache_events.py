@@ -48,7 +48,7 @@ async def test_a_prefix_is_found_however_the_router_heard_of_it(tmp_path: Path) 
                 assert stream.started is not None and stream.started.cached_tokens == 64
             assert metric(service, "prefix_hit_tokens_total", engine=fakes[1].address) == 64
             assert metric(service, "expected_prefix_hit_tokens_total") == 128
-            fakes[0].evict(prefix_hashes(CacheKey(), prompt_of(2))[1:2])
+            fakes[0].evict(prefix_hashes(CacheKey(), prompt_of(2))[1:])
             await until(lambda: known(service, fakes[0], prompt_of(2)) == 1)
 
 
