@@ -12,13 +12,16 @@ import grpc
 import httpx
 import pytest
 import trustme
+from certificate_files import CertificateFiles, leaf, new_ca
 from cryptography import x509
-from fake_router import FakeRouter
+from fake_router import Answer, FakeRouter
 from gateway_testing import ANSWER, MODEL, StartGateway, eventually, until_ready
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.gateway.server import Gateway
 from quire.service.errors import ConfigError
-from quire.service.tls import Tls, TlsFiles
+from quire.service.tls import Tls
+from quire.service.tls_files import TlsFiles
 from quire.v1 import inference_pb2, inference_pb2_grpc
 
 
@@ -40,7 +43,7 @@ class Files:
 
 @pytest.fixture
 def ca() -> trustme.CA:
-    return trustme.CA(key_type=trustme.KeyType.ECDSA)
+    return new_ca()
 
 
 @pytest.fixture
@@ -63,10 +66,6 @@ def trusting(ca: trustme.CA, client: trustme.LeafCert | None = None) -> ssl.SSLC
     if client is not None:
         client.configure_cert(context)
     return context
-
-
-def leaf(ca: trustme.CA) -> trustme.LeafCert:
-    return ca.issue_cert("127.0.0.1", "localhost", key_type=trustme.KeyType.ECDSA)
 
 
 async def served_serial(url: str, context: ssl.SSLContext) -> int:
@@ -136,7 +135,7 @@ async def test_new_certificate(
         assert (await http.get("/health")).status_code == 200
 
     # A CA that the new channel alone trusts: gRPC shows the new certificate too.
-    other = trustme.CA(key_type=trustme.KeyType.ECDSA)
+    other = new_ca()
     third = leaf(other)
     files.write(third)
     await eventually(lambda: served_serial(gateway.url, _unchecked()), lambda shown: shown == serial(third))
@@ -154,7 +153,7 @@ def _unchecked() -> ssl.SSLContext:
 
 async def test_client_certificates(start: Callable[..., Any], files: Files, ca: trustme.CA) -> None:
     """Without it mutual TLS would let strangers in, or go on trusting a CA that was taken out."""
-    old, new = trustme.CA(key_type=trustme.KeyType.ECDSA), trustme.CA(key_type=trustme.KeyType.ECDSA)
+    old, new = new_ca(), new_ca()
     files.write(leaf(ca))
     files.client_ca.write_bytes(old.cert_pem.bytes())
     gateway = await start(**files.flags, tls_client_ca=str(files.client_ca))
@@ -181,6 +180,45 @@ async def test_client_certificates(start: Callable[..., Any], files: Files, ca: 
     assert await generate(gateway.grpc_address, ca, stranger) == ANSWER
     with pytest.raises(grpc.aio.AioRpcError):
         await generate(gateway.grpc_address, ca, known)
+
+
+async def test_new_certificates_connect_a_gateway_that_waits(
+    start_gateway: StartGateway, tmp_path: Path, answer: Answer
+) -> None:
+    """gRPC keeps a channel's certificates for good: without a new channel a gateway whose CA was renewed would answer
+    503 until somebody restarts it."""
+    of_router = CertificateFiles(tmp_path / "router").write(new_ca(), "routers")
+    of_gateway = CertificateFiles(tmp_path / "gateway").write(new_ca(), "gateway")
+    router = FakeRouter("127.0.0.1:0", MODEL, answer)
+    router.credentials = Tls(of_router.of_server(), lambda ok: None).grpc_credentials()
+    await router.start()
+    try:
+        gateway = await start_gateway(
+            router.address, router_tls=of_gateway.of_client("router", "routers"), reload_interval=0.02
+        )
+        async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as http:
+            await until_ready(http, 503, "not connected yet")
+            # Both have the same CA now.
+            for file in ("certificate", "key", "ca"):
+                getattr(of_gateway, file).write_bytes(getattr(of_router, file).read_bytes())
+            await until_ready(http)
+            answered = await http.post("/v1/completions", json={"model": MODEL, "prompt": "Hi"})
+            assert answered.json()["choices"][0]["text"] == ANSWER
+            assert 'quire_gateway_reloads_total{file="router_tls",outcome="ok"}' in (await http.get("/metrics")).text
+    finally:
+        await router.kill()
+
+
+async def test_a_socket_stays_plain(start: Callable[..., Any], files: Files, ca: trustme.CA, tmp_path: Path) -> None:
+    """Probes on the same machine have no certificate to show."""
+    files.write(leaf(ca))
+    files.client_ca.write_bytes(ca.cert_pem.bytes())
+    socket = f"unix:{tmp_path}/probes.sock"
+    await start(**files.flags, tls_client_ca=str(files.client_ca), grpc_listen=f"127.0.0.1:0,{socket}")
+    async with grpc.aio.insecure_channel(socket) as channel:
+        stub = health_pb2_grpc.HealthStub(channel)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(), timeout=10, wait_for_ready=True)
+    assert answer.status in (health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING)
 
 
 def test_wrong_files_are_named(files: Files, ca: trustme.CA) -> None:

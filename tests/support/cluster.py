@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
+from certificate_files import CertificateFiles
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from served import free_port
 
@@ -24,7 +25,8 @@ DEADLINE = 60.0
 class Cluster:
     """One gateway, and as many routers and engines, each engine with its sidecar, as there are names.
 
-    `folder` holds sockets and logs; `model` is what all serve, in float32.
+    `folder` holds sockets and logs; `model` is what all serve, in float32. With `certificates` routers and engines are
+    dialled over TCP, with mutual TLS.
     """
 
     folder: Path
@@ -32,7 +34,9 @@ class Cluster:
     num_routers: int
     num_engines: int
     stall_timeout: float = 2.0
+    certificates: CertificateFiles | None = None
     url: str = ""
+    _ports: dict[str, int] = field(default_factory=dict)
     _flags: dict[str, list[str]] = field(default_factory=dict)
     _processes: dict[str, asyncio.subprocess.Process] = field(default_factory=dict)
 
@@ -49,17 +53,23 @@ class Cluster:
                 "quire.engine", model, "--dtype=float32", "--threads=1", "--grace=0.2",
                 f"--sidecar={self.address(sidecar)}", "--kv-cache-bytes=8000000",
             ]  # fmt: skip
-        engines = ",".join(self.address(name) for name in self.engines)
+        engines = ",".join(self.dialled(name) for name in self.engines)
         for name in self.routers:
             self._flags[name] = [
                 "quire.router", f"--engines={engines}", "--hold=60", "--grace=0.2",
                 f"--stall-timeout={self.stall_timeout}",
             ]  # fmt: skip
-        routers = ",".join(self.address(name) for name in self.routers)
+        routers = ",".join(self.dialled(name) for name in self.routers)
         self._flags["gateway"] = [
             "quire.gateway", model, f"--routers={routers}", f"--port={port}", "--router-timeout=60",
             f"--grpc-listen={self.address('gateway')}",
         ]  # fmt: skip
+        if self.certificates is not None:
+            for name in (*self.routers, *self.engines):
+                self._flags[name] += [*self.certificates.flags("tls"), "--reload-interval=0.05"]
+            for name in self.routers:
+                self._flags[name] += self.certificates.flags("engine-tls")
+            self._flags["gateway"] += [*self.certificates.flags("router-tls"), "--reload-interval=0.05"]
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Cluster]:
@@ -76,6 +86,13 @@ class Cluster:
         """Where it listens, or is to listen."""
         return f"unix:{self.folder / name}.sock"
 
+    def dialled(self, name: str) -> str:
+        """Where its peers find it."""
+        if self.certificates is None:
+            return self.address(name)
+        port = self._ports.setdefault(name, free_port())
+        return f"127.0.0.1:{port}"
+
     def log(self, name: str) -> str:
         """What it has said in all its lives."""
         return (self.folder / f"{name}.log").read_text()
@@ -84,7 +101,11 @@ class Cluster:
         """Starts it; returns when its health says that it serves."""
         module, *flags = self._flags[name]
         if name != "gateway":
-            flags = [*flags, f"--listen={self.address(name)}", f"--name={name}"]
+            # The socket is plain, and there for our own look at its health.
+            listen = self.address(name)
+            if self.certificates is not None and name not in self.sidecars:
+                listen = f"{self.dialled(name)},{listen}"
+            flags = [*flags, f"--listen={listen}", f"--name={name}"]
         with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", module, *flags,

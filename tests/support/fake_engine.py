@@ -77,6 +77,8 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         self.sessions_opened = 0
         # Whether prompts are cached as they start, as a real engine does.
         self.caches_prompts = True
+        # TLS, if it listens on TCP.
+        self.credentials: grpc.ServerCredentials | None = None
         # It hears no cancellation.
         self.deaf = False
         self.changed = asyncio.Event()
@@ -97,7 +99,7 @@ class FakeEngine(session_pb2_grpc.SessionServiceServicer, engine_pb2_grpc.Engine
         self.epoch += 1
         self._sequence = 0
         self._pages.clear()
-        self._server = GrpcServer(self.address)
+        self._server = GrpcServer(self.address, credentials=self.credentials)
         self._server.add("quire.v1.SessionService", session_pb2_grpc.add_SessionServiceServicer_to_server, self)
         self._server.add("quire.v1.EngineService", engine_pb2_grpc.add_EngineServiceServicer_to_server, self)
         self.address = await self._server.start()

@@ -68,6 +68,8 @@ class FakeRouter(session_pb2_grpc.SessionServiceServicer):
         self.submitted: asyncio.Queue[Submission] = asyncio.Queue()
         self.connected = asyncio.Event()
         self.peers: list[str] = []
+        # TLS, if it listens on TCP.
+        self.credentials: grpc.ServerCredentials | None = None
         self._model = model
         self._answer = answer
         self._tasks: set[asyncio.Task[None]] = set()
@@ -76,9 +78,9 @@ class FakeRouter(session_pb2_grpc.SessionServiceServicer):
 
     async def start(self, *, serving: bool = True) -> FakeRouter:
         """Listens; starting it again after `kill` is a restart on the same address."""
-        self._server = GrpcServer(self.address)
+        self._server = GrpcServer(self.address, credentials=self.credentials)
         self._server.add(SERVICE, session_pb2_grpc.add_SessionServiceServicer_to_server, self)
-        await self._server.start()
+        self.address = await self._server.start()
         await self._server.set_serving(serving)
         return self
 

@@ -10,6 +10,7 @@ from quire.engine.service import EngineService
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
+from quire.service.tls_files import TlsFiles, add_tls_flags
 
 _EXAMPLES = """examples:
   python -m quire.engine --listen 127.0.0.1:9100
@@ -38,6 +39,8 @@ def _config(arguments: argparse.Namespace) -> EngineConfig:
         grace_s=arguments.grace,
         log_level=arguments.log_level,
         log_format=LogFormat(arguments.log_format),
+        tls=TlsFiles.of_flags(arguments),
+        reload_interval=arguments.reload_interval,
         core=CoreConfig(
             model=arguments.model,
             device=Device(arguments.device),
@@ -67,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     core = CoreConfig()
     add = parser.add_argument
-    add("--listen", required=True, metavar="ADDRESS", help="HOST:PORT or unix:PATH")
+    add("--listen", required=True, metavar="ADDRESS[,ADDRESS…]", help="HOST:PORT or unix:PATH")
     add("--name", default="engine-0", help="what logs, traces and metrics call it (default: %(default)s)")
     add("--model", default=core.model, help="GGUF file, Hugging Face folder or hub name (default: the embedded model)")
     add("--sidecar", default=core.sidecar, metavar="ADDRESS", help="the grammar service; without it no constraints")
@@ -102,6 +105,11 @@ def _parser() -> argparse.ArgumentParser:
         help="keep pages of ended requests for prompts that begin alike",
     )  # fmt: skip
     add("--threads", type=int, default=core.threads, help="threads for the model; 0: one per core")
+    add_tls_flags(add, "routers")
+    add(
+        "--reload-interval", type=float, default=1.0, metavar="SECONDS",
+        help="how often these files are looked at (default: %(default)s)",
+    )  # fmt: skip
     add("--metrics-port", type=int, default=0, metavar="PORT", help="Prometheus metrics over HTTP; 0: off")
     add("--grace", type=float, default=30.0, metavar="SECONDS", help="for requests in flight at the end")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])

@@ -8,6 +8,7 @@ from enum import Enum
 from quire.engine.scheduler import SchedulerConfig
 from quire.service.errors import ConfigError
 from quire.service.logs import LogFormat
+from quire.service.tls_files import TlsFiles
 
 # On a GPU a step of many tokens costs little more than the reading of the weights.
 _GPU_NUM_SEQS = 256
@@ -117,8 +118,15 @@ class EngineConfig:
     log_level: str = "info"
     log_format: LogFormat = LogFormat.TEXT
     core: CoreConfig = field(default_factory=CoreConfig)
+    # For routers; None: plain text. How often the files are looked at, in seconds.
+    tls: TlsFiles | None = None
+    reload_interval: float = 1.0
 
     def __post_init__(self) -> None:
+        if not self.reload_interval > 0:
+            raise ConfigError(
+                f"--reload-interval is {self.reload_interval}: it must be above 0 seconds", field="reload_interval"
+            )
         if not 0 <= self.metrics_port < 65536:
             raise ConfigError(
                 f"--metrics-port is {self.metrics_port}: give a port from 1 to 65535, or 0 for none",

@@ -36,6 +36,7 @@ class EngineMetrics(Collector):
         # Replaced as a whole, never changed: Prometheus' requests come in a thread of their own.
         self._load = Load(0, 0, 0, 0, 0, 0, 0, EngineStats())
         self._ready: Ready | None = None
+        self._certificate_stale = False
         self.registry.register(self)
 
     def serve(self, port: int) -> None:
@@ -59,6 +60,10 @@ class EngineMetrics(Collector):
         """The core has made a step."""
         self._load = message.load
 
+    def certificate_reloaded(self, ok: bool) -> None:
+        """The files of the certificate have changed and were loaded, or could not be."""
+        self._certificate_stale = not ok
+
     def collect(self) -> Iterator[Family]:
         """The metrics as they are now."""
         load, stats = self._load, self._load.stats
@@ -67,6 +72,8 @@ class EngineMetrics(Collector):
             yield self._gauges("info", "What the engine runs, in its labels.", [(facts, 1)], "model", "device", "dtype")
             phases = [((phase,), seconds) for phase, seconds in ready.start_seconds.items()]
             yield self._gauges("start_seconds", "How long each phase of the start took.", phases, "phase")
+        stale = "1 while the file on the disk can't be used and an older version is in its place."
+        yield self._gauges("file_stale", stale, [(("tls",), self._certificate_stale)], "file")
         yield self._gauge("running_requests", "Requests in the batch.", load.running)
         yield self._gauge("waiting_requests", "Requests that wait for a slot or for pages.", load.waiting)
         yield self._gauge("pending_prefill_tokens", "Prompt tokens to be computed.", load.pending_prefill_tokens)

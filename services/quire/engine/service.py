@@ -18,6 +18,7 @@ from quire.engine.server import SessionServicer
 from quire.engine.sidecar_client import SidecarClient
 from quire.service.errors import ConfigError, UnavailableError
 from quire.service.grpc_server import GrpcServer
+from quire.service.tls import Tls
 from quire.service.tracing import Tracing
 from quire.v1 import engine_pb2_grpc, session_pb2_grpc
 
@@ -36,15 +37,17 @@ class EngineService:
     async def run(self, stop: asyncio.Event) -> None:
         """Serves until `stop` is set, then drains. Raises ConfigError if the core can't load or dies."""
         config = self._config
+        tls = None if config.tls is None else Tls(config.tls, self._metrics.certificate_reloaded)
         core = await CoreClient.start(StartCore(config.core, config.name, config.log_level, config.log_format))
         # Nanoseconds of the wall clock: later starts have other, larger epochs.
         hub = Hub(core.send, epoch=time.time_ns())
         sidecar = SidecarClient(config.core.sidecar, config.core.sidecar_deadline_s) if config.core.sidecar else None
-        server = GrpcServer(config.listen)
+        server = GrpcServer(config.listen, credentials=None if tls is None else tls.grpc_credentials())
         session = SessionServicer(config.name, self._phase, hub, sidecar, self._tracing.tracer)
         server.add("quire.v1.SessionService", session_pb2_grpc.add_SessionServiceServicer_to_server, session)
         engine = EngineServicer(config.name, self._phase, hub)
         server.add("quire.v1.EngineService", engine_pb2_grpc.add_EngineServiceServicer_to_server, engine)
+        renewing = None if tls is None else asyncio.create_task(tls.files.watch(config.reload_interval))
         try:
             await server.start()
             self._metrics.serve(config.metrics_port)
@@ -57,6 +60,8 @@ class EngineService:
             if self._phase.phase is Phase.FAILED:
                 raise ConfigError(self._phase.failure)
         finally:
+            if renewing is not None:
+                renewing.cancel()
             await core.close()
             await server.stop(grace=1.0)
             if sidecar is not None:

@@ -15,6 +15,7 @@ from quire.gateway.workers import run_workers, this_worker
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
+from quire.service.tls_files import PeerTlsFiles, add_peer_flags, add_tls_flags
 
 _EXAMPLES = """
 examples:
@@ -55,7 +56,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     option("--host", default="127.0.0.1", help="where HTTP listens (default: %(default)s)")
     option("--port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
-    option("--grpc-listen", default="127.0.0.1:8001", metavar="ADDR", help="the gRPC service (default: %(default)s)")
+    option(
+        "--grpc-listen",
+        default="127.0.0.1:8001",
+        metavar="ADDR[,ADDR…]",
+        help="the gRPC service (default: %(default)s)",
+    )
     option(
         "--router-timeout",
         type=float,
@@ -88,9 +94,8 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
     default = GatewayConfig(routers=("-",))
     option = parser.add_argument_group("access and limits").add_argument
     option("--api-keys", default="", metavar="FILE", help="made by `quire keys`; without it everybody may ask")
-    option("--tls-cert", default="", metavar="FILE", help="PEM chain for HTTP and gRPC; without it both are plain")
-    option("--tls-key", default="", metavar="FILE", help="its PEM key")
-    option("--tls-client-ca", default="", metavar="FILE", help="clients need a certificate that it signed")
+    add_tls_flags(option, "HTTP and gRPC")
+    add_peer_flags(option, "router")
     option("--log-prompts", action="store_true", help="log each request as it came; without it no text is logged")
     option(
         "--reload-interval",
@@ -156,6 +161,7 @@ def build_config(arguments: argparse.Namespace) -> GatewayConfig:
         tls_cert=arguments.tls_cert,
         tls_key=arguments.tls_key,
         tls_client_ca=arguments.tls_client_ca,
+        router_tls=PeerTlsFiles.of_flags(arguments, "router"),
         max_header_bytes=arguments.max_header_bytes,
         write_timeout=arguments.write_timeout,
         log_prompts=arguments.log_prompts,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from quire.gateway.access.ledger import MAX_WORKERS
 from quire.gateway.tools.choice import ToolFormat
 from quire.service.errors import ConfigError
-from quire.service.tls import TlsFiles
+from quire.service.tls_files import PeerTlsFiles, TlsFiles
 
 _MIB = 1 << 20
 
@@ -38,6 +38,8 @@ class GatewayConfig:
     tls_cert: str = ""
     tls_key: str = ""
     tls_client_ca: str = ""
+    # TLS to the routers; None: plain text.
+    router_tls: PeerTlsFiles | None = None
     log_prompts: bool = False
     # Processes on one port.
     workers: int = 1
@@ -56,7 +58,7 @@ class GatewayConfig:
     @property
     def tls(self) -> TlsFiles | None:
         """None: plain text. Raises ConfigError if half of it is given."""
-        return TlsFiles(self.tls_cert, self.tls_key, self.tls_client_ca) if self.tls_cert or self.tls_key else None
+        return TlsFiles.given(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def __post_init__(self) -> None:
         if not self.routers or not all(self.routers):
@@ -82,10 +84,7 @@ class GatewayConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
         if self.max_header_bytes < 1024:
             raise ConfigError(f"--max-header-bytes is {self.max_header_bytes}: it must be at least 1024")
-        if bool(self.tls_cert) != bool(self.tls_key):
-            raise ConfigError("--tls-cert and --tls-key belong together: give both or neither")
-        if self.tls_client_ca and not self.tls_cert:
-            raise ConfigError("--tls-client-ca is given without --tls-cert and --tls-key: give those too")
+        TlsFiles.given(self.tls_cert, self.tls_key, self.tls_client_ca)
         for name in ("reload_interval", "read_timeout", "write_timeout", "request_timeout"):
             if (seconds := getattr(self, name)) is not None and not seconds > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} is {seconds}: it must be above 0 seconds")

@@ -10,14 +10,14 @@ import itertools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.gateway.call import Call
 from quire.service.errors import UnavailableError
-from quire.service.grpc_server import channel
+from quire.service.peer_tls import Dialer
 from quire.service.wire import request_to_proto
 from quire.v1 import session_pb2, session_pb2_grpc
 
@@ -42,12 +42,14 @@ class RouterLink:
         model: str,
         changed: Callable[[], None],
         lost: Callable[[Sequence[Call]], None],
+        dialer: Dialer,
     ) -> None:
         self.address = address
         self._peer = peer
         self._model = model
         self._changed = changed
         self._lost = lost
+        self._dialer = dialer
         # Keys are never used twice, not even on another stream: an update can't reach the wrong call.
         self._keys = itertools.count(1)
         self._calls: dict[int, Call] = {}
@@ -95,20 +97,9 @@ class RouterLink:
 
     async def run(self) -> None:
         """Connects and reconnects until it is cancelled."""
-        async with channel(self.address) as router, asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch_health(router))
-            tasks.create_task(self._keep_session(session_pb2_grpc.SessionServiceStub(router)))
-
-    async def _keep_session(self, stub: session_pb2_grpc.SessionServiceAsyncStub) -> None:
         delay = _FIRST_RETRY
         while True:
-            try:
-                await self._session(stub)
-                failure = "it ended the session"
-            except grpc.aio.AioRpcError as error:
-                failure = f"{error.code().name}: {error.details()}"
-            except UnavailableError as error:
-                failure = error.message
+            failure = await self._connect()
             # A router that goes on refusing for the same reason is news only once.
             if self._welcomed or failure != self._failure:
                 facts = {"router": self.address, "in_flight": self.in_flight}
@@ -118,7 +109,36 @@ class RouterLink:
             self._hang_up()
             await asyncio.sleep(delay)
 
-    async def _session(self, stub: session_pb2_grpc.SessionServiceAsyncStub) -> None:
+    async def _connect(self) -> str:
+        """One channel, with one session; returns why that ended."""
+        renewal = self._dialer.renewal
+        async with self._dialer.channel(self.address) as router:
+            session = asyncio.create_task(self._session(session_pb2_grpc.SessionServiceStub(router)))
+            outdated = asyncio.create_task(self._outdated(renewal))
+            health = asyncio.create_task(self._watch_health(router))
+            tasks = (session, outdated, health)
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+                if session.cancelled():
+                    # gRPC raises it for the peer's CANCELLED, too.
+                    return "CANCELLED: by the router"
+                if session.done():
+                    return session.result()
+                return outdated.result() if outdated.done() else health.result()
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _outdated(self, renewal: asyncio.Event) -> str:
+        """Returns why the channel is to be made anew: it can't connect with what it knows, and there are new files."""
+        await renewal.wait()
+        if self._welcomed:
+            # What stands may stay; this ends with it.
+            await asyncio.Event().wait()
+        return "there are new certificates to connect with"
+
+    async def _session(self, stub: session_pb2_grpc.SessionServiceAsyncStub) -> str:
         self._outgoing = asyncio.Queue()
         self._outgoing.put_nowait(session_pb2.SessionRequest(hello=session_pb2.Hello(peer=self._peer)))
         stream = stub.Session(wait_for_ready=True)
@@ -126,10 +146,15 @@ class RouterLink:
         try:
             async for response in stream:
                 self._receive(response)
+        except grpc.aio.AioRpcError as error:
+            return f"{error.code().name}: {error.details()}"
+        except UnavailableError as error:
+            return error.message
         finally:
             stream.cancel()
             writing.cancel()
             await asyncio.wait((writing,))
+        return "it ended the session"
 
     async def _write(self, stream: _Stream) -> None:
         outgoing = self._outgoing
@@ -186,7 +211,7 @@ class RouterLink:
         self._changed()
         self._lost(list(calls.values()))
 
-    async def _watch_health(self, router: grpc.aio.Channel) -> None:
+    async def _watch_health(self, router: grpc.aio.Channel) -> NoReturn:
         stub = health_pb2_grpc.HealthStub(router)
         while True:
             try:
@@ -194,7 +219,8 @@ class RouterLink:
                     self._set_serving(answer.status == health_pb2.HealthCheckResponse.SERVING)
             except grpc.aio.AioRpcError as error:
                 logger.debug("lost health of router: %s", error.details(), extra={"router": self.address})
-            self._set_serving(False)
+            finally:
+                self._set_serving(False)
             await asyncio.sleep(_FIRST_RETRY)
 
     def _set_serving(self, serving: bool) -> None:

@@ -33,6 +33,7 @@ from quire.gateway.workers import Worker
 from quire.service.checkpoint import load_text, locate
 from quire.service.errors import UnavailableError
 from quire.service.grpc_server import GrpcServer
+from quire.service.peer_tls import Dialer
 from quire.service.reload import Reloaded
 from quire.service.tls import Tls
 from quire.service.tracing import Tracing
@@ -79,6 +80,9 @@ class Gateway:
         self._config = config
         self._worker = worker
         self._changed = asyncio.Event()
+        registry = CollectorRegistry()
+        access_metrics = AccessMetrics(registry)
+        self._dialer = Dialer(config.router_tls, partial(access_metrics.reloaded, "router_tls"))
         self._sessions = RouterSessions(
             config.routers,
             peer=_instance(),
@@ -86,12 +90,11 @@ class Gateway:
             end_token_ids=model.end_token_ids,
             router_timeout=config.router_timeout,
             changed=self._changed.set,
+            dialer=self._dialer,
         )
         core = Core(model, self._sessions)
-        registry = CollectorRegistry()
         shown = registry if worker is None else registry_of_all(worker)
         observer = Observer(tracing.tracer, GatewayMetrics(registry), log_prompts=config.log_prompts)
-        access_metrics = AccessMetrics(registry)
         self._keys = _load_keys(config, access_metrics)
         self._ledger = Ledger() if worker is None else Ledger(worker.ledger, worker.index)
         limits = GateLimits(max_requests=config.max_requests, max_choices=config.max_choices)
@@ -172,8 +175,8 @@ class Gateway:
 
     @property
     def _watched(self) -> list[Reloaded[Any]]:
-        files: list[Reloaded[Any]] = [] if self._keys is None else [self._keys]
-        return files if self._tls is None else [*files, self._tls.files]
+        tls = None if self._tls is None else self._tls.files
+        return [files for files in (self._keys, tls, self._dialer.files) if files is not None]
 
     async def _report_readiness(self) -> None:
         ready = False

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from quire.gateway.call import Call
 from quire.gateway.router_link import RouterLink
 from quire.service.errors import QuireError, UnavailableError
+from quire.service.peer_tls import Dialer
 from quire.service.request import Finished, FinishReason, Request
 
 # A request that loses router after router without a token in between may be the reason for it.
@@ -24,7 +25,7 @@ class RouterSessions:
     """The sessions to all routers: picks the one with the fewest requests in flight, and moves what a lost one held.
 
     `model` is the name that the routers must serve. `end_token_ids` are the model's own end tokens. `changed` is
-    called whenever `states` may have.
+    called whenever `states` may have; `dialer` makes the channels.
     """
 
     def __init__(
@@ -36,8 +37,9 @@ class RouterSessions:
         end_token_ids: Sequence[int],
         router_timeout: float,
         changed: Callable[[], None],
+        dialer: Dialer,
     ) -> None:
-        self._links = [RouterLink(address, peer, model, self._link_changed, self._lost) for address in routers]
+        self._links = [RouterLink(address, peer, model, self._link_changed, self._lost, dialer) for address in routers]
         self._end_token_ids = frozenset(end_token_ids)
         self._router_timeout = router_timeout
         self._changed = changed

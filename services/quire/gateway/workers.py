@@ -144,11 +144,20 @@ def _reserve(stack: ExitStack, host: str, port: int, flag: str) -> int:
 
 
 def _grpc_addresses(stack: ExitStack, config: GatewayConfig, folder: Path) -> list[str]:
-    """One port for all; a unix socket can't be shared, so it is the first worker's, and the others have one each."""
-    address = config.grpc_listen
-    if address.startswith("unix:"):
-        return [address, *(f"unix:{folder}/grpc-{index}.sock" for index in range(1, config.workers))]
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        raise ConfigError(f"--grpc-listen is {address}: give HOST:PORT or unix:PATH")
-    return [f"{host}:{_reserve(stack, host.strip('[]'), int(port), '--grpc-listen')}"] * config.workers
+    """For each worker, in the form of --grpc-listen.
+
+    One port for all; a unix socket can't be shared, so it is the first worker's, and the others have one each.
+    """
+    of_workers: list[list[str]] = [[] for _ in range(config.workers)]
+    for place, address in enumerate(config.grpc_listen.split(",")):
+        if address.startswith("unix:"):
+            addresses = [address, *(f"unix:{folder}/grpc-{index}-{place}.sock" for index in range(1, config.workers))]
+        else:
+            host, _, port = address.rpartition(":")
+            if not port.isdigit():
+                raise ConfigError(f"--grpc-listen is {address}: give HOST:PORT or unix:PATH")
+            port_of_all = _reserve(stack, host.strip("[]"), int(port), "--grpc-listen")
+            addresses = [f"{host}:{port_of_all}"] * config.workers
+        for of_worker, its in zip(of_workers, addresses, strict=True):
+            of_worker.append(its)
+    return [",".join(addresses) for addresses in of_workers]

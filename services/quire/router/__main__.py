@@ -11,6 +11,7 @@ from quire.router.service import RouterService
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
+from quire.service.tls_files import PeerTlsFiles, TlsFiles, add_peer_flags, add_tls_flags
 
 _EXAMPLES = """examples:
   python -m quire.router --listen 127.0.0.1:9000 --engines 127.0.0.1:9100,127.0.0.1:9101
@@ -44,6 +45,7 @@ def build_config(arguments: argparse.Namespace) -> RouterConfig:
         engines=tuple(address.strip() for address in arguments.engines.split(",")),
         name=arguments.name,
         hold=arguments.hold,
+        ready_without_engines=arguments.ready_without_engines,
         max_moves=arguments.max_moves,
         retry_share=arguments.retry_share,
         stall_timeout=arguments.stall_timeout,
@@ -52,6 +54,9 @@ def build_config(arguments: argparse.Namespace) -> RouterConfig:
         load_interval=arguments.load_interval,
         max_queued_updates=arguments.max_queued_updates,
         metrics_port=arguments.metrics_port,
+        tls=TlsFiles.of_flags(arguments),
+        engine_tls=PeerTlsFiles.of_flags(arguments, "engine"),
+        reload_interval=arguments.reload_interval,
     )
 
 
@@ -66,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     default = RouterConfig(listen="-", engines=("-",))
     option = parser.add_argument
-    option("--listen", required=True, metavar="ADDR", help="where gateways connect: HOST:PORT or unix:PATH")
+    option("--listen", required=True, metavar="ADDR[,ADDR…]", help="where gateways connect: HOST:PORT or unix:PATH")
     option(
         "--engines",
         required=True,
@@ -80,6 +85,11 @@ def build_parser() -> argparse.ArgumentParser:
         default=default.hold,
         metavar="SECONDS",
         help="how long a request waits for an engine if none is ready (default: %(default)s)",
+    )
+    option(
+        "--ready-without-engines",
+        action="store_true",
+        help="take requests and hold them also without any engine: for engines that start when somebody asks",
     )
     option(
         "--max-moves",
@@ -130,10 +140,24 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="a gateway that leaves more of them unread loses its session (default: %(default)s)",
     )
+    _add_tls_options(parser, default)
     option("--metrics-port", type=int, default=0, metavar="PORT", help="Prometheus metrics over HTTP; 0: off")
     option("--log-level", default="info", choices=("debug", "info", "warning", "error"), help="(default: %(default)s)")
     option("--log-format", default="text", choices=[style.value for style in LogFormat], help="(default: %(default)s)")
     return parser
+
+
+def _add_tls_options(parser: argparse.ArgumentParser, default: RouterConfig) -> None:
+    option = parser.add_argument_group("TLS").add_argument
+    add_tls_flags(option, "gateways")
+    add_peer_flags(option, "engine")
+    option(
+        "--reload-interval",
+        type=float,
+        default=default.reload_interval,
+        metavar="SECONDS",
+        help="how often these files are looked at (default: %(default)s)",
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.service.errors import ConfigError
+from quire.service.tls_files import PeerTlsFiles, TlsFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,8 @@ class RouterConfig:
     name: str = "router-0"
     # A request for which no engine is ready waits this long for one.
     hold: float = 5.0
+    # Whether it is ready without an engine, too: a request that is held makes one start.
+    ready_without_engines: bool = False
     # How often a request may be moved to another engine, without a token in between, before its error is passed on.
     max_moves: int = 3
     # The share of the requests in flight that may be moved at a time (see `budget`); the others wait for their turn.
@@ -34,6 +37,10 @@ class RouterConfig:
     max_queued_updates: int = 1 << 17
     # 0 is off.
     metrics_port: int = 0
+    # For gateways, and to engines; None: plain text. How often the files are looked at.
+    tls: TlsFiles | None = None
+    engine_tls: PeerTlsFiles | None = None
+    reload_interval: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.listen:
@@ -51,6 +58,7 @@ class RouterConfig:
             ("--load-interval", self.load_interval, 0.001, 60),
             ("--stall-timeout", self.stall_timeout, 0.01, 3600),
             ("--resolve-interval", self.resolve_interval, 0.01, 3600),
+            ("--reload-interval", self.reload_interval, 0.01, 3600),
         ):
             if not low <= value <= high:
                 raise ConfigError(f"{flag} is {value:g}: it must lie in [{low:g}, {high:g}] seconds")

@@ -49,14 +49,24 @@ class Router:
 
     `hold` is how many seconds a request waits for an engine when none is ready, `max_moves` how often it may be moved
     without a token in between, `retry_share` the share of the requests in flight that may be moved at a time.
+    `ready_without_engines`: requests are wanted also then, since their waiting is what starts an engine.
     """
 
     def __init__(
-        self, *, hold: float, max_moves: int, retry_share: float, tracer: Tracer, metrics: RouterMetrics
+        self,
+        *,
+        hold: float,
+        max_moves: int,
+        retry_share: float,
+        tracer: Tracer,
+        metrics: RouterMetrics,
+        ready_without_engines: bool = False,
     ) -> None:
         self.fleet = Fleet()
         # Set whenever `ready` may have changed.
         self.changed = asyncio.Event()
+        self.changed.set()
+        self._ready_without_engines = ready_without_engines
         self._max_moves = max_moves
         self._budget = RetryBudget(retry_share)
         self._observer = RequestObserver(tracer, metrics)
@@ -70,8 +80,8 @@ class Router:
 
     @property
     def ready(self) -> bool:
-        """Whether a request submitted now would go to an engine at once."""
-        return not self._draining and self.fleet.ready
+        """Whether a request submitted now would go to an engine at once, or is wanted without one."""
+        return not self._draining and (self._ready_without_engines or self.fleet.ready)
 
     @property
     def draining(self) -> bool:

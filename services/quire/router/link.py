@@ -12,14 +12,14 @@ from typing import NoReturn, TypeAlias
 
 import grpc
 
-from quire.router.calls import BrokenContractError, LostError, StalledError, next_message, outcome
+from quire.router.calls import BrokenContractError, CallEndedError, LostError, StalledError, next_message, outcome
 from quire.router.core import Router
 from quire.router.endpoint import Endpoint
 from quire.router.metrics import RouterMetrics
 from quire.router.watches import EngineWatches
 from quire.service.errors import InternalError
-from quire.service.grpc_server import channel
 from quire.service.pages import PAGE_SIZE
+from quire.service.peer_tls import Dialer
 from quire.service.request import Finished, FinishReason, Request, Update
 from quire.service.wire import request_to_proto, update_from_proto
 from quire.v1 import engine_pb2, engine_pb2_grpc, session_pb2, session_pb2_grpc
@@ -43,7 +43,7 @@ class EngineLink:
     """Keeps one endpoint connected.
 
     `peer` names this router in the engine's log. Times are in seconds: `load_interval` the shortest between two load
-    reports, `stall_timeout` how long an engine with work may do nothing before it is lost.
+    reports, `stall_timeout` how long an engine with work may do nothing before it is lost. `dialer` makes the channels.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class EngineLink:
         peer: str,
         load_interval: float,
         stall_timeout: float,
+        dialer: Dialer,
     ) -> None:
         self._endpoint = endpoint
         self._router = router
@@ -62,6 +63,7 @@ class EngineLink:
         self._watches = EngineWatches(endpoint, router, metrics, load_interval=load_interval)
         self._peer = peer
         self._stall_timeout = stall_timeout
+        self._dialer = dialer
         self._outgoing: _Outgoing = asyncio.Queue()
         self._connected = False
         # Reasons that have been logged since the engine last worked: one that fails the same way again is no news.
@@ -78,24 +80,25 @@ class EngineLink:
 
     async def run(self) -> None:
         """Connects and reconnects until it is cancelled."""
-        async with channel(self._endpoint.address) as engine:
-            delay = _FIRST_RETRY
-            while True:
-                lost = await self._session(engine)
-                broken = isinstance(lost, BrokenContractError)
-                if self._connected and not broken:
-                    delay = _FIRST_RETRY
-                    self._told.clear()
-                self._tell(lost, logging.WARNING if self._connected or broken else logging.INFO)
-                if self._connected:
-                    self._metrics.lost(self._endpoint, stalled=isinstance(lost, StalledError))
-                self._connected = False
-                self._router.engine_lost(self._endpoint, str(lost))
-                await self._watches.sweep()
-                await asyncio.sleep(_BROKEN_RETRY if broken else delay)
-                delay = min(delay * 2, _LAST_RETRY)
+        delay = _FIRST_RETRY
+        while True:
+            renewal = self._dialer.renewal
+            async with self._dialer.channel(self._endpoint.address) as engine:
+                lost = await self._session(engine, renewal)
+            broken = isinstance(lost, BrokenContractError)
+            if self._connected and not broken:
+                delay = _FIRST_RETRY
+                self._told.clear()
+            self._tell(lost, logging.WARNING if self._connected or broken else logging.INFO)
+            if self._connected:
+                self._metrics.lost(self._endpoint, stalled=isinstance(lost, StalledError))
+            self._connected = False
+            self._router.engine_lost(self._endpoint, str(lost))
+            await self._watches.sweep()
+            await asyncio.sleep(_BROKEN_RETRY if broken else delay)
+            delay = min(delay * 2, _LAST_RETRY)
 
-    async def _session(self, engine: grpc.aio.Channel) -> LostError:
+    async def _session(self, engine: grpc.aio.Channel, renewal: asyncio.Event) -> LostError:
         """One session from hello to its end; returns why it ended."""
         self._outgoing = asyncio.Queue()
         self._outgoing.put_nowait(session_pb2.SessionRequest(hello=session_pb2.Hello(peer=self._peer)))
@@ -107,6 +110,7 @@ class EngineLink:
             self._watches.watch_cache(stub),
             self._watches.watch_load(stub),
             self._watch_progress(),
+            self._watch_certificates(renewal),
         )
         tasks = [asyncio.create_task(part, name=f"engine {self._endpoint.address}") for part in parts]
         try:
@@ -165,6 +169,12 @@ class EngineLink:
             elif self._endpoint.idle_seconds() > self._stall_timeout:
                 self._endpoint.stall()
                 raise StalledError(f"it has done nothing for {self._stall_timeout:g} s although it has work")
+
+    async def _watch_certificates(self, renewal: asyncio.Event) -> None:
+        """Raises CallEndedError when the channel can't connect with what it knows, and there are new certificates."""
+        await renewal.wait()
+        if not self._connected:
+            raise CallEndedError("there are new certificates to connect with")
 
     def _update(self, message: session_pb2.RequestUpdate) -> Update:
         """The update; one that makes no sense ends its request here and at the engine."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
@@ -59,6 +59,15 @@ class RouterMetrics:
             "decision_seconds", "Time to choose an engine for a prompt that is hashed.", _DECISION_BUCKETS
         )
         self._first_token = self._histogram("time_to_first_token_seconds", "From submission to the first token.")
+        self._reloads = self._counter(
+            "reloads", "Files that were loaded again; file: tls, engine_tls; outcome: ok, failed.", "file", "outcome"
+        )
+        self._stale = Gauge(
+            "quire_router_file_stale",
+            "1 while the file on the disk can't be used and an older version is in its place.",
+            ("file",),
+            registry=self.registry,
+        )
         self._held = self._histogram("held_seconds", "How long requests waited for an engine that they got.")
 
     def serve(self, port: int) -> None:
@@ -114,6 +123,11 @@ class RouterMetrics:
     def cache_gap(self, endpoint: Endpoint) -> None:
         """A cache event did not follow the last one."""
         self._cache_gaps.labels(endpoint.address).inc()
+
+    def reloaded(self, file: str, ok: bool) -> None:
+        """A file has changed and was loaded, or could not be."""
+        self._reloads.labels(file, "ok" if ok else "failed").inc()
+        self._stale.labels(file).set(0 if ok else 1)
 
     def forget(self, endpoint: Endpoint) -> None:
         """The engine is no longer one of this router's."""

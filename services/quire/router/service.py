@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from functools import partial
+from typing import Any
 
 from quire.router.config import RouterConfig
 from quire.router.core import Router
@@ -15,6 +17,9 @@ from quire.router.metrics import RouterMetrics
 from quire.router.server import SERVICE, SessionServicer
 from quire.service.errors import UnavailableError
 from quire.service.grpc_server import GrpcServer
+from quire.service.peer_tls import Dialer
+from quire.service.reload import Reloaded
+from quire.service.tls import Tls
 from quire.service.tracing import Tracing
 from quire.v1 import session_pb2_grpc
 
@@ -45,8 +50,12 @@ class RouterService:
             retry_share=config.retry_share,
             tracer=self._tracing.tracer,
             metrics=self.metrics,
+            ready_without_engines=config.ready_without_engines,
         )
-        self._server = GrpcServer(config.listen)
+        self._tls = None if config.tls is None else Tls(config.tls, partial(self.metrics.reloaded, "tls"))
+        self._dialer = Dialer(config.engine_tls, partial(self.metrics.reloaded, "engine_tls"))
+        credentials = None if self._tls is None else self._tls.grpc_credentials()
+        self._server = GrpcServer(config.listen, credentials=credentials)
         self._servicer = SessionServicer(config.name, self.router, max_queued_updates=config.max_queued_updates)
         self._server.add(SERVICE, session_pb2_grpc.add_SessionServiceServicer_to_server, self._servicer)
 
@@ -63,10 +72,11 @@ class RouterService:
             logger.info("router listens", extra={"address": self.address, "engines": ",".join(config.engines)})
             async with asyncio.TaskGroup() as group:
                 links = EngineLinks(discovery, self.router, self.metrics, self._link_to)
-                tasks = (
+                tasks = [
                     group.create_task(self._report_readiness(), name="readiness"),
                     group.create_task(links.run(), name="engines"),
-                )
+                ]
+                tasks += [group.create_task(files.watch(config.reload_interval)) for files in self._watched]
                 self.started.set()
                 await stop.wait()
                 await self._drain()
@@ -75,6 +85,11 @@ class RouterService:
         finally:
             await self._server.stop(_STOP_SECONDS)
             self._tracing.close()
+
+    @property
+    def _watched(self) -> list[Reloaded[Any]]:
+        tls = None if self._tls is None else self._tls.files
+        return [files for files in (tls, self._dialer.files) if files is not None]
 
     def _link_to(self, endpoint: Endpoint) -> EngineLink:
         config = self._config
@@ -85,6 +100,7 @@ class RouterService:
             peer=config.name,
             load_interval=config.load_interval,
             stall_timeout=config.stall_timeout,
+            dialer=self._dialer,
         )
 
     async def _drain(self) -> None:

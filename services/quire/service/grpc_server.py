@@ -1,6 +1,7 @@
 """A gRPC server as every service runs it: with health, reflection and the limits that all share.
 
-Addresses are gRPC's: `127.0.0.1:9000`, `[::]:9000`, `unix:/run/quire/engine.sock`.
+Addresses are gRPC's: `127.0.0.1:9000`, `[::]:9000`, `unix:/run/quire/engine.sock`. A unix socket does not leave the
+machine and has the file system's rights: it is plain even where TLS is asked for.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ S = TypeVar("S")
 
 
 class GrpcServer:
-    """One listening address with a set of services, health and reflection.
+    """One listening address, or several with commas between them, with a set of services, health and reflection.
 
     `add` registers a servicer under its full name ("quire.v1.GrammarService"); health answers NOT_SERVING for every
     one of them, and for the empty name, until `set_serving(True)`.
@@ -79,7 +80,7 @@ class GrpcServer:
         # Of an option that is given twice, gRPC takes the first.
         merged = {**dict(SERVER_OPTIONS), **dict(options)}
         self.server = grpc.aio.server(options=list(merged.items()), interceptors=[*interceptors, self._streams])
-        self._address = address
+        self._addresses = [each.strip() for each in address.split(",")]
         self._credentials = credentials
         self._names = [""]
         self._health = health_aio.HealthServicer()
@@ -91,25 +92,25 @@ class GrpcServer:
         self._names.append(name)
 
     async def start(self) -> str:
-        """Listens; returns the address to dial, with the port that was chosen if it was 0. Raises ConfigError."""
+        """Listens; returns the first address, to be dialled, with the port that was chosen. Raises ConfigError."""
         services = [*self._names[1:], health_pb2.DESCRIPTOR.services_by_name["Health"].full_name]
         reflection.enable_server_reflection([*services, reflection.SERVICE_NAME], self.server)
-        try:
-            port = self._add_port()
-        except RuntimeError as error:
-            raise ConfigError(
-                f"can't listen on {self._address}: choose an address that is free and allowed", field="listen"
-            ) from error
+        dialled = [self._listen_on(address) for address in self._addresses]
         await self.set_serving(False)
         await self.server.start()
-        if self._address.startswith("unix:"):
-            return self._address
-        return f"{self._address.rpartition(':')[0]}:{port}"
+        return dialled[0]
 
-    def _add_port(self) -> int:
-        if self._credentials is None:
-            return self.server.add_insecure_port(self._address)
-        return self.server.add_secure_port(self._address, self._credentials)
+    def _listen_on(self, address: str) -> str:
+        try:
+            if self._credentials is None or _is_local(address):
+                port = self.server.add_insecure_port(address)
+            else:
+                port = self.server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"can't listen on {address}: choose an address that is free and allowed", field="listen"
+            ) from error
+        return address if _is_local(address) else f"{address.rpartition(':')[0]}:{port}"
 
     async def set_serving(self, serving: bool) -> None:
         """What health answers from now on."""
@@ -191,6 +192,19 @@ async def abort(context: grpc.aio.ServicerContext[Any, Any], error: QuireError) 
     await context.abort(STATUS_OF[error.code], error.message, tuple(trailing))
 
 
-def channel(address: str) -> grpc.aio.Channel:
-    """A channel to another service, with the options that all share."""
-    return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+def channel(address: str, credentials: grpc.ChannelCredentials | None = None, *, name: str = "") -> grpc.aio.Channel:
+    """A channel to another service, with the options that all share.
+
+    `name` is what the peer's certificate says, if that is not the host in `address`.
+    """
+    if credentials is None or _is_local(address):
+        return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+    # A connection of its own: one that another channel made may have been checked against other certificates.
+    options: list[tuple[str, str | int]] = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    if name:
+        options.append(("grpc.ssl_target_name_override", name))
+    return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+def _is_local(address: str) -> bool:
+    return address.startswith("unix:")

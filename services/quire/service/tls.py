@@ -9,25 +9,12 @@ from __future__ import annotations
 import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import grpc
 
-from quire.service.errors import ConfigError
+from quire.service.pem import check_unchanged, load_ca, load_chain, read_pem
 from quire.service.reload import Reloaded
-
-
-@dataclass(frozen=True, slots=True)
-class TlsFiles:
-    """Paths of PEM files. With `client_ca` only clients with a certificate that it signed may connect."""
-
-    certificate: str
-    key: str
-    client_ca: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.certificate or not self.key:
-            raise ConfigError("--tls-cert and --tls-key belong together: give both or neither", field="tls_cert")
+from quire.service.tls_files import TlsFiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +31,7 @@ class Tls:
 
     def __init__(self, files: TlsFiles, reloaded: Callable[[bool], None]) -> None:
         self._files = files
-        paths = [path for path in (files.certificate, files.key, files.client_ca) if path]
+        paths = [path for path in files.paths.values() if path]
         self.files = Reloaded("TLS certificate", paths, lambda: _load(files), reloaded)
 
     def context(self) -> ssl.SSLContext:
@@ -78,53 +65,25 @@ class Tls:
 
 
 def _load(files: TlsFiles) -> _Loaded:
-    pem = _read(files)
+    pem = read_pem(files.paths)
     context = _context(files)
-    if _read(files) != pem:
-        raise ConfigError("--tls-cert: the files change while they are read: replace them at once, as Kubernetes does")
+    check_unchanged(files.paths, pem)
     certificate, key, client_ca = pem
     pair = (key, certificate)
     return _Loaded(context, grpc.ssl_server_certificate_configuration([pair], client_ca or None))
-
-
-def _read(files: TlsFiles) -> tuple[bytes, bytes, bytes]:
-    paths = {"--tls-cert": files.certificate, "--tls-key": files.key, "--tls-client-ca": files.client_ca}
-    pem = []
-    for flag, path in paths.items():
-        try:
-            pem.append(Path(path).read_bytes() if path else b"")
-        except OSError as error:
-            raise ConfigError(f"{flag}: can't read {path}: {error.strerror}", field=flag) from error
-    return pem[0], pem[1], pem[2]
 
 
 def _context(files: TlsFiles) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(["http/1.1"])
-    try:
-        context.load_cert_chain(files.certificate, files.key, password=_no_password)
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigError(
-            f"--tls-cert {files.certificate}, --tls-key {files.key}: {error}: give a PEM chain and its own key, "
-            "without a password",
-            field="tls_cert",
-        ) from error
-    if not files.client_ca:
+    certificate, key, (flag, client_ca) = files.paths.items()
+    load_chain(context, certificate, key)
+    if not client_ca:
         return context
-    try:
-        context.load_verify_locations(files.client_ca)
-    except (ssl.SSLError, OSError) as error:
-        raise ConfigError(
-            f"--tls-client-ca {files.client_ca}: {error}: give PEM certificates", field="tls_client_ca"
-        ) from error
+    load_ca(context, flag, client_ca)
     context.verify_mode = ssl.CERT_REQUIRED
     # A session that is resumed would not be checked against a new CA.
     context.num_tickets = 0
     context.options |= ssl.OP_NO_TICKET
     return context
-
-
-def _no_password() -> str:
-    # Without it OpenSSL would ask in the terminal.
-    return ""

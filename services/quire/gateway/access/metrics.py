@@ -24,7 +24,7 @@ class AccessMetrics:
         )
         self._reloads = Counter(
             "quire_gateway_reloads_total",
-            "Files that were loaded again; file: api_keys, tls; outcome: ok, failed.",
+            "Files that were loaded again; file: api_keys, tls, router_tls; outcome: ok, failed.",
             ("file", "outcome"),
             registry=registry,
         )
