@@ -35,7 +35,7 @@ class NoModel:
     logits: Tensor
 
     def new_kv_cache(self, num_pages: int) -> KVCache:
-        return KVCache((), ())
+        return KVCache(())
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         return self.logits[: batch.logit_rows.shape[0]]

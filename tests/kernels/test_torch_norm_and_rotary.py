@@ -106,13 +106,12 @@ def test_write_pages(
     slots = first_slots + others
     if not slots:
         return
-    keys, values = torch.randn(2, len(slots), heads, 8).unbind(0)
-    pools = [torch.full((num_pages, heads, page_size, 8), torch.inf, dtype=dtype) for _ in range(2)]
-    expected = [pool.clone() for pool in pools]
-    for pool, new in zip(expected, (keys, values), strict=True):
-        for slot in first_slots:
-            pool[slot // page_size] = 0
-        for token, slot in enumerate(slots):
-            pool[slot // page_size, :, slot % page_size] = new[token].to(dtype)
-    write_pages(keys, values, *pools, plan_writes(torch.tensor(slots), heads, page_size))
-    assert torch.equal(pools[0], expected[0]) and torch.equal(pools[1], expected[1])
+    new = torch.randn(len(slots), heads, 8)
+    pages = torch.full((num_pages, heads, page_size, 8), torch.inf, dtype=dtype)
+    expected = pages.clone()
+    for slot in first_slots:
+        expected[slot // page_size] = 0
+    for token, slot in enumerate(slots):
+        expected[slot // page_size, :, slot % page_size] = new[token].to(dtype)
+    write_pages(new, pages, plan_writes(torch.tensor(slots), heads, page_size))
+    assert torch.equal(pages, expected)

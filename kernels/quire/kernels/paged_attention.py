@@ -21,14 +21,21 @@ from torch import Tensor
 # more batch cost.
 _MAX_PADDING_PAGES = 64
 
+# Up to so many keys in all, over sequences and heads, decodes are computed in float32: a product in bfloat16 costs
+# 10 µs more before it begins, and a copy of so few keys less than that.
+_FEW_KEYS = 1536
+
+# Up to so many pages of one head, keys and values are gathered in one go.
+_FEW_ROWS = 256
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeBatch:
     """S sequences with one query each, padded to P pages."""
 
     rows: Tensor | None  # int64 [S], their rows among the step's tokens; None if they are all of them, in order
-    pages: Tensor  # int64 [S × kv_heads × P], indexes into the pool seen as [pages × kv_heads, page_size × head_size]
-    mask: Tensor  # [S × kv_heads, 1, P × page_size] of the pool's type: 0 where there is a token, else -inf
+    pages: Tensor  # int64 [2, S × kv_heads × P], indexes into the pool seen as [pages × 2 kv_heads, page_size × D]
+    mask: Tensor  # [S × kv_heads, 1, keys] of the type to compute in: 0 where there is a token, else -inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +44,7 @@ class PrefillChunk:
 
     start: int
     stop: int
-    pages: Tensor  # int64 [kv_heads × P], as in DecodeBatch
+    pages: Tensor  # int64 [2, kv_heads × P], as in DecodeBatch
     context_len: int
     mask: Tensor | None  # [queries, context_len] of the pool's type; None if a query sees all up to itself
 
@@ -74,7 +81,7 @@ def plan_attention(
         if stop - start == 1:
             decodes.append(index)
         else:
-            table = tables[index, : -(-length // page_size)]
+            table = tables[index : index + 1, : -(-length // page_size)]
             sees_all = stop - start == length and not 0 < window < length
             mask = None if sees_all else _causal_mask(stop - start, length, window, dtype)
             prefills.append(PrefillChunk(start, stop, _head_pages(table, num_kv_heads), length, mask))
@@ -89,57 +96,65 @@ def plan_attention(
     )
 
 
-def paged_attention(queries: Tensor, key_pages: Tensor, value_pages: Tensor, plan: AttentionPlan) -> Tensor:
-    """The attention output of every row, [T, heads, D] in the pool's type.
+def paged_attention(queries: Tensor, pages: Tensor, plan: AttentionPlan) -> Tensor:
+    """The attention output of every row, [T, heads, D] in the pool's type, or in float32.
 
-    queries [T, heads, D] in the pool's type; *_pages [pages, kv_heads, page_size, D], which hold the step's own keys
-    and values already.
+    queries [T, heads, D] in the pool's type; pages [pages, 2 × kv_heads, page_size, D], first keys, then values, which
+    hold the step's own already.
     """
     if len(plan.decodes) == 1 and plan.decodes[0].rows is None:
-        return _decode(queries, key_pages, value_pages, plan.decodes[0])
+        return _decode(queries, pages, plan.decodes[0])
     out = torch.empty_like(queries)
     for batch in plan.decodes:
         if batch.rows is None:
             raise ValueError("a plan of several parts must say which rows belong to each")
-        out.index_copy_(0, batch.rows, _decode(queries.index_select(0, batch.rows), key_pages, value_pages, batch))
+        found = _decode(queries.index_select(0, batch.rows), pages, batch)
+        out.index_copy_(0, batch.rows, found.to(out.dtype))
     for chunk in plan.prefills:
-        _prefill(queries[chunk.start : chunk.stop], key_pages, value_pages, chunk, out[chunk.start : chunk.stop])
+        _prefill(queries[chunk.start : chunk.stop], pages, chunk, out[chunk.start : chunk.stop])
     return out
 
 
-def _decode(queries: Tensor, key_pages: Tensor, value_pages: Tensor, batch: DecodeBatch) -> Tensor:
-    num_batches, _, context_len = batch.mask.shape
-    head_size = queries.shape[-1]
+def _decode(queries: Tensor, pages: Tensor, batch: DecodeBatch) -> Tensor:
+    num_batches, head_size, dtype = batch.mask.shape[0], queries.shape[-1], batch.mask.dtype
     # The heads of a group share keys: together they are the rows of one product.
-    grouped = queries.reshape(num_batches, -1, head_size)
-    keys = _gather(key_pages, batch.pages).view(num_batches, context_len, head_size)
+    grouped = queries.to(dtype).reshape(num_batches, -1, head_size)
+    keys, values = (
+        part.view(num_batches, -1, head_size)[:, : batch.mask.shape[-1]] for part in _gather(pages, batch.pages, dtype)
+    )
     scores = torch.baddbmm(batch.mask, grouped, keys.transpose(1, 2), alpha=1.0 / math.sqrt(head_size))
-    values = _gather(value_pages, batch.pages).view(num_batches, context_len, head_size)
     return torch.bmm(torch.softmax(scores, dim=-1), values).view_as(queries)
 
 
-def _prefill(queries: Tensor, key_pages: Tensor, value_pages: Tensor, chunk: PrefillChunk, out: Tensor) -> None:
+def _prefill(queries: Tensor, pages: Tensor, chunk: PrefillChunk, out: Tensor) -> None:
     num_tokens, num_heads, head_size = queries.shape
-    num_kv_heads = key_pages.shape[1]
-    shape = (num_kv_heads, num_heads // num_kv_heads, -1, -1)
+    num_kv_heads = pages.shape[1] // 2
     # Each KV head is a batch entry and its group of query heads are that entry's heads: keys are shared, not copied.
     keys, values = (
-        _gather(pages, chunk.pages).view(num_kv_heads, 1, -1, head_size)[:, :, : chunk.context_len].expand(shape)
-        for pages in (key_pages, value_pages)
+        part.view(num_kv_heads, 1, -1, head_size)[:, :, : chunk.context_len].expand(
+            -1, num_heads // num_kv_heads, -1, -1
+        )
+        for part in _gather(pages, chunk.pages, pages.dtype)
     )
     grouped = queries.view(num_tokens, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
     result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=chunk.mask, is_causal=chunk.mask is None)
     out.view(num_tokens, num_kv_heads, -1, head_size).copy_(result.permute(2, 0, 1, 3))
 
 
-def _gather(pages: Tensor, rows: Tensor) -> Tensor:
-    return pages.view(pages.shape[0] * pages.shape[1], -1).index_select(0, rows)
+def _gather(pages: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values, [N, page_size × D] each, for rows int64 [2, N] of a plan."""
+    rows_of = pages.view(pages.shape[0] * pages.shape[1], -1)
+    if rows.numel() <= _FEW_ROWS:
+        both = rows_of.index_select(0, rows.view(-1)).to(dtype)
+        return both[: rows.shape[1]], both[rows.shape[1] :]
+    # One after the other, so that the first product finds its half in the cache.
+    return rows_of.index_select(0, rows[0]).to(dtype), rows_of.index_select(0, rows[1]).to(dtype)
 
 
 def _head_pages(tables: Tensor, num_kv_heads: int) -> Tensor:
-    """Page numbers [..., P] to rows of the pool seen by page and head, flat, pages varying fastest."""
-    heads = torch.arange(num_kv_heads).unsqueeze(1)
-    return (tables.unsqueeze(-2) * num_kv_heads + heads).flatten()
+    """Page numbers [S, P] to rows of the pool seen by page and head, [2, S × kv_heads × P]: keys, then values."""
+    heads = torch.arange(2 * num_kv_heads).view(2, 1, num_kv_heads, 1)
+    return (tables.unsqueeze(1) * (2 * num_kv_heads) + heads).view(2, -1)
 
 
 def _leave_out_unseen_pages(
@@ -188,12 +203,18 @@ def _decode_batch(
     if not alone:
         members = torch.tensor(group)
         context_lens, tables = context_lens[members], tables[members]
-    num_pages = -(-int(context_lens.max()) // page_size)
+    num_keys = int(context_lens.max())
+    num_pages = -(-num_keys // page_size)
     tables = tables[:, :num_pages]
+    if len(group) * num_kv_heads * num_keys <= _FEW_KEYS:
+        dtype = torch.float32
+    else:
+        # oneDNN copies what has gaps between its batches.
+        num_keys = num_pages * page_size
     ends = context_lens.unsqueeze(1)
     # What stands past a sequence's end in its table may be another's page, which may hold anything.
     tables = torch.where(torch.arange(num_pages) * page_size < ends, tables, tables[:, :1])
-    slots = torch.arange(num_pages * page_size)
+    slots = torch.arange(num_keys)
     unseen = slots >= ends
     if window:
         unseen |= slots < ends - window

@@ -20,10 +20,10 @@ def rotary_table(num_positions: int, inv_freq: Tensor) -> Tensor:
     return torch.stack((torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)), 1).unsqueeze(2)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x turned by its positions: float32 [T, heads, D].
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
+    """x turned by its positions, computed in float32: a new float32 [T, heads, D], or `out`, which may be x.
 
     x of any float type [T, heads, D]; cos, sin float32 [T, 1, D], rows of `rotary_table`.
     """
     swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, sin)
+    return torch.addcmul(x * cos, swapped, sin, out=out)

@@ -53,7 +53,8 @@ def rotary_and_write(
         keys = rms_norm(keys.float(), norm.key_weight, norm.eps, torch.float32)
     cos, sin = table[positions].unbind(1)
     plan = plan_writes(slot_mapping.to(torch.int64), num_kv_heads, page_size)
-    write_pages(rotary(keys, cos, sin), values, key_pages, value_pages, plan)
+    write_pages(rotary(keys, cos, sin), key_pages, plan)
+    write_pages(values, value_pages, plan)
     return rotary(queries, cos, sin).to(key_pages.dtype)
 
 

@@ -67,11 +67,8 @@ class Decoder:
                 f"lower num_pages to {free // self.kv_page_bytes} or less",
                 field="num_pages",
             )
-        shape = (num_pages, config.num_kv_heads, PAGE_SIZE, config.head_size)
-        layers = range(config.num_layers)
-        return KVCache(
-            tuple(_zeros(shape, self._kv_dtype) for _ in layers), tuple(_zeros(shape, self._kv_dtype) for _ in layers)
-        )
+        shape = (num_pages, 2 * config.num_kv_heads, PAGE_SIZE, config.head_size)
+        return KVCache(tuple(_zeros(shape, self._kv_dtype) for _ in range(config.num_layers)))
 
     def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
         """Logits, float32 [N, vocab_size], of the rows asked for; writes the batch's keys and values into `cache`."""
@@ -81,8 +78,8 @@ class Decoder:
         residual = F.embedding(batch.token_ids, self._embedding).to(torch.float32)
         hidden = rms_norm(residual, self._layers[0].input_norm, eps, dtype)
         norms = [layer.input_norm for layer in self._layers[1:]]
-        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            attended = layer.attention(hidden, keys, values, step)
+        for layer, pages in zip(self._layers, cache.pages, strict=True):
+            attended = layer.attention(hidden, pages, step)
             hidden = layer.mlp(add_rms_norm(residual, attended, layer.mlp_norm, eps, dtype))
             if norms:
                 hidden = add_rms_norm(residual, hidden, norms.pop(0), eps, dtype)

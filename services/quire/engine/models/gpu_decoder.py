@@ -19,7 +19,7 @@ from quire.engine.models.decoder import rotary_frequencies_table
 from quire.engine.models.gpu_linear import GpuLinear, GpuLinears
 from quire.engine.models.layer import Attention, Layer, LayerLoader
 from quire.engine.models.linear import Linear
-from quire.engine.models.model import KVCache, ModelDtype
+from quire.engine.models.model import ModelDtype
 from quire.engine.models.weights import Weights
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
 from quire.kernels.paged_attention_triton import TritonAttentionPlan, paged_attention_triton, plan_attention_triton
@@ -48,6 +48,14 @@ class GpuStep:
     logit_rows: Tensor | None  # int32 [N], indexes into T; None for all of them
     limits: AttentionLimits
     grouped: bool = False  # whether keys and values that sequences share are read once
+
+
+@dataclass(frozen=True, slots=True)
+class GpuKVCache:
+    """The pool of pages on the GPU."""
+
+    keys: tuple[Tensor, ...]  # per layer: [pages, kv_heads, PAGE_SIZE, head_size]
+    values: tuple[Tensor, ...]  # the same
 
 
 class GpuDecoder:
@@ -87,7 +95,7 @@ class GpuDecoder:
         self._rotary = rotary_frequencies_table(config, divisors).to(device)
         progress(1.0)
 
-    def new_kv_cache(self, num_pages: int) -> KVCache:
+    def new_kv_cache(self, num_pages: int) -> GpuKVCache:
         """A pool of `num_pages` pages, not cleared: attention on a GPU reads no slot that is not written.
 
         Raises ModelError if memory does not suffice.
@@ -104,9 +112,9 @@ class GpuDecoder:
                 "has free: lower num_pages, kv_cache_bytes or gpu_memory_utilization",
                 field="num_pages",
             ) from error
-        return KVCache(keys, values)
+        return GpuKVCache(keys, values)
 
-    def forward(self, step: GpuStep, cache: KVCache) -> Tensor:
+    def forward(self, step: GpuStep, cache: GpuKVCache) -> Tensor:
         """The normalized hidden states of the rows that want logits, [N, hidden_size] of the model's type.
 
         Writes the step's keys and values into `cache`.
@@ -156,7 +164,9 @@ class GpuDecoder:
             for window in sorted(set(config.windows))
         }
 
-    def _attend(self, index: int, hidden: Tensor, step: GpuStep, plan: TritonAttentionPlan, cache: KVCache) -> Tensor:
+    def _attend(
+        self, index: int, hidden: Tensor, step: GpuStep, plan: TritonAttentionPlan, cache: GpuKVCache
+    ) -> Tensor:
         attention = self._layers[index].attention
         keys, values = cache.keys[index], cache.values[index]
         qkv = attention.qkv(hidden).view(hidden.shape[0], -1, self.config.head_size)

@@ -74,17 +74,17 @@ class Attention:
             query, key = (loader.vector(f"self_attn.{name}_norm.weight", config.head_size) for name in "qk")
             self.head_norm = torch.stack([query] * config.num_heads + [key] * config.num_kv_heads)
 
-    def __call__(self, hidden: Tensor, keys: Tensor, values: Tensor, step: Step) -> Tensor:
+    def __call__(self, hidden: Tensor, pages: Tensor, step: Step) -> Tensor:
         """hidden [T, hidden_size] of `step.dtype` → the same shape, of a float type; writes the step's keys and values
         into the layer's pages first."""
         qkv = self.qkv(hidden).view(hidden.shape[0], -1, self.head_size)
         rotated = qkv[:, : self.num_rotated]
         if self.head_norm is not None:
             rotated = rms_norm(rotated.to(torch.float32), self.head_norm, self.eps, torch.float32)
-        rotated = rotary(rotated, step.cos, step.sin)
-        write_pages(rotated[:, self.num_heads :], qkv[:, self.num_rotated :], keys, values, step.writes)
-        queries = rotated[:, : self.num_heads].to(keys.dtype)
-        attended = paged_attention(queries, keys, values, step.attention[self.window])
+        qkv = qkv.to(pages.dtype)
+        rotary(rotated, step.cos, step.sin, out=qkv[:, : self.num_rotated])
+        write_pages(qkv[:, self.num_heads :], pages, step.writes)
+        attended = paged_attention(qkv[:, : self.num_heads], pages, step.attention[self.window])
         return self.output(attended.view(hidden.shape[0], -1).to(step.dtype))
 
 

@@ -41,8 +41,7 @@ class ForwardBatch:
 class KVCache:
     """The pool of pages on the device."""
 
-    keys: tuple[Tensor, ...]  # per layer: [pages, kv_heads, PAGE_SIZE, head_size]
-    values: tuple[Tensor, ...]  # the same
+    pages: tuple[Tensor, ...]  # per layer: [pages, 2 × kv_heads, PAGE_SIZE, head_size], first keys, then values
 
 
 class Model(Protocol):

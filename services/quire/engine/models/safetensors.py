@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +114,11 @@ def _files(path: Path) -> list[Path]:
 def read_settings(path: Path) -> Settings:
     """A folder's config.json; raises ModelError if it can't be used."""
     file = path / "config.json"
+    return settings_of(file, read_json_object(file), folder_eos_token_ids(path))
+
+
+def read_json_object(file: Path) -> dict[str, Any]:
+    """Raises ModelError if it can't be read."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -122,6 +127,11 @@ def read_settings(path: Path) -> Settings:
         ) from error
     if not isinstance(values, dict):
         raise ModelError(f"{file} holds no JSON object: download it again", field="model")
+    return values
+
+
+def settings_of(file: Path, values: dict[str, Any], eos_token_ids: Sequence[int] = ()) -> Settings:
+    """The settings of a model in Hugging Face's words, `values` of `file`; raises ModelError if they can't be used."""
     # transformers 5 gathers what older ones wrote as rope_theta and rope_scaling.
     group = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
     rope = values.get(group) or {}
@@ -133,4 +143,4 @@ def read_settings(path: Path) -> Settings:
     nested = {f"rope_parameters.{name}": value for name, value in rope.items()}
     nested.setdefault("rope_parameters.rope_type", rope.get("type"))
     nested.setdefault("rope_parameters.rope_theta", values.get("rope_theta"))
-    return Settings(file, values | nested, spelling, folder_eos_token_ids(path))
+    return Settings(file, values | nested, spelling, eos_token_ids)

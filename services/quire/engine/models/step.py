@@ -36,7 +36,7 @@ def plan_step(
     """For a batch; `rotary` is float32 [positions, 2, 1, head_size], the pages are of `kv_dtype`."""
     cos, sin = rotary[batch.positions].unbind(1)
     return Step(
-        writes=plan_writes(batch.slot_mapping, num_kv_heads, PAGE_SIZE),
+        writes=plan_writes(batch.slot_mapping, 2 * num_kv_heads, PAGE_SIZE),
         attention={
             window: plan_attention(
                 batch.query_start, batch.context_lens, batch.block_tables, num_kv_heads, PAGE_SIZE, kv_dtype, window
