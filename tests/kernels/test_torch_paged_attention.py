@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,6 +124,13 @@ def test_decodes_of_very_different_lengths(
 ) -> None:
     """They are sorted into several batches: every row must get its own result back."""
     check(make_batch(seqs, heads, 4, 4, torch.float32, seed), window)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("length", [37, 2000])
+def test_one_decode_sees_no_slot_past_its_end(dtype: torch.dtype, length: int) -> None:
+    """One sequence alone needs no mask unless its last page has slots that it must not see."""
+    check(make_batch([(1, length)], (2, 1), 8, 16, dtype, 0))
 
 
 def test_a_window_reads_no_page_before_it() -> None:

@@ -35,7 +35,9 @@ class DecodeBatch:
 
     rows: Tensor | None  # int64 [S], their rows among the step's tokens; None if they are all of them, in order
     pages: Tensor  # int64 [2, S × kv_heads × P], indexes into the pool seen as [pages × 2 kv_heads, page_size × D]
-    mask: Tensor  # [S × kv_heads, 1, keys] of the type to compute in: 0 where there is a token, else -inf
+    num_keys: int  # of each sequence, padding included
+    dtype: torch.dtype  # to compute in
+    mask: Tensor | None  # [S × kv_heads, 1, num_keys] of `dtype`: 0 where there is a token, else -inf; None: all are
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +118,17 @@ def paged_attention(queries: Tensor, pages: Tensor, plan: AttentionPlan) -> Tens
 
 
 def _decode(queries: Tensor, pages: Tensor, batch: DecodeBatch) -> Tensor:
-    num_batches, head_size, dtype = batch.mask.shape[0], queries.shape[-1], batch.mask.dtype
+    num_batches, head_size = queries.shape[0] * pages.shape[1] // 2, queries.shape[-1]
     # The heads of a group share keys: together they are the rows of one product.
-    grouped = queries.to(dtype).reshape(num_batches, -1, head_size)
+    grouped = queries.to(batch.dtype).reshape(num_batches, -1, head_size)
     keys, values = (
-        part.view(num_batches, -1, head_size)[:, : batch.mask.shape[-1]] for part in _gather(pages, batch.pages, dtype)
+        part.view(num_batches, -1, head_size)[:, : batch.num_keys] for part in _gather(pages, batch.pages, batch.dtype)
     )
-    scores = torch.baddbmm(batch.mask, grouped, keys.transpose(1, 2), alpha=1.0 / math.sqrt(head_size))
+    scale = 1.0 / math.sqrt(head_size)
+    if batch.mask is None:
+        scores = torch.bmm(grouped * scale, keys.transpose(1, 2))
+    else:
+        scores = torch.baddbmm(batch.mask, grouped, keys.transpose(1, 2), alpha=scale)
     return torch.bmm(torch.softmax(scores, dim=-1), values).view_as(queries)
 
 
@@ -208,19 +214,28 @@ def _decode_batch(
     tables = tables[:, :num_pages]
     if len(group) * num_kv_heads * num_keys <= _FEW_KEYS:
         dtype = torch.float32
-    else:
+    sees_all = len(group) == 1 and not window and dtype is torch.float32
+    if dtype is not torch.float32:
         # oneDNN copies what has gaps between its batches.
         num_keys = num_pages * page_size
     ends = context_lens.unsqueeze(1)
     # What stands past a sequence's end in its table may be another's page, which may hold anything.
     tables = torch.where(torch.arange(num_pages) * page_size < ends, tables, tables[:, :1])
+    mask = None
+    if not sees_all:
+        mask = _padding_mask(ends, num_keys, window, dtype).repeat_interleave(num_kv_heads, dim=0).unsqueeze(1)
+    return DecodeBatch(
+        rows=None if alone else query_start[:-1][members].to(torch.int64),
+        pages=_head_pages(tables, num_kv_heads),
+        num_keys=num_keys,
+        dtype=dtype,
+        mask=mask,
+    )
+
+
+def _padding_mask(ends: Tensor, num_keys: int, window: int, dtype: torch.dtype) -> Tensor:
     slots = torch.arange(num_keys)
     unseen = slots >= ends
     if window:
         unseen |= slots < ends - window
-    mask = torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
-    return DecodeBatch(
-        rows=None if alone else query_start[:-1][members].to(torch.int64),
-        pages=_head_pages(tables, num_kv_heads),
-        mask=mask.repeat_interleave(num_kv_heads, dim=0).unsqueeze(1),
-    )
+    return torch.zeros(unseen.shape, dtype=dtype).masked_fill_(unseen, -torch.inf)
