@@ -71,7 +71,7 @@ def test_a_service_becomes_true_and_then_nothing_is_written(plane: ControlPlane,
     assert status["url"] == f"http://demo-gateway.{services.namespace}.svc:8000/v1"
     assert (status["engines"], status["replicas"]) == ("2/2", 2)
     shown = plane.kubectl("get", "qis", "-n", services.namespace).stdout.splitlines()
-    assert shown[0].split() == ["NAME", "READY", "REASON", "ENGINES", "MODEL", "URL", "AGE"]
+    assert shown[0].split() == ["NAME", "READY", "REASON", "ENGINES", "LOAD", "MODEL", "URL", "AGE"]
     assert shown[1].split()[:5] == ["demo", "True", "Serving", "2/2", "SmolLM2-135M-Instruct"]
 
     def poke(value: str) -> None:

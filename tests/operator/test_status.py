@@ -84,6 +84,31 @@ def test_a_rollout_is_over_when_only_new_pods_are_there(status: Document, is_set
     assert (said["Progressing"]["status"] == "False") is is_settled
 
 
+def test_a_service_that_scaled_to_zero_is_ready() -> None:
+    """Whoever asks gets an answer, so `kubectl wait` must not hang; that one starts, or can't, is told, too."""
+    asleep = parse(document({"engine": {"autoscaling": {"minReplicas": 0, "maxReplicas": 2}}}))
+    none, one = asleep.scaled(0), asleep.scaled(1)
+    settled = deployments(none)
+    said = conditions(none, Observed(settled))
+    assert (said["Ready"]["status"], said["Ready"]["reason"]) == ("True", "Idle")
+    assert (said["EnginesReady"]["reason"], said["Progressing"]["status"]) == ("ScaledToZero", "False")
+    said = conditions(one, Observed(settled))
+    assert (said["Ready"]["status"], said["Ready"]["reason"]) == ("True", "Waking")
+    full = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "no nvidia.com/gpu"}
+    said = conditions(one, Observed(settled, (pod("engine", {"conditions": [full]}),)))
+    assert (said["Ready"]["status"], said["Ready"]["reason"]) == ("False", "InsufficientGPUs")
+    unready = tuple(each for each in settled if not each["metadata"]["name"].endswith("-gateway"))
+    assert conditions(none, Observed(unready))["Ready"]["status"] == "False"
+
+
+def test_the_load_is_shown() -> None:
+    """It answers "how busy" in `kubectl get`."""
+    status = plain(status_of(DEMO, Observed(children=deployments(DEMO)), load=40, previous={}, now=NOW))
+    assert (status["load"], status.get("desiredReplicas")) == ("40%", None)
+    scaled = parse(document({"engine": {"autoscaling": {"maxReplicas": 5}}})).scaled(3)
+    assert plain(status_of(scaled, Observed(), previous={}, now=NOW))["desiredReplicas"] == 3
+
+
 def test_one_engine_of_three_serves() -> None:
     """Ready says whether there are answers; EnginesReady that not all of them are there."""
     service = parse(document({"engine": {"replicas": 3}}))

@@ -20,6 +20,7 @@ from router_testing import (
     engines,
     gateway,
     holder_of,
+    metric,
     prompt_of,
     request_of,
     router,
@@ -219,6 +220,24 @@ async def test_health_follows_the_engines(tmp_path: Path) -> None:
         watch.cancel()
         serving, not_serving = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
         assert seen == [serving, not_serving, serving]
+
+
+async def test_a_router_may_be_ready_without_engines(tmp_path: Path) -> None:
+    """Where engines scale to zero a request that waits is what starts one: a gateway must be able to send it."""
+    settings = {"engines": (f"unix:{tmp_path}/engine-0",), "wait": False, "hold": 30.0, "ready_without_engines": True}
+    async with (
+        router(tmp_path, [], **settings) as service,
+        channel(service.address) as link,
+        gateway(service) as session,
+    ):
+        check = health_pb2.HealthCheckRequest(service="quire.v1.SessionService")
+        answer = await health_pb2_grpc.HealthStub(link).Check(check)
+        assert answer.status == health_pb2.HealthCheckResponse.SERVING
+        request = request_of(prompt_of(1))
+        stream = session.submit(request)
+        await until(lambda: metric(service, "held_requests") == 1)
+        async with engines(tmp_path, 1):
+            await assert_whole(stream, request)
 
 
 async def test_two_routers_need_nothing_of_each_other(tmp_path: Path) -> None:

@@ -50,14 +50,15 @@ def test_flags_have_the_configs_defaults() -> None:
 def test_flags() -> None:
     """Without it a flag could be parsed and lost."""
     argv = shlex.split(
-        "--listen a:1 --engines b:2,c:3 --name r --hold 1 --max-moves 2 --retry-share 0.3 --stall-timeout 4 "
-        "--resolve-interval 5 --grace 6 --load-interval 0.7 --max-queued-updates 8 --metrics-port 9"
+        "--listen a:1 --engines b:2,c:3 --name r --hold 1 --ready-without-engines --max-moves 2 --retry-share 0.3 "
+        "--stall-timeout 4 --resolve-interval 5 --grace 6 --load-interval 0.7 --max-queued-updates 8 --metrics-port 9"
     )
     assert config_of(*argv) == RouterConfig(
         listen="a:1",
         engines=("b:2", "c:3"),
         name="r",
         hold=1,
+        ready_without_engines=True,
         max_moves=2,
         retry_share=0.3,
         stall_timeout=4,

@@ -33,6 +33,10 @@ _engines = st.fixed_dictionaries(
     {},
     optional={
         "replicas": st.integers(0, 5),
+        "autoscaling": st.fixed_dictionaries(
+            {"maxReplicas": st.integers(3, 9)},
+            optional={"minReplicas": st.integers(0, 3), "scaleInSeconds": st.integers(0, 600)},
+        ),
         "gpus": st.integers(0, 1),
         "resources": _resources,
         "maxModelLen": st.integers(16, 10**6),

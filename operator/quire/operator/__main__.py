@@ -21,6 +21,7 @@ from quire.operator.kinds import SERVICE
 from quire.operator.metrics import OperatorMetrics
 from quire.operator.queue import WakeQueue
 from quire.operator.reconciler import Reconciler
+from quire.operator.scaler import Scaler
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
@@ -67,12 +68,14 @@ async def serve(config: OperatorConfig, stop: asyncio.Event) -> None:
             if not await cluster.serves(SERVICE):
                 # Kopf would wait for ever.
                 raise ConfigError("the cluster knows no InferenceService: apply manifests/crd first")
-            reconciler = Reconciler(cluster, config)
+            scaler = Scaler(lambda key: queue.wake(key), interval=config.scale_interval)
+            reconciler = Reconciler(cluster, config, scaler.follow)
             queue = WakeQueue(reconciler.reconcile, workers=config.workers, resync=config.resync, metrics=metrics)
             try:
-                await watch(queue, stop)
+                await watch(queue, scaler, stop)
             finally:
                 await queue.close()
+                await scaler.close()
                 metrics.leads.set(0)
 
         await lead(config, api, act, stop)
@@ -105,6 +108,7 @@ def build_config(arguments: argparse.Namespace) -> OperatorConfig:
         ),
         lease_duration=arguments.lease_duration,
         resync=arguments.resync,
+        scale_interval=arguments.scale_interval,
         workers=arguments.workers,
         metrics_port=arguments.metrics_port,
     )
@@ -150,6 +154,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=default.resync,
         metavar="SECONDS",
         help="how often everything is looked at anew (default: %(default)s)",
+    )
+    option(
+        "--scale-interval",
+        type=float,
+        default=default.scale_interval,
+        metavar="SECONDS",
+        help="time between two measurements of the load of services that scale with it (default: %(default)s)",
     )
     option("--workers", type=int, default=default.workers, help="services looked at a time (default: %(default)s)")
     option("--metrics-port", type=int, default=0, metavar="PORT", help="Prometheus metrics over HTTP; 0: off")

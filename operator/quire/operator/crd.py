@@ -23,6 +23,7 @@ _COLUMNS = (
     ("Ready", "string", '.status.conditions[?(@.type=="Ready")].status', 0),
     ("Reason", "string", '.status.conditions[?(@.type=="Ready")].reason', 0),
     ("Engines", "string", ".status.engines", 0),
+    ("Load", "string", ".status.load", 0),
     ("Model", "string", ".status.model", 0),
     ("URL", "string", ".status.url", 0),
     ("Message", "string", '.status.conditions[?(@.type=="Ready")].message', 1),

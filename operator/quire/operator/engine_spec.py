@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import Meta, field
 
+from quire.operator.autoscaling_spec import Autoscaling
 from quire.operator.rules import Rule, Spec, matches
 from quire.operator.spec_parts import IMAGE, IMAGE_ADVICE, MEMORY, ResourceSpec
 
@@ -45,8 +46,17 @@ class EngineSpec(Spec, frozen=True):
     """The pods that run the model, each with a grammar sidecar."""
 
     replicas: Annotated[
-        int, Meta(description="How many. The scale subresource (kubectl scale) writes it.", ge=0, le=1000)
+        int,
+        Meta(
+            description="How many, or with autoscaling how many to begin with. The scale subresource (kubectl scale) "
+            "writes it.",
+            ge=0,
+            le=1000,
+        ),
     ] = 1
+    autoscaling: Annotated[
+        Autoscaling | None, Meta(description="Left out, there are always as many as replicas says.")
+    ] = None
     image: Annotated[
         Annotated[str, Meta(min_length=1, max_length=512)] | None, Meta(description="Left out, the operator's own.")
     ] = None

@@ -14,13 +14,14 @@ import kopf
 from quire.operator import names
 from quire.operator.kinds import CHILDREN, POD, SERVICE, Kind
 from quire.operator.queue import WakeQueue
-from quire.operator.reconciler import Key
+from quire.operator.scaler import Scaler
+from quire.operator.spec import Key
 
 
-async def watch(queue: WakeQueue, stop: asyncio.Event) -> None:
+async def watch(queue: WakeQueue, scaler: Scaler, stop: asyncio.Event) -> None:
     """Runs kopf until `stop` is set, or SIGTERM sets it."""
     await kopf.operator(
-        registry=_registry(queue, stop),
+        registry=_registry(queue, scaler, stop),
         settings=_settings(),
         clusterwide=True,
         standalone=True,
@@ -28,7 +29,7 @@ async def watch(queue: WakeQueue, stop: asyncio.Event) -> None:
     )
 
 
-def _registry(queue: WakeQueue, stop: asyncio.Event) -> kopf.OperatorRegistry:
+def _registry(queue: WakeQueue, scaler: Scaler, stop: asyncio.Event) -> kopf.OperatorRegistry:
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -41,6 +42,7 @@ def _registry(queue: WakeQueue, stop: asyncio.Event) -> kopf.OperatorRegistry:
         key = Key(namespace, name)
         if event["type"] == "DELETED":
             queue.remove(key)
+            scaler.forget(key)
         else:
             queue.add(key)
 
@@ -50,6 +52,7 @@ def _registry(queue: WakeQueue, stop: asyncio.Event) -> kopf.OperatorRegistry:
         # for `stop` is one of them.
         stop.set()
         await queue.close()
+        await scaler.close()
 
     async def child_changed(namespace: str, labels: Any, **_: Any) -> None:
         queue.wake(Key(namespace, labels.get(names.SERVICE, "")))

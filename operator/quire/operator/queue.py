@@ -11,7 +11,7 @@ import aiohttp
 
 from quire.operator.cluster import ApiException
 from quire.operator.metrics import OperatorMetrics
-from quire.operator.reconciler import Key
+from quire.operator.spec import Key
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from quire.operator import names
@@ -20,7 +19,8 @@ from quire.operator.events import events
 from quire.operator.kinds import CHILD_OF, CHILDREN, CLAIM, EVENT, POD, SECRET, SERVICE
 from quire.operator.observed import Observed, Refusal, key_of, references
 from quire.operator.resources.metadata import Manifest
-from quire.operator.spec import InferenceService, parse
+from quire.operator.scaler import Follow, unscaled
+from quire.operator.spec import InferenceService, Key, parse
 from quire.operator.status import invalid_status, plain, status_of
 from quire.operator.status_types import Status
 from quire.service.errors import ConfigError
@@ -38,20 +38,22 @@ def _utc_now() -> datetime:
     return datetime.now(UTC)
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
-    """Which service."""
-
-    namespace: str
-    name: str
-
-
 class Reconciler:
-    """Makes services true. Raises ApiException and aiohttp's errors where another try may help."""
+    """Makes services true. Raises ApiException and aiohttp's errors where another try may help.
 
-    def __init__(self, cluster: Cluster, config: OperatorConfig, now: Callable[[], datetime] = _utc_now) -> None:
+    `follow` says how many engines a service should have (see `scaler`); nobody else writes their number.
+    """
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        config: OperatorConfig,
+        follow: Follow = unscaled,
+        now: Callable[[], datetime] = _utc_now,
+    ) -> None:
         self._cluster = cluster
         self._config = config
+        self._follow = follow
         self._now = now
 
     async def reconcile(self, key: Key) -> float | None:
@@ -69,8 +71,10 @@ class Reconciler:
             await self._tell(key, previous, status)
             return None
         observed = await self._observe(service)
+        scale = self._follow(service, observed, previous)
+        service = service.scaled(scale.replicas)
         refusals = await self._write(service, observed)
-        status = status_of(service, observed, refusals=refusals, previous=previous, now=self._now())
+        status = status_of(service, observed, refusals=refusals, load=scale.load, previous=previous, now=self._now())
         # Events go first: once the status is written, its transitions are none any more.
         for event in events(service, previous, status, self._now(), self._config.identity):
             await self._announce(event)

@@ -7,6 +7,7 @@ larger parts.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import msgspec
@@ -30,7 +31,13 @@ class RouterSpec(Spec, frozen=True):
         default_factory=ResourceSpec
     )
     hold_seconds: Annotated[
-        int, Meta(description="How long a request waits for an engine when none is ready.", ge=0, le=3600)
+        int,
+        Meta(
+            description="How long a request waits for an engine when none is ready; where engines scale to zero, "
+            "loadSeconds at least.",
+            ge=0,
+            le=3600,
+        ),
     ] = 5
     max_moves: Annotated[
         int,
@@ -113,6 +120,14 @@ class InferenceServiceSpec(Spec, frozen=True):
     rules = (each_matches("image_pull_secrets", NAME, f"imagePullSecrets holds a bad name: use {NAME_ADVICE}"),)
 
 
+@dataclass(frozen=True, slots=True)
+class Key:
+    """Which service."""
+
+    namespace: str
+    name: str
+
+
 class InferenceService(msgspec.Struct, frozen=True, kw_only=True):
     """An object as far as the operator acts on it. `generation` counts changes of the spec, from 1."""
 
@@ -127,6 +142,22 @@ class InferenceService(msgspec.Struct, frozen=True, kw_only=True):
         "", r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?",
         "metadata.name becomes a part of DNS names: use at most 50 lower-case letters, digits and '-', a letter first",
     )  # fmt: skip
+
+    @property
+    def key(self) -> Key:
+        """What tells it from others."""
+        return Key(self.namespace, self.name)
+
+    @property
+    def scales_to_zero(self) -> bool:
+        """Whether it may be without engines, and is to answer all the same."""
+        autoscaling = self.spec.engine.autoscaling
+        return autoscaling is not None and autoscaling.min_replicas == 0
+
+    def scaled(self, replicas: int) -> InferenceService:
+        """The same with so many engines."""
+        engine = msgspec.structs.replace(self.spec.engine, replicas=replicas)
+        return msgspec.structs.replace(self, spec=msgspec.structs.replace(self.spec, engine=engine))
 
 
 def parse(document: Mapping[str, Any]) -> InferenceService:

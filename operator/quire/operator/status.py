@@ -53,15 +53,19 @@ def status_of(
     observed: Observed,
     *,
     refusals: Sequence[Refusal] = (),
+    load: int | None = None,
     previous: Mapping[str, Any],
     now: datetime,
 ) -> Status:
-    """The status to write. `previous` is the one that is there, whose times stay where nothing changed."""
+    """The status to write. `previous` is the one that is there, whose times stay where nothing changed.
+
+    `service` is scaled to the engines that there should be now; `load` is in percent of their targets.
+    """
     found = problems(service, observed, refusals)
     pods = {component: _pods(service, observed, component) for component in Component}
-    parts = [_part(component, pods[component], found) for component in Component]
+    parts = [_part(service, component, pods[component], found) for component in Component]
     verdicts = [
-        _ready(pods, found),
+        _ready(service, pods, found),
         _model(service, pods[Component.ENGINE], found),
         *sorted(parts, key=lambda verdict: verdict.type),
         _progressing(pods, found),
@@ -73,8 +77,10 @@ def status_of(
         url=url(service) if verdicts[0].is_true else "",
         model=model.title(service),
         replicas=engines.total,
+        desired_replicas=engines.wanted if service.spec.engine.autoscaling else None,
         ready_replicas=engines.available,
         engines=f"{engines.available}/{engines.wanted}",
+        load="" if load is None else f"{load}%",
         selector=",".join(f"{name}={value}" for name, value in selector(service, Component.ENGINE).items()),
         conditions=_dated(verdicts, service.generation, previous, now),
     )
@@ -109,9 +115,11 @@ def _pods(service: InferenceService, observed: Observed, component: Component) -
     return _Pods(wanted, total, available, is_settled)
 
 
-def _part(component: Component, pods: _Pods, found: Sequence[Problem]) -> Verdict:
+def _part(service: InferenceService, component: Component, pods: _Pods, found: Sequence[Problem]) -> Verdict:
     kind, name = _CONDITION_OF[component], component.value
     if pods.wanted == 0:
+        if service.spec.engine.autoscaling:
+            return Verdict(kind, False, "ScaledToZero", "nobody asks; the next request starts an engine")
         return Verdict(kind, False, "ScaledToZero", f"set spec.{name}.replicas to 1 or more to serve")
     if pods.available >= pods.wanted:
         return Verdict(kind, True, "Available")
@@ -121,12 +129,27 @@ def _part(component: Component, pods: _Pods, found: Sequence[Problem]) -> Verdic
     return Verdict(kind, False, "Starting", f"{pods.available} of {pods.wanted} pods of the {name} are ready")
 
 
-def _ready(pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict:
+def _ready(service: InferenceService, pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict:
+    if asleep := _asleep(service, pods, found):
+        return asleep
     # Routers are ready only with an engine, and gateways only with a router: the first of them is the cause.
     for component in (Component.ENGINE, Component.ROUTER, Component.GATEWAY):
         if pods[component].available == 0:
-            return replace(_part(component, pods[component], found), type="Ready")
+            return replace(_part(service, component, pods[component], found), type="Ready")
     return Verdict("Ready", True, "Serving")
+
+
+def _asleep(service: InferenceService, pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict | None:
+    """Of a service without engines whose requests are answered all the same, once one has started."""
+    engines = pods[Component.ENGINE]
+    holds = pods[Component.ROUTER].available and pods[Component.GATEWAY].available
+    if not service.scales_to_zero or engines.available or not holds:
+        return None
+    if engines.wanted == 0:
+        return Verdict("Ready", True, "Idle", "nobody asks; the next request starts an engine, and waits for it")
+    if any(problem.component is Component.ENGINE for problem in found):
+        return None
+    return Verdict("Ready", True, "Waking", "an engine starts; requests wait for it")
 
 
 def _model(service: InferenceService, engines: _Pods, found: Sequence[Problem]) -> Verdict:

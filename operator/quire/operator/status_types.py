@@ -30,7 +30,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_def
     url: Annotated[str, Meta(description="The OpenAI API inside the cluster, once it answers.")] = ""
     model: Annotated[str, Meta(description="What is served.")] = ""
     replicas: Annotated[int, Meta(description="Engines that there are; for the scale subresource.")] | None = None
+    desired_replicas: (
+        Annotated[int, Meta(description="Engines that there should be, if the operator decides that.")] | None
+    ) = None
     ready_replicas: Annotated[int, Meta(description="Engines that take requests.")] | None = None
     engines: Annotated[str, Meta(description="Engines that take requests, of those wanted.")] = ""
+    load: Annotated[str, Meta(description="How near engines are to the nearest of their targets.")] = ""
     selector: Annotated[str, Meta(description="The engines' pods; for the scale subresource.")] = ""
     conditions: Annotated[tuple[Condition, ...], Meta(description="What is so, by type.")] = field(default=())

@@ -25,7 +25,7 @@ def router(service: InferenceService, images: Images) -> Manifest:
             f"--engines={engines}",
             "--name=$(POD_NAME)",
             f"--metrics-port={names.ROUTER_METRICS}",
-            f"--hold={spec.hold_seconds}",
+            *_holding(service),
             f"--max-moves={spec.max_moves}",
             f"--grace={drain}",
         ],
@@ -47,3 +47,11 @@ def router(service: InferenceService, images: Images) -> Manifest:
         drain_seconds=drain,
         automountServiceAccountToken=True,
     )
+
+
+def _holding(service: InferenceService) -> list[str]:
+    """How long requests wait for an engine. Without any the router takes them only if their waiting starts one."""
+    seconds = service.spec.router.hold_seconds
+    if not service.scales_to_zero:
+        return [f"--hold={seconds}"]
+    return [f"--hold={min(max(seconds, service.spec.engine.load_seconds), 3600)}", "--ready-without-engines"]
