@@ -17,7 +17,7 @@ from quire.engine.models.head import Head
 from quire.engine.models.layer import Layer, LayerLoader
 from quire.engine.models.linear import LinearKernels
 from quire.engine.models.memory import available_memory
-from quire.engine.models.model import ForwardBatch, KVCache, ModelDtype
+from quire.engine.models.model import ForwardBatch, HiddenTaps, KVCache, ModelDtype
 from quire.engine.models.step import plan_step
 from quire.engine.models.weights import Weights, dense
 from quire.kernels.rms_norm import add_rms_norm, rms_norm
@@ -45,7 +45,7 @@ class Decoder:
             2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_size * self._kv_dtype.itemsize
         )
         head = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-        self._embedding = head_rows = dense(head).to(torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
+        self.embedding = head_rows = dense(head).to(torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
         self._layers: list[Layer] = []
         for index in range(config.num_layers):
             progress(index / config.num_layers)
@@ -53,7 +53,7 @@ class Decoder:
         self._norm = weights.vector("model.norm.weight", config.hidden_size)
         if not config.tie_word_embeddings:
             head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
-            head_rows = dense(head).to(self._embedding.dtype)
+            head_rows = dense(head).to(self.embedding.dtype)
         self._head = Head(self._kernels.linear(head), head_rows)
         self._rotary = rotary_frequencies_table(config, weights.frequency_divisors(config.head_size // 2))
         progress(1.0)
@@ -68,23 +68,31 @@ class Decoder:
                 field="num_pages",
             )
         shape = (num_pages, 2 * config.num_kv_heads, PAGE_SIZE, config.head_size)
-        return KVCache(tuple(_zeros(shape, self._kv_dtype) for _ in range(config.num_layers)))
+        return KVCache(tuple(zeroed_pages(shape, self._kv_dtype) for _ in range(config.num_layers)))
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: KVCache, taps: HiddenTaps | None = None) -> Tensor:
         """Logits, float32 [N, vocab_size], of the rows asked for; writes the batch's keys and values into `cache`."""
         config, eps = self.config, self.config.rms_norm_eps
         dtype = self._kernels.input_dtype(batch.token_ids.shape[0])
         step = plan_step(batch, self._rotary, set(config.windows), config.num_kv_heads, self._kv_dtype, dtype)
-        residual = F.embedding(batch.token_ids, self._embedding).to(torch.float32)
+        residual = F.embedding(batch.token_ids, self.embedding).to(torch.float32)
         hidden = rms_norm(residual, self._layers[0].input_norm, eps, dtype)
         norms = [layer.input_norm for layer in self._layers[1:]]
-        for layer, pages in zip(self._layers, cache.pages, strict=True):
+        for index, (layer, pages) in enumerate(zip(self._layers, cache.pages, strict=True)):
+            if taps is not None:
+                taps.keep(index, residual)
             attended = layer.attention(hidden, pages, step)
             hidden = layer.mlp(add_rms_norm(residual, attended, layer.mlp_norm, eps, dtype))
             if norms:
                 hidden = add_rms_norm(residual, hidden, norms.pop(0), eps, dtype)
-        rows = residual.add_(hidden)[batch.logit_rows]
-        return self._head(rms_norm(rows, self._norm, eps, torch.float32))
+        residual.add_(hidden)
+        if taps is not None and config.num_layers in taps.layers:
+            taps.keep(config.num_layers, rms_norm(residual, self._norm, eps, torch.float32))
+        return self._head(rms_norm(residual[batch.logit_rows], self._norm, eps, torch.float32))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [N, hidden_size], normalized as before the head → float32 [N, vocab_size]."""
+        return self._head(hidden.to(torch.float32))
 
 
 def rotary_frequencies_table(config: ModelConfig, divisors: Tensor | None) -> Tensor:
@@ -102,7 +110,8 @@ def _num_parameters(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp) + 2 * config.vocab_size * config.hidden_size
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def zeroed_pages(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """One layer's pages of a KVCache."""
     # numpy leaves zeroing to the operating system, which does it when a page of memory is touched; torch.zeros would
     # touch all of the pool at the start.
     return torch.from_numpy(np.zeros(np.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

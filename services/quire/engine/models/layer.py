@@ -12,7 +12,7 @@ from torch import Tensor
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.linear import Linear, LinearFactory
 from quire.engine.models.step import Step
-from quire.engine.models.weights import Weights
+from quire.engine.models.weights import Tensors
 from quire.kernels.paged_attention import paged_attention
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary import rotary
@@ -23,7 +23,7 @@ from quire.kernels.write_pages import write_pages
 class LayerLoader:
     """Layer `index` of a checkpoint, part by part, by Hugging Face's names within the layer."""
 
-    def __init__(self, weights: Weights, config: ModelConfig, kernels: LinearFactory, index: int) -> None:
+    def __init__(self, weights: Tensors, config: ModelConfig, kernels: LinearFactory, index: int) -> None:
         self.config = config
         self.index = index
         self._weights = weights
@@ -55,8 +55,10 @@ class Attention:
         output_bias: bool = False,
         head_norms: bool = False,
         window: int = 0,
+        input_size: int = 0,
     ) -> None:
-        """`head_norms`: queries and keys are normalized per head. `window`: how many tokens a query sees, 0 is all."""
+        """`head_norms`: queries and keys are normalized per head. `window`: how many tokens a query sees, 0 is all.
+        `input_size`: of the vectors that are attended to, 0 is the hidden size."""
         config = loader.config
         self.num_heads, self.head_size, self.eps = config.num_heads, config.head_size, config.rms_norm_eps
         self.num_rotated = config.num_heads + config.num_kv_heads
@@ -64,7 +66,7 @@ class Attention:
         rows, kv_rows = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         self.qkv = loader.linear(
             {"self_attn.q_proj": rows, "self_attn.k_proj": kv_rows, "self_attn.v_proj": kv_rows},
-            config.hidden_size,
+            input_size or config.hidden_size,
             qkv_bias,
         )
         self.output = loader.linear({"self_attn.o_proj": config.hidden_size}, rows, output_bias)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from quire.engine.models.config import ModelConfig
@@ -44,6 +45,30 @@ class KVCache:
     pages: tuple[Tensor, ...]  # per layer: [pages, 2 × kv_heads, PAGE_SIZE, head_size], first keys, then values
 
 
+@dataclass(frozen=True, slots=True)
+class HiddenTaps:
+    """Hidden states that a drafter wants of all of a step's rows, filled by `Model.forward`.
+
+    `layers` are those whose input, the residual stream, is kept; the number of layers stands for what comes out of the
+    last one, normalized.
+    """
+
+    layers: tuple[int, ...]
+    hidden: Tensor  # float32 [T, len(layers) × hidden_size], side by side in the order of `layers`
+
+    @classmethod
+    def new(cls, layers: tuple[int, ...], num_tokens: int, hidden_size: int) -> HiddenTaps:
+        """For a step of `num_tokens`."""
+        return cls(layers, torch.empty(num_tokens, len(layers) * hidden_size))
+
+    def keep(self, layer: int, hidden: Tensor) -> None:
+        """Copies hidden [T, hidden_size], the input of `layer`, if it is wanted."""
+        size = hidden.shape[1]
+        for index, wanted in enumerate(self.layers):
+            if wanted == layer:
+                self.hidden[:, index * size : (index + 1) * size] = hidden
+
+
 class Model(Protocol):
     """A decoder whose weights are loaded."""
 
@@ -53,5 +78,6 @@ class Model(Protocol):
     def new_kv_cache(self, num_pages: int) -> KVCache:
         """A pool of `num_pages` pages in this model's KV dtype; raises ModelError if memory does not suffice."""
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
-        """Logits, float32 [N, vocab_size], of the rows asked for; writes the batch's keys and values into `cache`."""
+    def forward(self, batch: ForwardBatch, cache: KVCache, taps: HiddenTaps | None = None) -> Tensor:
+        """Logits, float32 [N, vocab_size], of the rows asked for; writes the batch's keys and values into `cache`, and
+        what `taps` asks for into it."""

@@ -47,7 +47,7 @@ def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress
     Raises ModelError if the architecture is not supported, a setting can't be served, or a tensor is missing, left over
     or misshapen.
     """
-    weights, config, family = _open(path, format, progress)
+    weights, config, family = open_weights(path, format, progress)
     model = Decoder(weights, config, family.load_layer, dtype, lambda done: progress(done, "loading weights"))
     weights.finish()
     return model
@@ -69,16 +69,17 @@ def load_gpu_model(
     made: Weights | None = None
     if dummy and format is CheckpointFormat.FOLDER:
         made = DummyWeights(path, device, torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
-    weights, config, family = _open(path, format, progress, made)
+    weights, config, family = open_weights(path, format, progress, made)
     loading = "making random weights" if dummy else "loading weights"
     model = GpuDecoder(weights, config, family.load_layer, dtype, device, lambda done: progress(done, loading))
     weights.finish()
     return model
 
 
-def _open(
+def open_weights(
     path: Path, format: CheckpointFormat, progress: Progress, made: Weights | None = None
 ) -> tuple[Weights, ModelConfig, Family]:
+    """A checkpoint without its tensors being read; `made` takes its place. Raises ModelError as `load_model` does."""
     progress(0.0, f"reading {path.name}")
     weights = made
     if weights is None:

@@ -37,16 +37,20 @@ class QuantizedWeight:
 LinearWeight = Tensor | QuantizedWeight
 
 
-class Weights(Protocol):
-    """An open checkpoint. Every method raises ModelError that names tensor and file if a tensor is not as expected."""
-
-    settings: Settings
+class Tensors(Protocol):
+    """Tensors by name. Every method raises ModelError that names tensor and file if a tensor is not as expected."""
 
     def vector(self, name: str, size: int) -> Tensor:
         """Float32 [size]."""
 
     def matrix(self, name: str, rows: int, columns: int) -> LinearWeight:
         """[rows, columns], in the type it is stored in."""
+
+
+class Weights(Tensors, Protocol):
+    """An open checkpoint of a model."""
+
+    settings: Settings
 
     def frequency_divisors(self, size: int) -> Tensor | None:
         """Float32 [size], by which rotary frequencies are to be divided; None if the settings say it all."""

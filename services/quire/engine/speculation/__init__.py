@@ -1,0 +1,1 @@
+"""Speculative decoding: who drafts tokens, how they are verified, how many are worth it."""
