@@ -93,6 +93,9 @@ def test_version(capsys: Output) -> None:
         ("serve --num-pages 0", "--num-pages is 0: it must be at least 1"),
         ("serve --kv-cache-bytes 0", "--kv-cache-bytes is 0: it must be at least 1"),
         ("serve --threads 0", "--threads is 0: it must be at least 1"),
+        ("serve --tls-cert a", "--tls-cert and --tls-key belong together: give both or neither"),
+        ("serve --tls-cert /no/such --tls-key a", "--tls-cert: can't read /no/such: No such file or directory"),
+        ("serve --tool-call-format xml", "argument --tool-call-format: invalid choice: 'xml' (choose from"),
         ("serve --host ''", "--host is empty: give an address of this machine, such as 127.0.0.1"),
         ("serve --host no.such.host.invalid --port 0", "--host is 'no.such.host.invalid', which is no address"),
         (

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -25,6 +26,8 @@ from quire.cli.services import ServeConfig, stages
 from quire.service.errors import ConfigError
 
 Output = pytest.CaptureFixture[str]
+
+TLS = ("tls_cert", "tls_key", "tls_client_ca")
 
 SERVE = [sys.executable, "-m", "quire.cli.main", "serve"]
 
@@ -51,15 +54,27 @@ def commands(tmp_path: Path, config: ServeConfig) -> dict[str, list[str]]:
 def test_flags_reach_the_services(tmp_path: Path) -> None:
     """A flag that is dropped on the way is a setting that silently does not hold."""
     config = ServeConfig("m.gguf", 2, "float32", "::", 81, 82, 512, 8, 99, 1 << 30, 3, "debug", "json", "/keys", 4)
+    files = [str(tmp_path / name) for name in ("crt", "key", "ca")]
+    for file in files:
+        Path(file).write_text("")
+    config = replace(config, tool_call_format="hermes", **dict(zip(TLS, files, strict=True)))
     planned = commands(tmp_path, config)
     assert list(planned) == ["gateway", "router", "engine-0", "engine-1", "sidecar-0", "sidecar-1"]
     assert len(planned) == config.num_processes
     for command in planned.values():
         assert {"--log-level=debug", "--log-format=json"} <= set(command)
-    assert {"--host=::", "--port=81", "--grpc-listen=[::]:82", "--max-model-len=512", "--model=m.gguf"} <= set(
+    assert {
+        "--host=::",
+        "--port=81",
+        f"--grpc-listen=[::]:82,unix:{tmp_path}/gateway.sock",
+        "--max-model-len=512",
+        "--model=m.gguf",
+    } <= set(planned["gateway"])
+    assert {"--api-keys=/keys", "--workers=4", "--tool-call-format=hermes"} <= set(planned["gateway"])
+    assert {f"--{name.replace('_', '-')}={file}" for name, file in zip(TLS, files, strict=True)} <= set(
         planned["gateway"]
     )
-    assert {"--api-keys=/keys", "--workers=4"} <= set(planned["gateway"])
+    assert config.url == "https://[::1]:81"
     assert f"--engines=unix:{tmp_path}/engine-0.sock,unix:{tmp_path}/engine-1.sock" in planned["router"]
     for index in range(2):
         assert {

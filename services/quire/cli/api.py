@@ -55,6 +55,9 @@ class Server:
             # A proxy can't reach this machine's own addresses.
             "trust_env": httpx.URL(base).host not in _LOOPBACK,
         }
+        if base.startswith("https:"):
+            # With SSL_CERT_FILE, for this machine's own addresses too: their certificates are seldom anybody else's.
+            options["verify"] = httpx.create_ssl_context()
         if self.api_key:
             options["headers"] = {"authorization": f"Bearer {self.api_key}"}
         return options

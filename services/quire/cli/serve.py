@@ -21,10 +21,12 @@ from quire.cli.output import OutputPipe
 from quire.cli.progress import LoadProgress
 from quire.cli.runtime_dir import Serving, announce, runtime_dir
 from quire.cli.services import ServeConfig, engine_addresses, stages
+from quire.gateway.tools.choice import ToolFormat
 from quire.service.checkpoint.locate import EMBEDDED_MODEL, locate
 from quire.service.errors import ConfigError
 from quire.service.logs import LogFormat, setup_logging
 from quire.service.supervisor import ChildDiedError, ChildSpec, Supervisor
+from quire.service.tls_files import add_tls_flags
 
 _EXAMPLES = """\
   quire serve
@@ -34,7 +36,9 @@ _EXAMPLES = """\
   quire serve --engines 2 --dtype float32
       two engines behind one router, exact numbers
   quire serve --host 0.0.0.0 --grpc-port 8001 --log-format json
-      for other machines too, with the public gRPC service"""
+      for other machines too, with the public gRPC service
+  quire serve --tls-cert tls.crt --tls-key tls.key --api-keys keys.jsonl
+      over TLS, for those who have a key"""
 
 _DESCRIPTION = """\
 Starts a gateway, a router, engines and their sidecars on this machine, each a
@@ -84,6 +88,11 @@ def _parser() -> Parser:
     add("--port", type=int, default=default.port, help="of HTTP; 0 picks a free one (default: %(default)s)")
     add("--grpc-port", type=int, metavar="PORT", help="of the public gRPC service; 0 picks a free one (default: off)")
     add("--api-keys", default="", metavar="FILE", help="made by quire keys (default: everybody may ask)")
+    add_tls_flags(add, "HTTP and gRPC")
+    add(
+        "--tool-call-format", default="", choices=[style.value for style in ToolFormat],
+        help="how the model writes calls to tools (default: as its chat template tells)",
+    )  # fmt: skip
     add("--workers", type=int, metavar="N", help="gateway processes on the same port (default: 1)")
     add("--max-model-len", type=int, metavar="TOKENS", help="prompt and output (default: the model's context)")
     add("--max-num-seqs", type=int, metavar="N", help="sequences in an engine's batch (default: the engine's)")

@@ -12,7 +12,9 @@ from pathlib import Path
 from quire.cli.flags import at_least
 from quire.cli.probes import follow_loading, until_serving
 from quire.service.errors import ConfigError
+from quire.service.pem import read_pem
 from quire.service.supervisor import ChildSpec
+from quire.service.tls_files import TlsFiles
 
 MAX_ENGINES = 64
 
@@ -47,8 +49,22 @@ class ServeConfig:
     # For the gateway: a file of `quire keys`, empty is open to everybody; processes on its port.
     api_keys: str = ""
     workers: int | None = None
+    # PEM files for its HTTP and gRPC, all empty is plain text; how the model writes calls to tools, empty is as its
+    # template tells.
+    tls_cert: str = ""
+    tls_key: str = ""
+    tls_client_ca: str = ""
+    tool_call_format: str = ""
+
+    @property
+    def tls(self) -> TlsFiles | None:
+        """None: plain text. Raises ConfigError if half of it is given."""
+        return TlsFiles.given(self.tls_cert, self.tls_key, self.tls_client_ca)
 
     def __post_init__(self) -> None:
+        # Said now, not when all is loaded.
+        if self.tls is not None:
+            read_pem(self.tls.paths)
         if not 1 <= self.engines <= MAX_ENGINES:
             raise ConfigError(f"--engines is {self.engines}: it must lie in [1, {MAX_ENGINES}]", field="engines")
         for name, value in (("port", self.port), ("grpc-port", self.grpc_port)):
@@ -76,7 +92,8 @@ class ServeConfig:
     @property
     def url(self) -> str:
         """Where this machine finds the HTTP API."""
-        return f"http://{_address(self.local_host, self.port)}"
+        scheme = "http" if self.tls is None else "https"
+        return f"{scheme}://{_address(self.local_host, self.port)}"
 
     @property
     def threads_per_engine(self) -> int:
@@ -103,9 +120,10 @@ def stages(config: ServeConfig, folder: Path, report: Report) -> list[list[Child
 
 
 def _gateway(config: ServeConfig, folder: Path) -> ChildSpec:
+    # The socket is always there: it is plain, whatever certificates clients must show elsewhere.
     listens = health = _socket(folder, "gateway")
     if config.grpc_port is not None:
-        listens, health = (_address(host, config.grpc_port) for host in (config.host, config.local_host))
+        listens = f"{_address(config.host, config.grpc_port)},{health}"
     flags = {
         "--routers": _socket(folder, "router"),
         "--model": config.model,
@@ -113,7 +131,12 @@ def _gateway(config: ServeConfig, folder: Path) -> ChildSpec:
         "--port": config.port,
         "--grpc-listen": listens,
         "--max-model-len": config.max_model_len,
-        "--api-keys": config.api_keys and Path(config.api_keys).resolve(),
+        "--tool-call-format": config.tool_call_format,
+        # Not resolved: a renewed file may be another one behind the same link.
+        "--api-keys": config.api_keys and Path(config.api_keys).absolute(),
+        "--tls-cert": config.tls_cert and Path(config.tls_cert).absolute(),
+        "--tls-key": config.tls_key and Path(config.tls_key).absolute(),
+        "--tls-client-ca": config.tls_client_ca and Path(config.tls_client_ca).absolute(),
         "--workers": config.workers,
         "--grace": GRACE_SECONDS,
     }
