@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import grpc
-from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer
+from opentelemetry.trace import Span, SpanKind, StatusCode, Tracer, format_trace_id
 
 from quire.engine.hub import Client, Hub
 from quire.engine.phase import Phase, PhaseState
 from quire.engine.sidecar_client import SidecarClient
 from quire.service.errors import InvalidRequestError, NotFoundError, QuireError, UnavailableError
 from quire.service.grpc_server import abort
+from quire.service.logs import facts_of
 from quire.service.request import Finished, FinishReason, Request, Update
 from quire.service.tracing import parent_context, trace_context
 from quire.service.wire import request_from_proto, update_to_proto
@@ -57,6 +60,39 @@ class SessionServicer(session_pb2_grpc.SessionServiceServicer):
             session.close()
 
 
+@dataclass(slots=True)
+class _InFlight:
+    """What is told of a request when it ends: its span, and one line in the log."""
+
+    span: Span
+    request_id: str
+    prompt_tokens: int
+    began: float
+    cached_tokens: int = 0
+    output_tokens: int = 0
+
+    def end(self, reason: str, error: QuireError | None) -> None:
+        """It has had its terminal event, or nobody waits for it any more."""
+        span = self.span
+        span.set_attribute("gen_ai.usage.output_tokens", self.output_tokens)
+        span.set_attribute("gen_ai.response.finish_reasons", [reason])
+        facts: dict[str, object] = {
+            "request_id": self.request_id,
+            "trace_id": format_trace_id(span.get_span_context().trace_id),
+            "reason": reason,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "output_tokens": self.output_tokens,
+            "seconds": round(time.perf_counter() - self.began, 4),
+        }
+        if error is not None:
+            span.set_attribute("error.type", error.code.value)
+            span.set_status(StatusCode.ERROR, error.message)
+            facts |= facts_of(error)
+        span.end()
+        logger.info("request", extra=facts)
+
+
 class _Session:
     """A router's requests on this engine."""
 
@@ -68,8 +104,7 @@ class _Session:
         self._sidecar = sidecar
         self._tracer = tracer
         self._client = Client(self._deliver)
-        self._spans: dict[int, Span] = {}
-        self._output_tokens: dict[int, int] = {}
+        self._in_flight: dict[int, _InFlight] = {}
         self._compiling: dict[int, asyncio.Task[None]] = {}
 
     async def read(self, frames: AsyncIterator[session_pb2.SessionRequest]) -> None:
@@ -98,19 +133,18 @@ class _Session:
         for task in self._compiling.values():
             task.cancel()
         self._hub.leave(self._client)
-        for span in self._spans.values():
-            span.set_status(StatusCode.ERROR, "the session ended first")
-            span.end()
+        for request in self._in_flight.values():
+            request.end("cancelled", UnavailableError("the session ended first"))
 
     def _submit(self, submit: session_pb2.Submit) -> None:
         key = submit.key
-        if key in self._spans:
+        if key in self._in_flight:
             raise InvalidRequestError(f"key {key} is in use: a session's keys are unique", field="key")
         try:
             request = request_from_proto(submit.request)
             self._check(request)
         except QuireError as error:
-            self._refuse(key, error)
+            self._refuse(submit, error)
             return
         span = self._tracer.start_span(
             f"generate {request.model}",
@@ -126,8 +160,7 @@ class _Session:
                 "quire.request_id": request.request_id,
             },
         )
-        self._spans[key] = span
-        self._output_tokens[key] = 0
+        self._in_flight[key] = _InFlight(span, request.request_id, len(request.prompt_token_ids), time.perf_counter())
         if request.constraint is None:
             self._hub.submit(self._client, key, request)
         else:
@@ -167,8 +200,10 @@ class _Session:
             compiling.cancel()
             self._deliver([Update(key, finished=Finished(FinishReason.CANCELLED))])
 
-    def _refuse(self, key: int, error: QuireError) -> None:
-        update = Update(key, finished=Finished(FinishReason.ERROR, error))
+    def _refuse(self, submit: session_pb2.Submit, error: QuireError) -> None:
+        facts = {"request_id": submit.request.request_id, "traceparent": submit.request.trace.traceparent}
+        logger.info("request refused", extra={**facts, **facts_of(error)})
+        update = Update(submit.key, finished=Finished(FinishReason.ERROR, error))
         self._send([update])
 
     def _deliver(self, updates: list[Update]) -> None:
@@ -184,18 +219,15 @@ class _Session:
         self.frames.put_nowait(session_pb2.SessionResponse(step=frame))
 
     def _trace(self, update: Update) -> None:
-        span = self._spans[update.key]
+        request = self._in_flight[update.key]
         if update.started is not None:
-            span.add_event("started")
-            span.set_attribute("gen_ai.usage.cache_read.input_tokens", update.started.cached_tokens)
+            request.cached_tokens = update.started.cached_tokens
+            request.span.add_event("started")
+            request.span.set_attribute("gen_ai.usage.cache_read.input_tokens", update.started.cached_tokens)
         if update.token_ids:
-            if self._output_tokens[update.key] == 0:
-                span.add_event("first token")
-            self._output_tokens[update.key] += len(update.token_ids)
+            if not request.output_tokens:
+                request.span.add_event("first token")
+            request.output_tokens += len(update.token_ids)
         if update.finished is not None:
-            span.set_attribute("gen_ai.usage.output_tokens", self._output_tokens.pop(update.key))
-            span.set_attribute("gen_ai.response.finish_reasons", [update.finished.reason.value.lower()])
-            if update.finished.error is not None:
-                span.set_attribute("error.type", update.finished.error.code.value)
-                span.set_status(StatusCode.ERROR, update.finished.error.message)
-            self._spans.pop(update.key).end()
+            del self._in_flight[update.key]
+            request.end(update.finished.reason.value.lower(), update.finished.error)

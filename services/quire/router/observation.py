@@ -11,6 +11,7 @@ from quire.router.fleet import Choice
 from quire.router.flight import Flight
 from quire.router.metrics import RouterMetrics
 from quire.service.errors import QuireError
+from quire.service.logs import facts_of
 from quire.service.request import Finished, Request, Started
 from quire.service.tracing import parent_context
 
@@ -93,7 +94,7 @@ class RequestObserver:
         if flight.first_token_at is not None:
             facts["first_token_seconds"] = round(flight.first_token_at - flight.submitted_at, 4)
         if finished.error is not None:
-            facts |= {"code": finished.error.code.value, "error": finished.error.message}
+            facts |= facts_of(finished.error)
         logger.info("request", extra=facts)
 
 

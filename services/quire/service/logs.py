@@ -12,6 +12,8 @@ import sys
 from datetime import datetime
 from enum import Enum
 
+from quire.service.errors import ErrorCode, QuireError
+
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
@@ -60,6 +62,16 @@ def setup_logging(process: str, *, level: str = "info", style: LogFormat = LogFo
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "asyncio", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def facts_of(error: QuireError) -> dict[str, object]:
+    """What a request's line in the log says of its error.
+
+    What a request is refused with quotes it, and what a client writes is no matter for the log: then only the field.
+    """
+    if error.code is ErrorCode.INVALID_ARGUMENT:
+        return {"code": error.code.value, "field": error.field}
+    return {"code": error.code.value, "error": error.message}
 
 
 def _facts(record: logging.LogRecord) -> dict[str, object]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
-from opentelemetry.trace import SpanKind, StatusCode, Tracer
+from opentelemetry.trace import SpanKind, StatusCode, Tracer, format_trace_id
 
 from quire.service.errors import InvalidRequestError, QuireError
 from quire.service.grpc_server import abort
@@ -19,6 +21,8 @@ from quire.v1 import grammar_pb2, grammar_pb2_grpc
 SERVICE = grammar_pb2.DESCRIPTOR.services_by_name["GrammarService"].full_name
 
 _Context = grpc.aio.ServicerContext[Any, Any]
+
+logger = logging.getLogger(__name__)
 
 
 class GrammarServicer(grammar_pb2_grpc.GrammarServiceServicer):
@@ -33,18 +37,25 @@ class GrammarServicer(grammar_pb2_grpc.GrammarServiceServicer):
     ) -> grammar_pb2.CompileResponse:
         """Compiles into the cache; a span of the caller's trace shows how long it took."""
         span = self._tracer.start_span("compile_grammar", parent_context(_trace(context)), SpanKind.SERVER)
+        facts: dict[str, str | int | bool] = {}
+        outcome, began = "cancelled", time.perf_counter()
         try:
             constraint = _constraint(request)
-            span.set_attribute("quire.constraint.kind", constraint.kind.value)
-            span.set_attribute("quire.constraint.bytes", len(constraint.source.encode()))
-            grammar, cached = await self._core.compile(constraint, request.cache_salt)
-            span.set_attribute("quire.constraint.cached", cached)
-            return grammar_pb2.CompileResponse(cached=cached, compile_seconds=grammar.seconds)
+            facts |= {"kind": constraint.kind.value, "bytes": len(constraint.source.encode())}
+            grammar, facts["cached"] = await self._core.compile(constraint, request.cache_salt)
+            outcome = "ok"
+            return grammar_pb2.CompileResponse(cached=bool(facts["cached"]), compile_seconds=grammar.seconds)
         except QuireError as error:
+            # Its message quotes the constraint, which is the client's own: no matter for the log.
+            outcome = error.code.value.lower()
             span.set_status(StatusCode.ERROR, error.message)
             await abort(context, error)
         finally:
+            span.set_attributes({f"quire.constraint.{name}": value for name, value in facts.items()})
             span.end()
+            seconds = round(time.perf_counter() - began, 4)
+            told = {"trace_id": format_trace_id(span.get_span_context().trace_id), "outcome": outcome}
+            logger.info("constraint", extra={**told, **facts, "seconds": seconds})
 
     async def Step(  # noqa: N802
         self, requests: AsyncIterator[grammar_pb2.StepRequest], context: _Context
