@@ -60,16 +60,24 @@ def test_killing_the_other_engine_disturbs_nothing(served: Served, client: OpenA
 
 
 def test_killing_the_engine_of_a_stream_moves_it(served: Served, client: OpenAI, receiver: OtlpReceiver) -> None:
-    """The router holds every stream's tokens: the client sees one unbroken answer, the same as without the fault."""
+    """The router holds every stream's tokens: the client sees one unbroken answer, the same as without the fault, and
+    one trace, in which the engine that took over stands where the dead one would."""
     prompt = long_prompt("elephants")
     undisturbed, engine, _ = ask(client, receiver, prompt, 60)
+    trace_id, caller = secrets.token_hex(16), secrets.token_hex(8)
     stream = client.completions.create(
-        model=MODEL, prompt=prompt, max_tokens=60, temperature=0, stream=True, stream_options={"include_usage": True}
-    )
+        model=MODEL, prompt=prompt, max_tokens=60, temperature=0, stream=True, stream_options={"include_usage": True},
+        extra_headers={"traceparent": f"00-{trace_id}-{caller}-01"},
+    )  # fmt: skip
     text = "".join(next(stream).choices[0].text for _ in range(3))
     os.kill(served.pid_of("quire.engine", f"--name={engine}"), signal.SIGKILL)
     chunks = list(stream)
     text += "".join(choice.text for chunk in chunks for choice in chunk.choices)
     assert text == undisturbed
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 60
+    by_service = {span.service: span for span in receiver.trace(trace_id, SERVICES)}
+    gateway, router, second = (by_service[f"quire-{service}"] for service in ("gateway", "router", "engine"))
+    assert (gateway.parent_id, router.parent_id, second.parent_id) == (caller, gateway.span_id, router.span_id)
+    assert router.attributes["quire.moves"] == 1
+    assert second.attributes["quire.engine"] == router.attributes["quire.engine"] != engine
     until_ready(served.process, served.url, served.log, 60)

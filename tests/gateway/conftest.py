@@ -59,8 +59,7 @@ def spans() -> InMemorySpanExporter:
 
 @pytest.fixture
 def tracing(spans: InMemorySpanExporter) -> Iterator[Tracing]:
-    tracing = Tracing("gateway")
-    tracing._provider.add_span_processor(SimpleSpanProcessor(spans))
+    tracing = Tracing("gateway", processor=SimpleSpanProcessor(spans))
     yield tracing
     tracing.close()
 
