@@ -112,6 +112,17 @@ async def test_wrong_fields_are_named(
     await assert_nothing_is_held(gateway, http, tasks)
 
 
+@pytest.mark.parametrize(("kind", "what"), [("image_url", "images"), ("input_audio", "audio"), ("file", "files")])
+async def test_what_no_model_takes_is_refused_whatever_its_number(
+    http: httpx.AsyncClient, kind: str, what: str
+) -> None:
+    """Without it a client would look for the size or the number that is let in, where none is."""
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {"url": "data:image/png;base64,AAAA"}}]
+    body = {"model": MODEL, "messages": [{"role": "user", "content": parts}]}
+    text = assert_refused(await http.post("/v1/chat/completions", json=body), 400, "messages[0].content[1].type")
+    assert f"'{kind}'" in text and f"take no {what}, not even one; send parts of type 'text'" in text
+
+
 async def assert_nothing_is_held(gateway: Gateway, http: httpx.AsyncClient, tasks: int) -> None:
     """No request in flight, none waiting for a router, no task more than before."""
     assert gateway._sessions.in_flight == 0

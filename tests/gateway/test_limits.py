@@ -141,8 +141,11 @@ async def test_reader_that_stalls_is_cut_off(
     assert not kept.cancelled.is_set()
     assert await metric(gateway, 'quire_gateway_stalled_readers_total{api="http"}') == 1
     kept.send(encode(" end"), finish=FinishReason.STOP)
-    assert b"[DONE]" in await read
-    assert b"[DONE]" not in await stalled.rest()
+    whole = await read
+    assert b"[DONE]" in whole and whole.endswith(b"0\r\n\r\n")
+    # No event can say so, but the cut is no end: the last chunk is missing, too.
+    cut = await stalled.rest()
+    assert b"[DONE]" not in cut and not cut.endswith(b"0\r\n\r\n")
 
 
 @pytest.mark.usefixtures("small_buffers")

@@ -1,8 +1,12 @@
 """uvicorn's HTTP connection with the limits that it lacks: on a head's size, on slow senders and on readers that stall.
 
 `http_server` gives the class to uvicorn. What is too large or too slow is answered here, in OpenAI's shape, if nothing
-of a request has come to the application yet; a reader that stalls can be told nothing: its connection is cut, which the
-application sees as a client that went away, so its requests are cancelled down to the engine.
+of a request has come to the application yet.
+
+A reader that stalls is cut off without an error event: what it has not read stands before anything that could be said,
+in buffers that are full, and to wait until it reads is what the limit ends. It can tell the cut from an end: the body
+lacks its last chunk, which HTTP clients report as an incomplete answer, and the stream its [DONE]. The application sees
+a client that went away, so its requests are cancelled down to the engine.
 """
 
 from __future__ import annotations

@@ -24,6 +24,8 @@ MAX_TOOLS = 128
 
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _OTHER_PARTS = ("refusal", "image_url", "input_audio", "file")
+# What no model here takes: not one of them passes, so there is no limit to set.
+_NOT_TAKEN = {"image_url": "images", "input_audio": "audio", "file": "files"}
 
 
 def read_messages(messages: Sequence[ChatMessage]) -> tuple[Message, ...]:
@@ -100,8 +102,10 @@ def _content(where: str, message: ChatMessage, *, required: bool) -> str:
 
 def _part(where: str, part: ContentPart) -> str:
     if part.type != "text":
+        what = _NOT_TAKEN.get(part.type, "such parts")
         raise InvalidRequestError(
-            f"{where}.type is {part.type!r}, which is not supported: this model takes parts of type 'text'",
+            f"{where}.type is {part.type!r}, which is not supported: the models served here take no {what}, not even "
+            "one; send parts of type 'text'",
             field=f"{where}.type",
         )
     for name in _OTHER_PARTS:
