@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -28,7 +29,15 @@ class Served:
 
     def pid_of(self, *words: str) -> int:
         """The one process behind this server whose command line holds all of `words`."""
-        found = [pid for pid, command in descendants(self.process.pid).items() if all(w in command for w in words)]
+        return self._find(words)[0]
+
+    def command_of(self, *words: str) -> list[str]:
+        """Its command line."""
+        return self._find(words)[1]
+
+    def _find(self, words: tuple[str, ...]) -> tuple[int, list[str]]:
+        processes = descendants(self.process.pid).items()
+        found = [(pid, command) for pid, command in processes if all(word in command for word in words)]
         assert len(found) == 1, f"{words}: {found}"
         return found[0]
 
@@ -51,9 +60,17 @@ def free_port() -> int:
 
 @contextmanager
 def serve(
-    log: Path, *flags: str, environment: dict[str, str] | None = None, deadline: float = 90.0
+    log: Path,
+    *flags: str,
+    environment: dict[str, str] | None = None,
+    deadline: float = 90.0,
+    folder: Path | None = None,
+    ca: Path | None = None,
 ) -> Iterator[Served]:
-    """Runs `quire serve` until the block ends, ready when it is entered."""
+    """Runs `quire serve` until the block ends, ready when it is entered.
+
+    It runs in `folder`, and speaks TLS with a certificate that `ca` signed, if they are given.
+    """
     port, grpc_port = free_port(), free_port()
     command = [
         sys.executable,
@@ -70,11 +87,11 @@ def serve(
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            env=os.environ | (environment or {}), start_new_session=True,
+            env=os.environ | (environment or {}), start_new_session=True, cwd=folder,
         )  # fmt: skip
     try:
-        url = f"http://127.0.0.1:{port}"
-        until_ready(process, url, log, deadline)
+        url = f"{'http' if ca is None else 'https'}://127.0.0.1:{port}"
+        until_ready(process, url, log, deadline, ca)
         yield Served(process, url, f"127.0.0.1:{grpc_port}", log, time.monotonic() - began)
     finally:
         if process.poll() is None:
@@ -82,14 +99,15 @@ def serve(
         process.wait(60)
 
 
-def until_ready(process: subprocess.Popen[bytes], url: str, log: Path, deadline: float) -> None:
+def until_ready(process: subprocess.Popen[bytes], url: str, log: Path, deadline: float, ca: Path | None = None) -> None:
     """Asks /ready until it says yes."""
+    verify = True if ca is None else ssl.create_default_context(cafile=ca)
     end = time.monotonic() + deadline
     while time.monotonic() < end:
         if process.poll() is not None:
             raise RuntimeError(f"quire serve ended with {process.returncode}:\n{log.read_text()}")
         try:
-            if httpx.get(f"{url}/ready", timeout=2.0).status_code == 200:
+            if httpx.get(f"{url}/ready", timeout=2.0, verify=verify).status_code == 200:
                 return
         except httpx.TransportError:
             pass
