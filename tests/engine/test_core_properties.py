@@ -1,4 +1,4 @@
-"""The engine's core under random arrivals, cancels, deadlines, full caches, shared prefixes, grammars and scores."""
+"""The engine's core under random arrivals, cancels, deadlines, full caches, common prefixes, grammars, drafts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
+from draft_oracle import Oracle
 from hypothesis import HealthCheck, event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from page_machine import EOS, VOCAB_SIZE, Grammar, PageMachine, run_alone, score
@@ -14,6 +15,7 @@ from quire.engine.core import EngineCore
 from quire.engine.page_pool import PagePool
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.sequence import SequenceState, pages_for
+from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.errors import OverloadedError
 from quire.service.pages import PAGE_SIZE, prefix_hashes
 from quire.service.request import (
@@ -43,9 +45,21 @@ class EngineMachine(RuleBasedStateMachine):
         max_model_len=st.integers(20, 90),
         caching=st.booleans(),
         run_ahead=st.booleans(),
+        quality=st.sampled_from([None, None, 0.0, 0.5, 0.9, 1.0]),
+        num_drafts=st.integers(0, 6),
+        num_forced=st.integers(0, 6),
     )
     def start(
-        self, extra_pages: int, max_num_seqs: int, budget: int, max_model_len: int, caching: bool, run_ahead: bool
+        self,
+        extra_pages: int,
+        max_num_seqs: int,
+        budget: int,
+        max_model_len: int,
+        caching: bool,
+        run_ahead: bool,
+        quality: float | None,
+        num_drafts: int,
+        num_forced: int,
     ) -> None:
         num_pages = pages_for(max_model_len) + extra_pages
         self.pool = PagePool(num_pages)
@@ -54,8 +68,18 @@ class EngineMachine(RuleBasedStateMachine):
         self.now = 1000.0
         self.grammar = Grammar({})
         self.runner = PageMachine(num_pages, max_num_seqs, max_model_len)
+        self.speculator = None
+        if quality is not None:
+            oracle = Oracle(self.whole, quality, VOCAB_SIZE)
+            self.speculator = Speculator(oracle, SpeculationConfig(num_drafts, num_forced))
         self.core = EngineCore(
-            self.runner, self.scheduler, self.grammar, VOCAB_SIZE, clock=lambda: self.now, run_ahead=run_ahead
+            self.runner,
+            self.scheduler,
+            self.grammar,
+            VOCAB_SIZE,
+            clock=lambda: self.now,
+            run_ahead=run_ahead,
+            speculator=self.speculator,
         )
         self.requests: dict[int, Request] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -120,6 +144,11 @@ class EngineMachine(RuleBasedStateMachine):
             self.take(self.core.step())
             self.check_pages()
 
+    def whole(self, key: int) -> list[int]:
+        request = self.requests[key]
+        alone, _ = run_alone(request, self.scheduler.config.max_model_len)
+        return [*request.prompt_token_ids, *alone]
+
     def take(self, updates: list[Update]) -> None:
         for update in updates:
             assert update.key not in self.finished, "an event after the terminal one"
@@ -146,7 +175,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert not sequence.block_table and sequence.slot == -1
                 continue
             assert len(set(sequence.block_table)) == len(sequence.block_table)
-            assert len(sequence.block_table) == pages_for(sequence.num_computed)
+            assert len(sequence.block_table) == pages_for(sequence.num_computed + len(sequence.drafts))
             for page in sequence.block_table:
                 held[page] += 1
         assert held == [pool.references(page) for page in range(pool.num_pages)]
@@ -181,6 +210,12 @@ class EngineMachine(RuleBasedStateMachine):
         for sequence in self.grammar.told:
             assert sequence in self.core._released, "a grammar's state is kept for ever"
         event(f"preemptions: {min(self.scheduler.num_preemptions, 3)}")
+        if self.speculator is not None:
+            stats = self.speculator.stats
+            event(f"drafts kept: {sum(stats.accepted.values()) > 0}")
+            event(f"drafts dropped: {sum(stats.verified.values()) > sum(stats.accepted.values())}")
+            event(f"forced tokens kept: {stats.accepted['forced'] > 0}")
+            assert not self.speculator._prospects, "what is known of a sequence is kept for ever"
         event(f"prefix hits: {self.core.stats.cached_prompt_tokens > 0}")
 
     def check_request(self, key: int, request: Request) -> None:

@@ -13,7 +13,7 @@ from hashlib import blake2b
 
 import numpy as np
 
-from quire.engine.masks import MaskBatch, MaskRequest
+from quire.engine.masks import DraftResult, MaskBatch, MaskRequest, first_rows
 from quire.engine.plan import StepPlan, StepResult, Work
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.engine.sequence import pages_for
@@ -66,18 +66,39 @@ class Grammar:
     def begin(self, requests: Sequence[MaskRequest], released: Sequence[int]) -> Masks:
         for sequence in released:
             self.told.pop(sequence, None)
-        rows = np.zeros((len(requests), -(-VOCAB_SIZE // 32)), dtype=np.uint32)
+        count = sum(1 + len(request.drafts) for request in requests)
+        rows = np.zeros((count, -(-VOCAB_SIZE // 32)), dtype=np.uint32)
         errors: dict[int, QuireError] = {}
-        for index, request in enumerate(requests):
+        results: dict[int, DraftResult] = {}
+        for row, request in zip(first_rows(requests), requests, strict=True):
             told, output = self.told.setdefault(request.sequence, []), list(request.output_token_ids)
             assert output[: len(told)] == told, "a grammar can't take tokens back"
             told[:] = output
             allowed = allowed_after(output)
             if allowed is None:
                 errors[request.sequence] = InvalidRequestError("the grammar is broken", field="constraint")
-            for token in range(VOCAB_SIZE) if allowed is None else allowed:
-                rows[index, token // 32] |= np.uint32(1 << token % 32)
-        return Masks(MaskBatch(rows, errors))
+            self._allow(rows[row], allowed)
+            kept = 0
+            for draft in request.drafts:
+                # A draft after which the grammar is broken is no better than one that it forbids.
+                if allowed is None or draft not in allowed or allowed_after([*output, draft]) is None:
+                    break
+                kept += 1
+                output.append(draft)
+                allowed = allowed_after(output)
+                self._allow(rows[row + kept], allowed)
+            results[request.sequence] = DraftResult(kept, self._forced(output, request.max_forced))
+        return Masks(MaskBatch(rows, errors, results))
+
+    def _allow(self, row: np.ndarray, allowed: list[int] | None) -> None:
+        for token in range(VOCAB_SIZE) if allowed is None else allowed:
+            row[token // 32] |= np.uint32(1 << token % 32)
+
+    def _forced(self, output: list[int], most: int) -> tuple[int, ...]:
+        forced: list[int] = []
+        while len(forced) < most and (allowed := allowed_after([*output, *forced])) is not None and len(allowed) == 1:
+            forced.append(allowed[0])
+        return tuple(forced)
 
     def close(self) -> None:
         """Holds nothing."""
@@ -108,7 +129,8 @@ class Launched:
     def draw(self, masks: StepMasks | None) -> None:
         assert self.machine.waiting is self, "a step was launched before the one before it had drawn its tokens"
         self.machine.waiting = None
-        self.result = StepResult(self.machine.draw(self.plan, masks), {}, self.scores)
+        token_ids, accepted = self.machine.draw(self.plan, masks)
+        self.result = StepResult(token_ids, {}, self.scores, accepted)
 
     def wait(self) -> StepResult:
         assert self.result is not None, "the masks never came"
@@ -135,8 +157,10 @@ class PageMachine:
             self.tokens[admission.slot, : len(admission.token_ids)] = admission.token_ids
         for grant in plan.grants:
             self.tables[grant.slot, grant.first : grant.first + len(grant.pages)] = grant.pages
+        for drafts in plan.drafts:
+            self.tokens[drafts.slot, drafts.position : drafts.position + len(drafts.token_ids)] = drafts.token_ids
         for work in plan.work:
-            assert work.num_tokens > 0, "work without tokens"
+            assert work.num_tokens > work.num_drafts, "work without tokens"
             for position in range(work.start, work.start + work.num_tokens):
                 page = self.tables[work.slot, position // PAGE_SIZE]
                 assert page >= 0, "a token without a page"
@@ -150,19 +174,28 @@ class PageMachine:
     def prepare(self) -> bool:
         return False
 
-    def draw(self, plan: StepPlan, masks: StepMasks | None) -> tuple[int, ...]:
-        """What each of the plan's work draws; the next step reads it as its input."""
-        allowed = {}
+    def draw(self, plan: StepPlan, masks: StepMasks | None) -> tuple[tuple[int, ...], dict[int, int]]:
+        """What each of the plan's work draws last, the next step's input, and how many drafts it keeps."""
+        allowed: dict[int, list[list[int]]] = {}
         if masks is not None:
-            bits = np.unpackbits(masks.batch.rows.view(np.uint8), axis=1, bitorder="little")
-            allowed = {index: np.flatnonzero(row).tolist() for index, row in zip(masks.work, bits, strict=True)}
-        drawn = [-1] * len(plan.work)
+            bits = iter(np.unpackbits(masks.batch.rows.view(np.uint8), axis=1, bitorder="little"))
+            for index in masks.work:
+                allowed[index] = [np.flatnonzero(next(bits)).tolist() for _ in range(1 + plan.work[index].num_drafts)]
+        drawn, accepted = [-1] * len(plan.work), {}
         for index, work in enumerate(plan.work):
-            if work.sample:
-                length = work.start + work.num_tokens
-                drawn[index] = next_token(self.seen(work.slot, length), allowed.get(index, range(VOCAB_SIZE)))
-                self.tokens[work.slot, length] = drawn[index]
-        return tuple(drawn)
+            if not work.sample:
+                continue
+            choices: list[Sequence[int]] = [*allowed.get(index, [range(VOCAB_SIZE)] * (1 + work.num_drafts))]
+            first = work.start + work.num_tokens - work.num_drafts
+            for kept in range(1 + work.num_drafts):
+                position = first + kept
+                drawn[index] = next_token(self.seen(work.slot, position), choices[kept] or range(VOCAB_SIZE))
+                drafted, self.tokens[work.slot, position] = self.tokens[work.slot, position], drawn[index]
+                if drawn[index] != drafted:
+                    break
+            if work.num_drafts:
+                accepted[index] = kept
+        return tuple(drawn), accepted
 
     def seen(self, slot: int, length: int) -> list[int]:
         """The first `length` tokens as the slot's pages hold them."""

@@ -3,7 +3,8 @@
 On a device that computes beside the host, the core runs ahead: it launches a step before it has read what the one
 before drew, so the device never waits for Python. A sequence that turns out to have ended then is in one step too many,
 whose result for it is dropped. Masks need the tokens before them: the forward pass is launched, the tokens are read,
-the masks asked for, and only the draw waits for them.
+the masks asked for, and only the draw waits for them. Drafts need them, too: while there may be any, a step's tokens
+are read before the next is planned.
 
 Knows neither gRPC nor processes: `core_process` drives it for the server, the offline API drives it in process. All
 calls come from one thread.
@@ -22,6 +23,7 @@ from quire.engine.masks import MaskBatch, MaskRequest, MaskSource
 from quire.engine.runner import PendingStep, Runner, StepMasks
 from quire.engine.scheduler import Schedule, Scheduler
 from quire.engine.sequence import Sequence, SequenceState
+from quire.engine.speculation.speculator import Speculator
 from quire.engine.stats import EngineStats
 from quire.service.errors import DeadlineExceededError, InternalError, InvalidRequestError, QuireError
 from quire.service.request import (
@@ -88,6 +90,7 @@ class EngineCore:
         clock: Callable[[], float] = time.time,
         *,
         run_ahead: bool = False,
+        speculator: Speculator | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.stats = EngineStats()
@@ -96,6 +99,7 @@ class EngineCore:
         self._vocab_size = vocab_size
         self._clock = clock
         self._run_ahead = run_ahead
+        self._speculator = speculator
         self._in_flight: _Step | None = None
         self._late: _LateMasks | None = None
         self._last_commit = 0.0
@@ -138,11 +142,10 @@ class EngineCore:
         """Runs one step and returns what happened since the last."""
         self._end_expired()
         self._look_for_late_masks(0.0)
+        self._propose()
         schedule = self.scheduler.schedule()
         step = self._launch(schedule) if schedule.plan.work else None
-        if self._in_flight is not None:
-            self._commit(self._in_flight)
-            self._in_flight = None
+        self._commit_in_flight()
         if step is not None:
             self._draw(step)
             if self._run_ahead:
@@ -154,6 +157,21 @@ class EngineCore:
         updates, self._updates = self._updates, []
         return updates
 
+    def _propose(self) -> None:
+        """Gives sequences their drafts for the next step."""
+        if self._speculator is None:
+            return
+        if self._in_flight is not None and self._in_flight.schedule.plan.drafts:
+            self._commit_in_flight()
+        if self._speculator.wants(self.scheduler):
+            self._commit_in_flight()
+            self._speculator.propose(self.scheduler)
+
+    def _commit_in_flight(self) -> None:
+        if self._in_flight is not None:
+            self._commit(self._in_flight)
+            self._in_flight = None
+
     def prepare(self) -> bool:
         """Does a part of what makes later steps faster, while there is no work; returns whether there may be more."""
         return self._runner.prepare()
@@ -162,6 +180,8 @@ class EngineCore:
         """Lets go of the sidecar."""
         if self._masks is not None:
             self._masks.close()
+        if self._speculator is not None:
+            self._speculator.close()
 
     def _launch(self, schedule: Schedule) -> _Step:
         began = time.perf_counter()
@@ -192,7 +212,8 @@ class EngineCore:
             self.scheduler.retract(sequence)
         step.late = self.scheduler.hold_constrained = True
         self._late = _LateMasks(masks, sequences)
-        rows = np.full((len(sequences), -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
+        num_rows = sum(1 + step.schedule.plan.work[index].num_drafts for index in masks.work)
+        rows = np.full((num_rows, -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         return StepMasks(masks.work, _AllAllowed(MaskBatch(rows, {})))
 
     def _look_for_late_masks(self, seconds: float) -> None:
@@ -217,7 +238,10 @@ class EngineCore:
             # What ended after this step was launched is drawn without a mask, and dropped.
             if sequence.state is not SequenceState.FINISHED and constraint is not None:
                 work.append(index)
-                requests.append(MaskRequest(sequence.key, constraint, sequence.output_token_ids, tenant))
+                forced = self._speculator.max_forced if self._speculator is not None else 0
+                requests.append(
+                    MaskRequest(sequence.key, constraint, sequence.output_token_ids, tenant, sequence.drafts, forced)
+                )
         ticket = self._masks.begin(requests, self._released)
         self._released = []
         return StepMasks(tuple(work), ticket)
@@ -226,14 +250,18 @@ class EngineCore:
         result, schedule = step.pending.wait(), step.schedule
         now = time.perf_counter()
         # A step that was launched while another ran began when that one ended.
-        self.stats.record_step(schedule.plan, now - max(step.began, self._last_commit))
+        seconds = now - max(step.began, self._last_commit)
+        self.stats.record_step(schedule.plan, seconds)
         self._last_commit = now
         for sequence, cached_tokens in schedule.started:
             if sequence.state is not SequenceState.FINISHED:
                 self.stats.record_start(sequence.num_prompt_tokens, cached_tokens, step.began - sequence.arrived_at)
                 self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
         errors = step.masks.batch.errors if step.masks is not None else {}
-        until_first, between = [], []
+        results = step.masks.batch.results if step.masks is not None else {}
+        if self._speculator is not None and schedule.plan.work:
+            self._speculator.observe_step(sum(work.num_tokens for work in schedule.plan.work), seconds)
+        until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:
                 continue
@@ -246,24 +274,44 @@ class EngineCore:
             else:
                 between.append(now - sequence.last_token_at)
             sequence.last_token_at = now
-            logprobs = (result.logprobs[index],) if index in result.logprobs else ()
-            self._commit_token(sequence, result.token_ids[index], logprobs, errors.get(sequence.key))
-        self.stats.record_tokens(until_first, between)
+            drafts, accepted = sequence.drafts, result.accepted.get(index, 0)
+            tokens = (*drafts[:accepted], result.token_ids[index])
+            grammar = results.get(sequence.key)
+            if work.num_drafts:
+                if grammar is not None:
+                    # Behind what the grammar allows nothing was masked.
+                    tokens = tokens[: grammar.num_drafts + 1]
+                self.scheduler.accept(sequence, len(tokens) - 1)
+            if self._speculator is not None:
+                self._speculator.observe(sequence, work.num_drafts, tokens, grammar.forced if grammar else None)
+            error = errors.get(sequence.key)
+            num_tokens += self._commit_tokens(sequence, tokens, result.logprobs.get(index, ()), error)
+        self.stats.record_tokens(until_first, between, num_tokens)
 
-    def _commit_token(
-        self, sequence: Sequence, token_id: int, logprobs: tuple[TokenLogprobs, ...], error: QuireError | None
-    ) -> None:
-        if error is None and token_id < 0:
-            error = InternalError("the model's logits are not finite: its weights or this input are broken")
-        if error is not None:
-            self._finish(sequence, Finished(FinishReason.ERROR, error))
-            return
-        self.scheduler.append(sequence, token_id)
-        reason = sequence.finish_reason()
-        if reason is None:
-            self._updates.append(Update(sequence.key, (token_id,), None, None, logprobs))
+    def _commit_tokens(
+        self,
+        sequence: Sequence,
+        token_ids: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        error: QuireError | None,
+    ) -> int:
+        """Returns how many tokens count."""
+        finished = Finished(FinishReason.ERROR, error) if error is not None else None
+        count = 0
+        while finished is None and count < len(token_ids):
+            if token_ids[count] < 0:
+                error = InternalError("the model's logits are not finite: its weights or this input are broken")
+                finished = Finished(FinishReason.ERROR, error)
+                break
+            self.scheduler.append(sequence, token_ids[count])
+            count += 1
+            reason = sequence.finish_reason()
+            finished = Finished(reason) if reason is not None else None
+        if finished is None:
+            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs))
         else:
-            self._finish(sequence, Finished(reason), (token_id,), logprobs)
+            self._finish(sequence, finished, token_ids[:count], logprobs[:count])
+        return count
 
     def _end_expired(self) -> None:
         for sequence in self.scheduler.expired(int(self._clock() * 1000)):
@@ -278,6 +326,8 @@ class EngineCore:
         logprobs: tuple[TokenLogprobs, ...] = (),
     ) -> None:
         self.scheduler.finish(sequence)
+        if self._speculator is not None:
+            self._speculator.forget(sequence.key)
         self.stats.record_finish(finished.reason, time.perf_counter() - sequence.arrived_at)
         if sequence.request.constraint is not None:
             self._released.append(sequence.key)

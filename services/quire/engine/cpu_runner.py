@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.engine.adjust import adjust_logits
-from quire.engine.device_batch import DeviceBatch, WorkColumns
+from quire.engine.device_batch import DeviceBatch, Draws, WorkColumns
 from quire.engine.logprobs import report
 from quire.engine.models.model import Model
 from quire.engine.plan import StepPlan, StepResult
@@ -56,10 +56,12 @@ class CpuRunner:
         work = WorkColumns.of(plan.work)
         logits = self._model.forward(self._batch.forward_batch(work), self._cache)
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        draws = Draws.of(work)
         if work.score.any():
             prompt_logprobs = self._score(work, logits)
-            logits = logits[torch.from_numpy((np.cumsum(_num_logits(work)) - 1)[work.sample])]
-        step = _CpuStep(partial(self._draw, work, logits, prompt_logprobs))
+            ends = np.cumsum(_num_logits(work))[draws.items]
+            logits = logits[torch.from_numpy(np.repeat(ends - draws.counts, draws.counts) + draws.behind)]
+        step = _CpuStep(partial(self._draw, len(work), draws, logits, prompt_logprobs))
         if not masked:
             step.draw(None)
         return step
@@ -71,38 +73,53 @@ class CpuRunner:
     @torch.inference_mode()
     def _draw(
         self,
-        work: WorkColumns,
+        num_items: int,
+        draws: Draws,
         logits: Tensor,
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]],
         masks: StepMasks | None,
     ) -> StepResult:
-        sampled, logprobs = self._sample(work, logits, masks)
-        token_ids = np.full(len(work), -1)
-        token_ids[work.sample] = sampled
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs)
-
-    def _sample(
-        self, all_work: WorkColumns, logits: Tensor, masks: StepMasks | None
-    ) -> tuple[npt.NDArray[np.int64], dict[int, TokenLogprobs]]:
-        """The token drawn for each item that draws one, whose logits these are; and what is to be reported of them."""
-        work = all_work[all_work.sample]
-        if not len(work):
-            return np.empty(0, dtype=np.int64), {}
-        batch = self._batch
-        reported = np.flatnonzero(batch.sampling.num_logprobs[work.slots] >= 0)
+        token_ids = np.full(num_items, -1)
+        if not len(draws):
+            return StepResult(tuple(token_ids.tolist()), {}, prompt_logprobs)
+        reported = np.flatnonzero(self._batch.sampling.num_logprobs[draws.slots] >= 0)
         as_given = logits[torch.from_numpy(reported)]
-        adjust_logits(logits, batch.sampling, batch.token_ids, work.slots, torch.from_numpy(work.ends))
+        drawn = self._sample(draws, logits, masks)
+        accepted = self._batch.accept(draws, drawn)
+        token_ids[draws.items] = drawn[draws.firsts + accepted]
+        verified = np.flatnonzero(draws.counts > 1)
+        kept = dict(zip(draws.items[verified].tolist(), accepted[verified].tolist(), strict=True))
+        logprobs = self._report(draws, accepted, drawn, reported, as_given) if reported.size else {}
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs, kept)
+
+    def _sample(self, draws: Draws, logits: Tensor, masks: StepMasks | None) -> npt.NDArray[np.int64]:
+        """The token drawn from each row of logits, which are changed."""
+        batch = self._batch
+        adjust_logits(logits, batch.sampling, batch.token_ids, draws.slots, torch.from_numpy(draws.positions))
         if masks is not None and masks.work:
-            rows = (np.cumsum(all_work.sample) - 1)[list(masks.work)]
-            apply_token_mask(logits, torch.from_numpy(rows), torch.from_numpy(masks.batch.rows.view("int32")))
-        sampled = sample(logits, batch.sampling_rows(work))
-        batch.write_tokens(work, sampled)
-        if not reported.size:
-            return sampled.numpy(), {}
-        num_top = batch.sampling.num_logprobs[work.slots[reported]].tolist()
-        found = report(as_given, sampled[torch.from_numpy(reported)].clamp_min(0), num_top)
-        items = np.flatnonzero(all_work.sample)[reported].tolist()
-        return sampled.numpy(), dict(zip(items, found, strict=True))
+            rows = torch.from_numpy(draws.rows_of(masks.work))
+            apply_token_mask(logits, rows, torch.from_numpy(masks.batch.rows.view("int32")))
+        return sample(logits, batch.sampling_rows(draws)).numpy()
+
+    def _report(
+        self,
+        draws: Draws,
+        accepted: npt.NDArray[np.int64],
+        drawn: npt.NDArray[np.int64],
+        reported: npt.NDArray[np.int64],
+        logits: Tensor,
+    ) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """What is to be reported of the drawn tokens that count, for each item that wants it; `logits` are those of the
+        rows `reported`."""
+        counts = np.repeat(accepted, draws.counts)[reported] >= draws.behind[reported]
+        rows = reported[counts]
+        items = np.repeat(draws.items, draws.counts)[rows].tolist()
+        num_top = self._batch.sampling.num_logprobs[draws.slots[rows]].tolist()
+        tokens = torch.from_numpy(drawn[rows]).clamp_min(0)
+        found: dict[int, tuple[TokenLogprobs, ...]] = {}
+        for item, one in zip(items, report(logits[torch.from_numpy(counts)], tokens, num_top), strict=True):
+            found[item] = (*found.get(item, ()), one)
+        return found
 
     def _score(self, work: WorkColumns, logits: Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
         """What is to be reported of prompts: row r of an item's logits is about the token at start + r + 1."""
@@ -119,4 +136,4 @@ class CpuRunner:
 
 def _num_logits(work: WorkColumns) -> npt.NDArray[np.int64]:
     """How many rows of logits each item has."""
-    return np.where(work.score, work.counts, work.sample)
+    return np.where(work.score, work.counts, work.sample * (1 + work.drafts))

@@ -13,7 +13,6 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from quire.engine.models.model import ForwardBatch
 from quire.engine.plan import StepPlan, Work
@@ -33,20 +32,26 @@ class WorkColumns:
     counts: npt.NDArray[np.int64]
     sample: npt.NDArray[np.bool_]
     score: npt.NDArray[np.bool_]
+    drafts: npt.NDArray[np.int64]  # how many
 
     @classmethod
     def of(cls, work: Sequence[Work]) -> WorkColumns:
         """Of the items in their order."""
         numbers = np.fromiter(chain.from_iterable(work), np.int64, len(work) * len(Work._fields))
-        slots, starts, counts, sample, score = numbers.reshape(len(work), -1).T
-        return cls(slots, starts, counts, sample.astype(bool), score.astype(bool))
+        slots, starts, counts, sample, score, drafts = numbers.reshape(len(work), -1).T
+        return cls(slots, starts, counts, sample.astype(bool), score.astype(bool), drafts)
 
     def __len__(self) -> int:
         return len(self.slots)
 
     def __getitem__(self, items: npt.NDArray[np.bool_]) -> WorkColumns:
         return WorkColumns(
-            self.slots[items], self.starts[items], self.counts[items], self.sample[items], self.score[items]
+            self.slots[items],
+            self.starts[items],
+            self.counts[items],
+            self.sample[items],
+            self.score[items],
+            self.drafts[items],
         )
 
     @property
@@ -54,6 +59,45 @@ class WorkColumns:
         """The position after each item's last token: the next one's."""
         ends: npt.NDArray[np.int64] = self.starts + self.counts
         return ends
+
+
+@dataclass(frozen=True, slots=True)
+class Draws:
+    """Rows of logits from which a step draws: one for each item of its work that draws, and one more for each draft."""
+
+    items: npt.NDArray[np.int64]  # the step's work that draws
+    counts: npt.NDArray[np.int64]  # how many rows each of them has
+    firsts: npt.NDArray[np.int64]  # the first of them
+    behind: npt.NDArray[np.int64]  # of each row, how many of its item's come before it
+    slots: npt.NDArray[np.int64]  # of each row
+    positions: npt.NDArray[np.int64]  # of the token to be drawn, in its sequence
+
+    @classmethod
+    def of(cls, work: WorkColumns) -> Draws:
+        """Of a step's work, in its order."""
+        items = np.flatnonzero(work.sample)
+        counts = work.drafts[items] + 1
+        firsts = np.cumsum(counts) - counts
+        behind = np.arange(counts.sum()) - np.repeat(firsts, counts)
+        positions = np.repeat(work.ends[items] + 1 - counts, counts) + behind
+        return cls(items, counts, firsts, behind, np.repeat(work.slots[items], counts), positions)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+    @property
+    def lasts(self) -> npt.NDArray[np.int64]:
+        """The last row of each item: that after all of its drafts."""
+        lasts: npt.NDArray[np.int64] = self.firsts + self.counts - 1
+        return lasts
+
+    def rows_of(self, indexes: Sequence[int]) -> npt.NDArray[np.int64]:
+        """All rows of these items of the step's work, which must draw, in the order that is given."""
+        places = np.searchsorted(self.items, np.asarray(indexes, dtype=np.int64))
+        counts = self.counts[places]
+        behind = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+        rows: npt.NDArray[np.int64] = np.repeat(self.firsts[places], counts) + behind
+        return rows
 
 
 class DeviceBatch:
@@ -74,11 +118,14 @@ class DeviceBatch:
             self.sampling.admit(admission)
         for grant in plan.grants:
             self._pages[grant.slot, grant.first : grant.first + len(grant.pages)] = grant.pages
+        for drafts in plan.drafts:
+            self._tokens[drafts.slot, drafts.position : drafts.position + len(drafts.token_ids)] = drafts.token_ids
 
     def forward_batch(self, work: WorkColumns) -> ForwardBatch:
         """The model's input for a plan's work, in its order.
 
-        Logits are wanted of the last token where `sample` is set, and of every token where `score` is.
+        Logits are wanted of the last token and in front of each draft where `sample` is set, and of every token where
+        `score` is.
         """
         query_start = np.zeros(len(work) + 1, dtype=np.int64)
         np.cumsum(work.counts, out=query_start[1:])
@@ -89,6 +136,8 @@ class DeviceBatch:
         max_context_len = int(context_lens.max())
         wanted = np.repeat(work.score, work.counts)
         wanted[query_start[1:] - 1] |= work.sample
+        if work.drafts.any():
+            wanted |= positions >= np.repeat(work.ends - 1 - work.drafts, work.counts)
         return ForwardBatch(
             token_ids=torch.from_numpy(self._tokens[slots, positions]),
             positions=torch.from_numpy(positions),
@@ -101,18 +150,29 @@ class DeviceBatch:
             max_context_len=max_context_len,
         )
 
-    def sampling_rows(self, work: WorkColumns) -> SamplingRows:
-        """The sampling parameters of the slots of `work`."""
-        rows, state = torch.from_numpy(work.slots), self.sampling
+    def sampling_rows(self, draws: Draws) -> SamplingRows:
+        """The sampling parameters of a step's draws."""
+        rows, state = torch.from_numpy(draws.slots), self.sampling
         return SamplingRows(
             temperature=state.temperature[rows],
             top_p=state.top_p[rows],
             top_k=state.top_k[rows],
             min_p=state.min_p[rows],
-            seed=state.seed[work.slots],
-            position=work.ends.astype(np.uint64),
+            seed=state.seed[draws.slots],
+            position=draws.positions.astype(np.uint64),
         )
 
-    def write_tokens(self, work: WorkColumns, token_ids: Tensor) -> None:
-        """Puts each drawn token behind the slot's others, where the next step reads its input."""
-        self._tokens[work.slots, work.ends] = token_ids.clamp_min(0).numpy()
+    def accept(self, draws: Draws, token_ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many of each item's drafts are as drawn, int64 [draws.items].
+
+        Puts the drawn tokens behind the slot's others, where the next step reads its input; what is drawn after a draft
+        that is wrong lies where nobody reads it before it is written again.
+        """
+        drafted = self._tokens[draws.slots, draws.positions]
+        self._tokens[draws.slots, draws.positions] = np.maximum(token_ids, 0)
+        if len(draws.firsts) == len(draws):
+            return np.zeros(len(draws.firsts), dtype=np.int64)
+        wrong = token_ids != drafted
+        wrong[draws.lasts] = True
+        counted: npt.NDArray[np.int64] = np.minimum.reduceat(np.where(wrong, draws.behind, len(draws)), draws.firsts)
+        return counted

@@ -39,9 +39,20 @@ class PageGrant:
     pages: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """`token_ids` may be what follows in a slot from `position` on: its work in this step computes them, too."""
+
+    slot: int
+    position: int
+    token_ids: tuple[int, ...]
+
+
 class Work(NamedTuple):
     """Compute `num_tokens` tokens of a slot from position `start`; if `sample`, draw the token after the last of them.
 
+    The last `num_drafts` of them are drafts: a token is drawn in front of each, too, as if those before it were right,
+    and the first that differs from its draft is the last that counts.
     If `score`, report the log-probabilities of the prompt's tokens from position `start + 1` to `start + num_tokens`.
     A tuple of numbers, so that a device makes one array of a step's work.
     """
@@ -51,24 +62,29 @@ class Work(NamedTuple):
     num_tokens: int
     sample: bool
     score: bool = False
+    num_drafts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step, applied in this order: admissions, grants, work."""
+    """One step, applied in this order: admissions, grants, drafts, work."""
 
     admissions: tuple[Admission, ...]
     grants: tuple[PageGrant, ...]
     work: tuple[Work, ...]
+    drafts: tuple[Drafts, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """`token_ids[i]` is what work i drew, -1 if it drew none or its logits were not finite.
+    """`token_ids[i]` is the last token that work i drew, -1 if it drew none or its logits were not finite. The first
+    `accepted[i]` of its drafts come before it; works without drafts are not in there.
 
-    `logprobs[i]` reports on that token and `prompt_logprobs[i]` on work i's prompt tokens, where that was asked for.
+    `logprobs[i]` reports on those tokens, the last included, and `prompt_logprobs[i]` on work i's prompt tokens, where
+    that was asked for.
     """
 
     token_ids: tuple[int, ...]
-    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    accepted: dict[int, int] = field(default_factory=dict)

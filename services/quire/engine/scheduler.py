@@ -14,6 +14,7 @@ a later step, and steps run in their order.
   prompt can't be starved by short ones behind it.
 - A waiting sequence whose next page is being computed in this very step waits for it: prompts that begin alike and
   arrive together are computed once.
+- Drafts ride on a sequence's next token where budget and pages are left over: nobody waits or is preempted for them.
 - When pages run out, the running sequence that loses least computed work among those of the lowest priority gives
   its own back and waits for its old place. The one with most work is therefore never chosen while there is another:
   every full cache still makes progress.
@@ -23,11 +24,12 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import count
 
 from quire.engine.page_pool import PagePool
-from quire.engine.plan import Admission, PageGrant, StepPlan, Work
+from quire.engine.plan import Admission, Drafts, PageGrant, StepPlan, Work
 from quire.engine.sequence import Sequence, SequenceState, pages_for
 from quire.service.errors import ConfigError, InvalidRequestError, OverloadedError
 from quire.service.pages import PAGE_SIZE
@@ -98,6 +100,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that hold a slot."""
         return len(self._running)
+
+    @property
+    def running(self) -> SequenceOf[Sequence]:
+        """They, in the order in which they joined."""
+        return self._running
 
     @property
     def num_waiting(self) -> int:
@@ -187,10 +194,26 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._publish(sequence)
 
+    def accept(self, sequence: Sequence, num_drafts: int) -> None:
+        """The first `num_drafts` of a sequence's drafts are drawn, too: `append` is to be called for each, and then for
+        the token after them. What the others computed is void, and their pages are given back."""
+        sequence.drafts = ()
+        sequence.num_drawn += num_drafts
+        sequence.num_computed += num_drafts
+        self._shrink(sequence)
+
     def retract(self, sequence: Sequence) -> None:
         """Takes back what the step that was scheduled last draws for a sequence: its last token is computed again."""
+        sequence.drafts = ()
         sequence.num_drawn -= 1
+        self._shrink(sequence)
         sequence.num_computed -= 1
+
+    def _shrink(self, sequence: Sequence) -> None:
+        num_pages = pages_for(sequence.num_computed)
+        if len(sequence.block_table) > num_pages:
+            self.pool.release(sequence.block_table[num_pages:])
+            del sequence.block_table[num_pages:]
 
     def _is_held(self, sequence: Sequence) -> bool:
         return self.hold_constrained and sequence.request.constraint is not None
@@ -198,7 +221,7 @@ class Scheduler:
     def _book(self, schedule: Schedule) -> None:
         """Takes a step as done: later ones may use its pages, which are written before they run."""
         for sequence, work in zip(schedule.sequences, schedule.plan.work, strict=True):
-            sequence.num_computed = work.start + work.num_tokens
+            sequence.num_computed = work.start + work.num_tokens - work.num_drafts
             if work.sample:
                 sequence.num_drawn += 1
             if work.score:
@@ -218,13 +241,14 @@ class Scheduler:
         """Gives each running sequence its share; returns whether one had to be preempted for it."""
         preemptions = self.num_preemptions
         prefilling = []
+        self._limit_drafts(step.budget)
         for sequence in tuple(self._running):
             if sequence.awaits_last_token or self._is_held(sequence):
                 continue
             if sequence.num_pending > 1:
                 prefilling.append(sequence)
             elif sequence.state is SequenceState.RUNNING:  # not preempted for one before it
-                self._continue(sequence, 1, step)
+                self._continue(sequence, 1 + len(sequence.drafts), step)
         prefilling.sort(key=lambda sequence: sequence.order)
         for sequence in prefilling:
             if step.budget == 0:
@@ -232,6 +256,29 @@ class Scheduler:
             if sequence.state is SequenceState.RUNNING:
                 self._continue(sequence, min(sequence.num_pending, step.budget), step)
         return self.num_preemptions > preemptions
+
+    def _limit_drafts(self, budget: int) -> None:
+        """Cuts drafts to what costs nobody else anything."""
+        drafted = [sequence for sequence in self._running if sequence.drafts]
+        if not drafted:
+            return
+        spare_tokens = budget - len(self._running)
+        needed = (
+            pages_for(sequence.num_computed + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
+            for sequence in self._running
+        )
+        spare_pages = self.pool.available - sum(needed)
+        for sequence in drafted:
+            limit = 0
+            if sequence.num_pending == 1 and not sequence.awaits_last_token and not self._is_held(sequence):
+                own_pages = max(len(sequence.block_table), pages_for(sequence.num_computed + 1))
+                room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - sequence.num_computed
+                # One token is drawn after the drafts, within the output's length; the one before is computed with them.
+                limit = max(0, min(sequence.max_tokens - sequence.num_tokens - 1, room - 1, spare_tokens))
+            sequence.drafts = sequence.drafts[:limit]
+            spare_tokens -= len(sequence.drafts)
+            if sequence.drafts:
+                spare_pages -= max(0, pages_for(sequence.num_computed + 1 + len(sequence.drafts)) - own_pages)
 
     def _continue(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
         if sequence.num_computed + num_tokens <= len(sequence.block_table) * PAGE_SIZE:
@@ -295,6 +342,7 @@ class Scheduler:
     def _leave_batch(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.block_table = []
+        sequence.drafts = ()
         sequence.num_computed = sequence.num_published = 0
         self._slots.append(sequence.slot)
         sequence.slot = -1
@@ -344,6 +392,7 @@ class _Step:
         self._admissions: dict[Sequence, Admission] = {}
         self._grants: dict[Sequence, PageGrant] = {}
         self._work: dict[Sequence, Work] = {}
+        self._drafts: dict[Sequence, Drafts] = {}
         self._started: list[tuple[Sequence, int]] = []
         self._computing: set[bytes] = set()
         self._num_looked_at = 0
@@ -379,10 +428,13 @@ class _Step:
         """A sequence in the batch computes `num_tokens`."""
         self.budget -= num_tokens
         start = sequence.num_computed
-        sample = start + num_tokens == sequence.num_tokens
+        sample = start + num_tokens == sequence.num_tokens + len(sequence.drafts)
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
-        self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score)
+        drafts = sequence.drafts
+        self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts))
+        if drafts:
+            self._drafts[sequence] = Drafts(sequence.slot, start + num_tokens - len(drafts), drafts)
         if grant is not None:
             self._grants[sequence] = grant
 
@@ -392,9 +444,15 @@ class _Step:
         if work is not None:
             self.budget += work.num_tokens
         self._grants.pop(sequence, None)
+        self._drafts.pop(sequence, None)
 
     def schedule(self) -> Schedule:
-        plan = StepPlan(tuple(self._admissions.values()), tuple(self._grants.values()), tuple(self._work.values()))
+        plan = StepPlan(
+            tuple(self._admissions.values()),
+            tuple(self._grants.values()),
+            tuple(self._work.values()),
+            tuple(self._drafts.values()),
+        )
         return Schedule(plan, tuple(self._work), tuple(self._started))
 
 

@@ -106,9 +106,12 @@ class EngineStats:
         elif num_prefill == 0:
             self.decode_step_seconds = _blend(self.decode_step_seconds, seconds)
 
-    def record_tokens(self, until_first: Sequence[float], between: Sequence[float]) -> None:
-        """A step drew tokens: the first of some requests, and another of others."""
-        self.output_tokens += len(until_first) + len(between)
+    def record_tokens(self, until_first: Sequence[float], between: Sequence[float], num_tokens: int) -> None:
+        """A step drew `num_tokens` tokens: the first of some requests, and more of others.
+
+        Those of one request come together and count once in what is between them.
+        """
+        self.output_tokens += num_tokens
         self.first_token_seconds.add_all(until_first)
         self.inter_token_seconds.add_all(between)
 

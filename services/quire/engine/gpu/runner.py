@@ -59,9 +59,9 @@ class GpuPendingStep:
             self.done.synchronize()
         token_ids = np.full(len(self.staged.work), -1)
         token_ids[self.staged.drawing] = self.token_ids[: len(self.staged.drawing)].numpy()
-        logprobs: dict[int, TokenLogprobs] = {}
+        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         if self.logprobs is not None:
-            logprobs = dict(zip(self.logprobs.items, self.logprobs.read(), strict=True))
+            logprobs = {item: (found,) for item, found in zip(self.logprobs.items, self.logprobs.read(), strict=True)}
         prompts = {report.item: tuple(report.read()) for report in self.prompt_logprobs}
         return StepResult(tuple(token_ids.tolist()), logprobs, prompts)
 

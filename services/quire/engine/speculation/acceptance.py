@@ -1,0 +1,38 @@
+"""How often drafts turn out right, by who made them and for whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from quire.engine.speculation.drafts import Drafter
+
+# Weight of one draft in its sequence's rate, and in that of all sequences, which a new one begins with.
+_NEWEST, _NEWEST_OF_ALL = 0.15, 0.01
+_UNKNOWN = 0.6
+
+
+@dataclass(slots=True)
+class Rates:
+    """The probability that a draft is right if those before it are: moving averages by drafter."""
+
+    newest: float = _NEWEST
+    start: Rates | None = None
+    known: dict[Drafter, float] = field(default_factory=dict)
+
+    @classmethod
+    def of_all(cls) -> Rates:
+        """Of all sequences together."""
+        return cls(_NEWEST_OF_ALL)
+
+    def __getitem__(self, drafter: Drafter) -> float:
+        rate = self.known.get(drafter)
+        if rate is None:
+            return self.start[drafter] if self.start is not None else _UNKNOWN
+        return rate
+
+    def record(self, drafter: Drafter, num_right: int, wrong: bool) -> None:
+        """So many drafts were right, one after another, and then one was wrong, or there was no other."""
+        rate = self[drafter]
+        for _ in range(num_right):
+            rate += self.newest * (1.0 - rate)
+        self.known[drafter] = rate * (1.0 - self.newest) if wrong else rate

@@ -1,0 +1,195 @@
+"""Which drafts a step verifies. Called by the core around each step; knows nothing of devices.
+
+A sequence has an offer: tokens that may follow, from its grammar or from a draft source. The budget decides how many of
+them the next step verifies. All of them are compared with what is drawn, verified or not, so the rates of acceptance
+are known for drafts that nobody pays for, and speculation comes back when drafts become good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from quire.engine.scheduler import Scheduler
+from quire.engine.sequence import Sequence
+from quire.engine.speculation.acceptance import Rates
+from quire.engine.speculation.budget import Offer, choose
+from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
+from quire.service.errors import ConfigError
+
+# After an offer that was wrong from its first token on, its sequence waits for twice as many tokens as the time before.
+_LONGEST_PAUSE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """At most `num_tokens` drafts a sequence and step; of a grammar's forced tokens, `num_forced`."""
+
+    num_tokens: int = 8
+    num_forced: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("num_tokens", "num_forced"):
+            if not 0 <= getattr(self, name) <= 64:
+                raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 64]", field=name)
+
+
+@dataclass(slots=True)
+class SpeculationStats:
+    """Counted since the start. `accepted_at[i]` of `verified_at[i]` drafts in place i of a step were right."""
+
+    verified: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
+    accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
+    verified_at: list[int] = field(default_factory=list)
+    accepted_at: list[int] = field(default_factory=list)
+
+    def record(self, drafter: Drafter, verified: int, accepted: int) -> None:
+        """A step verified so many drafts of a sequence, and the first `accepted` were right."""
+        self.verified[drafter.value] += verified
+        self.accepted[drafter.value] += accepted
+        for counts, number in ((self.verified_at, verified), (self.accepted_at, accepted)):
+            counts.extend([0] * (number - len(counts)))
+            for place in range(number):
+                counts[place] += 1
+
+
+@dataclass(slots=True)
+class _Prospect:
+    """What is known of one sequence. `pause` is how many tokens to draw before the source is asked again."""
+
+    rates: Rates
+    drafter: Drafter = Drafter.SUFFIX
+    offer: tuple[int, ...] = ()
+    pause: int = 0
+    last_pause: int = 0
+
+
+class Speculator:
+    """Decides on drafts for one engine."""
+
+    def __init__(self, source: DraftSource | None, config: SpeculationConfig) -> None:
+        self.stats = SpeculationStats()
+        self._source = source
+        self._config = config
+        self._cost = StepCost()
+        self._rates = Rates.of_all()
+        self._prospects: dict[int, _Prospect] = {}
+        self._released: list[int] = []
+
+    @property
+    def max_forced(self) -> int:
+        """How many forced tokens to ask grammars for."""
+        return self._config.num_forced
+
+    def wants(self, scheduler: Scheduler) -> bool:
+        """Whether `propose` may have something for the next step."""
+        return any(
+            (prospect := self._prospects.get(sequence.key)) is None
+            or prospect.offer
+            or (self._source is not None and prospect.pause == 0)
+            for sequence in scheduler.running
+            if sequence.num_pending == 1 and not sequence.awaits_last_token
+        )
+
+    def propose(self, scheduler: Scheduler) -> None:
+        """Sets `drafts` of the sequences that decode; all tokens that were drawn must be known."""
+        decodes, num_tokens = [], 0
+        for sequence in scheduler.running:
+            num_tokens += max(1, sequence.num_pending)
+            if sequence.num_pending == 1 and not sequence.awaits_last_token:
+                decodes.append(sequence)
+        num_tokens = min(num_tokens, scheduler.config.max_num_batched_tokens)
+        self._ask(decodes)
+        offers, takers = [], []
+        for sequence in decodes:
+            prospect = self._prospect(sequence)
+            sequence.drafts = ()
+            if prospect.offer:
+                limit = self._config.num_forced if prospect.drafter is Drafter.FORCED else self._config.num_tokens
+                offers.append(Offer(min(len(prospect.offer), limit), prospect.rates[prospect.drafter]))
+                takers.append((sequence, prospect))
+        for (sequence, prospect), count in zip(
+            takers, choose(offers, len(decodes), num_tokens, self._cost), strict=True
+        ):
+            sequence.drafts = prospect.offer[:count]
+
+    def observe_step(self, num_tokens: int, seconds: float) -> None:
+        """A step computed so many tokens in so long."""
+        self._cost.record(num_tokens, seconds)
+
+    def observe(
+        self, sequence: Sequence, num_verified: int, token_ids: SequenceOf[int], forced: tuple[int, ...] | None
+    ) -> None:
+        """A step drew `token_ids` for a sequence, after it had verified some of its offer.
+
+        `forced` is what the grammar forces after the drafts that were verified, None without a grammar.
+        """
+        prospect = self._prospect(sequence)
+        offer, drafter = prospect.offer, prospect.drafter
+        right = _common(offer, token_ids)
+        if num_verified:
+            self.stats.record(drafter, num_verified, min(right, num_verified))
+        if offer:
+            wrong = right < min(len(offer), len(token_ids))
+            for rates in (prospect.rates, self._rates):
+                rates.record(drafter, right, wrong)
+            prospect.offer = () if wrong else offer[right:]
+            if right:
+                prospect.last_pause = 0
+            elif wrong:
+                prospect.last_pause = min(_LONGEST_PAUSE, max(1, 2 * prospect.last_pause))
+                prospect.pause = prospect.last_pause
+        elif prospect.pause:
+            prospect.pause = max(0, prospect.pause - len(token_ids))
+        # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
+        if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
+            prospect.offer, prospect.drafter = forced[1:], Drafter.FORCED
+
+    def forget(self, key: int) -> None:
+        """A sequence has ended."""
+        if self._prospects.pop(key, None) is not None and self._source is not None:
+            self._released.append(key)
+
+    def close(self) -> None:
+        """Lets go of the source."""
+        if self._source is not None:
+            self._source.close()
+
+    def _ask(self, decodes: list[Sequence]) -> None:
+        if self._source is None or not self._config.num_tokens:
+            return
+        due = [sequence for sequence in decodes if self._is_due(self._prospect(sequence))]
+        if not due:
+            return
+        requests = [
+            DraftRequest(sequence.key, sequence.token_ids, self._config.num_tokens, sequence.request.cache_key.salt)
+            for sequence in due
+        ]
+        found = self._source.begin(requests, self._released).wait()
+        self._released = []
+        for sequence in due:
+            prospect = self._prospect(sequence)
+            prospect.offer, prospect.drafter = found.get(sequence.key, ()), Drafter.SUFFIX
+            if not prospect.offer:
+                prospect.last_pause = min(_LONGEST_PAUSE, max(1, 2 * prospect.last_pause))
+                prospect.pause = prospect.last_pause
+
+    def _is_due(self, prospect: _Prospect) -> bool:
+        return not prospect.offer and prospect.pause == 0
+
+    def _prospect(self, sequence: Sequence) -> _Prospect:
+        prospect = self._prospects.get(sequence.key)
+        if prospect is None:
+            prospect = self._prospects[sequence.key] = _Prospect(Rates(start=self._rates))
+        return prospect
+
+
+def _common(first: SequenceOf[int], second: SequenceOf[int]) -> int:
+    """How many tokens both begin with."""
+    count = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        count += 1
+    return count
