@@ -237,8 +237,11 @@ rules:
 
 
 @contextmanager
-def control_plane(folder: Path) -> Iterator[ControlPlane]:
-    """Starts everything, with one node that has no GPU; ends it all afterwards."""
+def control_plane(folder: Path, *, address: str = "127.0.0.1", on_paper: bool = True) -> Iterator[ControlPlane]:
+    """Starts everything, the API server at `address`; ends it all afterwards.
+
+    `on_paper`: with one node that has no GPU and runs nothing.
+    """
     etcd, peer, secure = _free_ports(3)
     _write_keys(folder)
     (folder / "tokens.csv").write_text(f'{_TOKEN},admin,admin-uid,"system:masters"\n')
@@ -255,7 +258,7 @@ def control_plane(folder: Path) -> Iterator[ControlPlane]:
         def start_api_server() -> subprocess.Popen[bytes]:
             return _start(
                 stack, folder, "kube-apiserver", f"--etcd-servers=http://127.0.0.1:{etcd}", f"--secure-port={secure}",
-                "--bind-address=127.0.0.1", "--advertise-address=10.99.0.1", f"--cert-dir={folder}/certs",
+                f"--bind-address={address}", "--advertise-address=10.99.0.1", f"--cert-dir={folder}/certs",
                 f"--token-auth-file={folder}/tokens.csv", "--authorization-mode=RBAC",
                 "--service-cluster-ip-range=10.0.0.0/24", "--service-account-issuer=https://kubernetes.default.svc",
                 f"--service-account-key-file={folder}/sa.pub", f"--service-account-signing-key-file={folder}/sa.key",
@@ -264,7 +267,7 @@ def control_plane(folder: Path) -> Iterator[ControlPlane]:
                 f"--audit-log-path={folder}/audit.log", "--audit-log-mode=blocking",
             )  # fmt: skip
 
-        plane = ControlPlane(folder, f"https://127.0.0.1:{secure}", start_api_server)
+        plane = ControlPlane(folder, f"https://{address}:{secure}", start_api_server)
         admin = plane.kubeconfig("admin", _TOKEN)
         common = (f"--kubeconfig={admin}", "--bind-address=127.0.0.1", "--secure-port=0", "--leader-elect=false")
         _start(
@@ -273,11 +276,12 @@ def control_plane(folder: Path) -> Iterator[ControlPlane]:
             "--controllers=*", "--node-monitor-grace-period=24h",
         )  # fmt: skip
         _start(stack, folder, "kube-scheduler", *common, "--authentication-skip-lookup")
-        _start(
-            stack, folder, "kwok", f"--kubeconfig={admin}", f"--config={folder}/stages.yaml",
-            "--manage-all-nodes=false", "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
-        )  # fmt: skip
-        _add_node(plane.api)
+        if on_paper:
+            _start(
+                stack, folder, "kwok", f"--kubeconfig={admin}", f"--config={folder}/stages.yaml",
+                "--manage-all-nodes=false", "--manage-nodes-with-annotation-selector=kwok.x-k8s.io/node=fake",
+            )  # fmt: skip
+            _add_node(plane.api)
         yield plane
 
 

@@ -40,7 +40,7 @@ def _is_established(crd: Document) -> bool:
 class OperatorProcess:
     """One operator. `log` is where it writes."""
 
-    def __init__(self, plane: ControlPlane, name: str = "operator-0") -> None:
+    def __init__(self, plane: ControlPlane, name: str = "operator-0", *flags: str) -> None:
         account = "/api/v1/namespaces/quire-system/serviceaccounts/quire-operator/token"
         request = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}}
         token = plane.api.request("POST", account, request)["status"]["token"]
@@ -48,6 +48,7 @@ class OperatorProcess:
         self._environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig)}
         self._environment.pop("KUBERNETES_SERVICE_HOST", None)
         self.name = name
+        self._flags = flags
         self.log = plane.folder / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -56,7 +57,7 @@ class OperatorProcess:
         flags = ["--namespace=quire-system", f"--identity={self.name}", "--lease-duration=4", "--resync=3600"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "quire.operator", *flags],
+                [sys.executable, "-m", "quire.operator", *flags, *self._flags],
                 stdout=log,
                 stderr=log,
                 env=self._environment,

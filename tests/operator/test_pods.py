@@ -1,0 +1,204 @@
+"""The life of a service whose pods really run: all four services as processes behind a real API server.
+
+Streams run all the while, and each must come out whole: what a rollout, a kill or an eviction breaks, users see.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from control_plane import HOW_TO_GET_THEM, ApiError, control_plane, missing_programs, until
+from kubelet import Kubelet
+from openai import OpenAI
+from operator_process import OperatorProcess, Services, install
+from own_network import HOST, in_own_network
+
+from quire.operator.kinds import CHILD_OF, CHILDREN, POD
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow]
+
+Document = dict[str, Any]
+
+TOKENS = 24
+SECONDS = 120.0
+ENGINE: Document = {
+    "kvCache": "64Mi",
+    "maxModelLen": 512,
+    "maxNumSeqs": 4,
+    "extraArgs": ["--threads=1"],
+    "drainSeconds": 20,
+    "surge": 2,
+}
+
+
+class Users:
+    """They ask one after another, each as soon as the one before has a whole answer."""
+
+    def __init__(self, url: str, count: int) -> None:
+        self._client = OpenAI(base_url=url, api_key="none", max_retries=0, timeout=90.0)
+        self._numbers = itertools.count()
+        self._leave = threading.Event()
+        self._threads = [threading.Thread(target=self._ask_on) for _ in range(count)]
+        self.whole = 0
+        self.broken: list[str] = []
+
+    def ask(self, question: str) -> str:
+        """An answer in words."""
+        message = {"role": "user", "content": question}
+        answer = self._client.chat.completions.create(
+            model="SmolLM2-135M-Instruct", messages=[message], temperature=0, max_tokens=TOKENS,  # type: ignore[list-item]
+        )  # fmt: skip
+        return answer.choices[0].message.content or ""
+
+    @contextmanager
+    def streaming(self) -> Iterator[None]:
+        for thread in self._threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            self._leave.set()
+            for thread in self._threads:
+                thread.join()
+
+    def until_more(self) -> None:
+        """Returns when as many as there are users have got an answer from now on."""
+        before = self.whole
+        until("answers", lambda: self.whole >= before + len(self._threads) or self.broken, seconds=SECONDS)
+        assert not self.broken
+
+    def _ask_on(self) -> None:
+        while not self._leave.is_set():
+            try:
+                self._stream(f"Count upwards from {next(self._numbers)}.")
+                self.whole += 1
+            except Exception as error:  # noqa: BLE001
+                self.broken.append(repr(error))
+
+    def _stream(self, prompt: str) -> None:
+        chunks = self._client.completions.create(
+            model="SmolLM2-135M-Instruct", prompt=prompt, stream=True, max_tokens=TOKENS,
+            stream_options={"include_usage": True}, extra_body={"ignore_eos": True},
+        )  # fmt: skip
+        reasons, used = [], 0
+        for chunk in chunks:
+            reasons += [choice.finish_reason for choice in chunk.choices if choice.finish_reason]
+            used = chunk.usage.completion_tokens if chunk.usage else used
+        if (reasons, used) != (["length"], TOKENS):
+            raise RuntimeError(f"the stream ended with {reasons} after {used} tokens")
+
+
+@in_own_network(seconds=280)
+def test_the_life_of_a_service(tmp_path: Path) -> None:
+    """Applied, asked, scaled, rolled out, killed, evicted, put to sleep, woken and deleted, without a broken stream."""
+    if missing := missing_programs():
+        pytest.skip(f"no control plane here, {', '.join(missing)} are missing: {HOW_TO_GET_THEM}")
+    with ExitStack() as stack:
+        plane = stack.enter_context(control_plane(tmp_path / "plane", address=HOST, on_paper=False))
+        install(plane)
+        kubelet = stack.enter_context(Kubelet(plane.api, plane.authority, tmp_path / "pods").running())
+        operator = OperatorProcess(plane, "operator-0", "--scale-interval=1").start()
+        stack.callback(operator.stop)
+        labels = {"pod-security.kubernetes.io/enforce": "restricted"}
+        plane.api.request("POST", "/api/v1/namespaces", {"metadata": {"name": "models", "labels": labels}})
+        services = Services(plane.api, "models")
+        try:
+            life(services, kubelet)
+        except BaseException:
+            print(kubelet.logs()[-20000:])
+            raise
+
+
+def life(services: Services, kubelet: Kubelet) -> None:
+    settled = ("Progressing", "False", "Settled")
+
+    def engines(shown: str) -> None:
+        until(f"{shown} engines", lambda: (services.get("demo") or {})["status"]["engines"] == shown, seconds=SECONDS)
+        services.until("demo", *settled, seconds=SECONDS)
+
+    def apply(**engine: Any) -> None:
+        services.apply("demo", {"engine": {**ENGINE, **engine}, "router": {"holdSeconds": 60}})
+
+    apply()
+    services.until("demo", "Ready", "True", "Serving", seconds=SECONDS)
+    address = (services.api.get(CHILD_OF["Service"].path("models", "demo-gateway")) or {})["spec"]["clusterIP"]
+    users = Users(f"http://{address}:8000/v1", 2)
+    assert "Paris" in users.ask("What is the capital of France?")
+
+    with users.streaming():
+        users.until_more()
+        scale = "/apis/quire.dev/v1alpha1/namespaces/models/inferenceservices/demo/scale"
+        services.api.patch(scale, {"spec": {"replicas": 3}})
+        engines("3/3")
+        users.until_more()
+
+        # A changed argument: three new engines are ready before the old ones have drained.
+        before = pids(kubelet)
+        apply(maxNumSeqs=5, replicas=3)
+        until("new engines", lambda: not before & pids(kubelet) and len(pids(kubelet)) == 3, seconds=SECONDS)
+        engines("3/3")
+        assert all("--max-num-seqs=5" in command_of(pid) for pid in pids(kubelet))
+        users.until_more()
+
+        # One is killed: what it had goes on elsewhere, the pod comes back.
+        victim = kubelet.containers("engine", "engine")[0]
+        os.killpg(victim.pid, signal.SIGKILL)
+        services.until("demo", "EnginesReady", "False", seconds=SECONDS)
+        assert services.condition("demo", "Ready")["status"] == "True"
+        engines("3/3")
+        assert victim.restarts == 1
+        users.until_more()
+
+        # A node is drained: the budget lets one engine go at a time.
+        pods = services.api.items(POD.path("models"), "app.kubernetes.io/component=engine")
+        evict(services, pods[0])
+        with pytest.raises(ApiError, match="disruption budget"):
+            evict(services, pods[1])
+        until("it is gone", lambda: services.api.get(POD.path("models", pods[0]["metadata"]["name"])) is None)
+        engines("3/3")
+
+        apply(maxNumSeqs=5, replicas=1)
+        engines("1/1")
+        users.until_more()
+        # Routers are replaced, too, since from now on they hold requests that no engine takes.
+        autoscaling = {"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 2}
+        apply(maxNumSeqs=5, replicas=1, autoscaling=autoscaling)
+        services.until("demo", *settled, seconds=SECONDS)
+        users.until_more()
+    assert not users.broken
+
+    services.until("demo", "Ready", "True", "Idle", seconds=SECONDS)
+    until("no engine is left", lambda: not kubelet.containers("engine", "engine"))
+    assert "Paris" in users.ask("What is the capital of France?")
+    services.until("demo", "Ready", "True", "Serving", seconds=SECONDS)
+
+    services.delete("demo")
+    until("nothing is left", lambda: not left(services) and not kubelet.pods, seconds=SECONDS)
+
+
+def pids(kubelet: Kubelet) -> set[int]:
+    return {each.pid for each in kubelet.containers("engine", "engine") if each.process}
+
+
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+
+
+def evict(services: Services, pod: Document) -> None:
+    metadata = {"name": pod["metadata"]["name"], "namespace": "models"}
+    body = {"apiVersion": "policy/v1", "kind": "Eviction", "metadata": metadata}
+    services.api.request("POST", POD.path("models", metadata["name"]) + "/eviction", body)
+
+
+def left(services: Services) -> list[Document]:
+    return [
+        each for kind in (*CHILDREN, POD) for each in services.api.items(kind.path("models"), "quire.dev/service=demo")
+    ]
