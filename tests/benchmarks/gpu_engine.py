@@ -16,7 +16,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,12 @@ BEGAN = time.perf_counter()
 
 import torch  # noqa: E402
 
+import quire.kernels.linear  # noqa: E402
 from quire.engine.config import CoreConfig, Device, LoadFormat  # noqa: E402
 from quire.engine.core import EngineCore  # noqa: E402
 from quire.engine.loading import load_core  # noqa: E402
 from quire.engine.models.gpu_linear import GpuLinears  # noqa: E402
+from quire.kernels.linear_tiles import LinearTile  # noqa: E402
 from quire.service.request import Request, SamplingParams, StopConditions  # noqa: E402
 
 MODELS = {
@@ -213,6 +215,17 @@ def print_gaps(kernels: list[Any], steps: int) -> None:
         print(f"  waits {total / steps:8.1f} µs a step {count / steps:6.1f} × {total / count:7.2f} µs  {names}")
 
 
+def prefetch_all(prefetch: int) -> None:
+    """Has every tile ask for so much of each row of its weight."""
+    found = quire.kernels.linear.tile_for
+
+    def tile_for(*arguments: Any) -> LinearTile | None:
+        tile = found(*arguments)
+        return None if tile is None else replace(tile, prefetch=prefetch)
+
+    quire.kernels.linear.tile_for = tile_for
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
@@ -222,6 +235,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument("--max-mixed-tokens", type=int, default=None)
     parser.add_argument("--cublas", action="store_true", help="also for products of few rows")
+    parser.add_argument("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
     parser.add_argument("--no-prepare", action="store_true", help="graphs are captured when a workload wants them")
     parser.add_argument("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
     parser.add_argument("--profile", default="", help="workload whose steady steps are profiled")
@@ -232,6 +246,8 @@ def main() -> None:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[arguments.model]))
         if arguments.cublas:
             GpuLinears.on = classmethod(lambda cls, device, dtype: cls(device, dtype, None))  # type: ignore[method-assign,assignment]
+        if arguments.prefetch is not None:
+            prefetch_all(arguments.prefetch)
         imported = time.perf_counter()
         loaded = load_core(
             CoreConfig(

@@ -3,8 +3,9 @@
     PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --out figures
     PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --model qwen3-0.6b --rows 1 8
 
-For every matrix of the models and every number of rows: cuBLAS, the best tile, both in µs and in TB/s of weights, and
-what a dependent launch (programmatic dependent launch) gains; then the lines of `quire.kernels.linear_tiles.TUNED`.
+For every matrix of the models and every number of rows: cuBLAS, the tile that is best where launches are dependent
+(programmatic dependent launch), in µs and in TB/s of weights, and what it takes without; then the lines of
+`quire.kernels.linear_tiles.TUNED`, which --table writes into that file.
 Matrices take turns until several times the L2 cache has been read, in a CUDA graph. Each result is checked once.
 Candidates are compiled by several processes first.
 """
@@ -95,7 +96,7 @@ def compile_tile(task: tuple[Matrix, int, LinearTile]) -> str:
     try:
         weight = torch.empty(matrix.num_bytes // 2 // matrix.size, matrix.size, device="cuda", dtype=DTYPE)
         x = torch.zeros(rows, matrix.size, device="cuda", dtype=DTYPE)
-        linear_triton(x, weight, tile, space=SplitSpace.new(x.device), gated=matrix.gated)
+        linear_triton(x, weight, tile, space=SplitSpace.new(x.device), gated=matrix.gated, dependent=True)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - a tile that does not fit the GPU is out
         return summary(error)
@@ -149,11 +150,11 @@ def measure(model: str, matrix: Matrix, rows: int, broken: set[LinearTile], repl
         if tile in broken:
             continue
         try:
-            out = linear_triton(x, copies[0], tile, space=space, gated=matrix.gated)
+            out = linear_triton(x, copies[0], tile, space=space, gated=matrix.gated, dependent=True)
             if error_ratio(out, exact, by_torch) > 2:
                 print("WRONG", matrix, rows, tile, flush=True)
                 continue
-            us = graph_us(launches(tile, False), replays=replays, at_least=8)
+            us = graph_us(launches(tile, True), replays=replays, at_least=8)
         except Exception as error:  # noqa: BLE001 - as above
             print(matrix, rows, tile, summary(error), flush=True)
             continue
@@ -177,7 +178,7 @@ def tuned_lines(figures: list[Figure]) -> Iterator[str]:
     for matrix, those in by_matrix.items():
         entries: list[tuple[int, str]] = []
         for figure in sorted(those, key=lambda figure: figure.rows):
-            wins = figure.tile is not None and figure.us < figure.cublas_us * (1 - GAIN)
+            wins = figure.tile is not None and figure.dependent_us < figure.cublas_us * (1 - GAIN)
             text = spelled(figure.tile) if wins and figure.tile else "None"
             if entries and entries[-1][1] == text:
                 entries.pop()
@@ -195,6 +196,12 @@ def spelled(tile: LinearTile) -> str:
     return f"LinearTile({tile.columns}, {tile.depth}, {tile.stages}{options})"
 
 
+def write_table(path: Path, lines: list[str]) -> None:
+    """Puts the lines into `linear_tiles.py` in place of its table."""
+    before, rest = path.read_text().split("] = {", 1)
+    path.write_text("\n".join([before + "] = {", *lines, rest[rest.index("}\n") :]]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[shape.name for shape in SHAPES], action="append")
@@ -202,6 +209,7 @@ def main() -> None:
     parser.add_argument("--matrix", action="append", help="qkv, o, gate_up, down, head; may be repeated")
     parser.add_argument("--replays", type=int, default=5, help="of a candidate (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write kernel_linear.json and .txt")
+    parser.add_argument("--table", type=Path, help="linear_tiles.py, to write the lines into")
     parser.add_argument("--processes", type=int, default=14, help="that compile (default: %(default)s)")
     args = parser.parse_args()
     models = args.model or ["llama-8b", "qwen3-0.6b"]
@@ -238,6 +246,8 @@ def main() -> None:
         print(figures[-1], flush=True)
         torch.cuda.empty_cache()
     lines = list(tuned_lines(figures))
+    if args.table:
+        write_table(args.table, lines)
     print("\n".join(lines))
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {time.monotonic() - started:.0f} s in all")
     if args.out:

@@ -2,12 +2,20 @@
 
 Kernel files import `jit` and `tl` from here. Where Triton is missing a kernel is never launched, so its body may name
 what does not exist.
+
+Kernels of a step follow one another in a few microseconds, of which a launch is one. On Hopper GPUs a kernel may be
+launched while the one before it still runs (programmatic dependent launch, CUDA programming guide §3.2.8.5). All that
+do so keep to this: before `gdc_wait` a program reads nothing but weights, and each of its programs waits. So what a
+kernel has waited for includes whatever ran before that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+
+import torch
 
 try:
     import triton
@@ -17,7 +25,28 @@ try:
 except ModuleNotFoundError:
     triton = tl = gdc_launch_dependents = gdc_wait = TensorDescriptor = None
 
-__all__ = ["TensorDescriptor", "ceil_div", "gdc_launch_dependents", "gdc_wait", "jit", "next_power_of_2", "tl"]
+__all__ = [
+    "TensorDescriptor",
+    "ceil_div",
+    "gdc_launch_dependents",
+    "gdc_wait",
+    "jit",
+    "may_overlap",
+    "next_power_of_2",
+    "overlap_option",
+    "tl",
+]
+
+
+@cache
+def may_overlap(device: torch.device) -> bool:
+    """Whether this device can launch a kernel while the one before it still runs."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def overlap_option(overlaps: bool) -> dict[str, bool]:
+    """What a launch is given besides, for the kernel to overlap with the one before it. Interpreters do not know it."""
+    return {"launch_pdl": True} if overlaps else {}
 
 
 def jit(kernel: Callable[..., Any]) -> Any:

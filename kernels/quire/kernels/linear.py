@@ -5,8 +5,8 @@ Where there are fewer tiles than the GPU has multiprocessors, K is split among p
 adds the parts, always in the same order, so the same batch gives the same bits. The gated activation (SwiGLU) can be
 the end of the product in front of it: the tile then has two halves, of gate and up.
 
-A product may be launched while the kernel before it still runs (programmatic dependent launch, CUDA programming guide
-§3.2.8.5): it asks for the start of W in the L2 cache, which depends on nobody, and waits before it reads x.
+A product may be launched while the kernel before it still runs (see `quire.kernels._triton`): it asks for the start of
+W in the L2 cache, which depends on nobody, and waits before it reads x.
 """
 # ruff: noqa: N803
 
@@ -18,7 +18,17 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quire.kernels._triton import TensorDescriptor, ceil_div, gdc_launch_dependents, gdc_wait, jit, next_power_of_2, tl
+from quire.kernels._triton import (
+    TensorDescriptor,
+    ceil_div,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    may_overlap,
+    next_power_of_2,
+    overlap_option,
+    tl,
+)
 from quire.kernels.linear_tiles import LinearTile, tile_for
 from quire.kernels.silu_and_mul import silu_and_mul
 
@@ -50,7 +60,7 @@ def linear(
     """x Wᵀ + b, [M, N] of `dtype` (x's type if None), accumulated in float32 and rounded once.
 
     x [M, K]; weight [N, K] of x's type; bias [N] of any float type; space: without it K is never split; dependent: the
-    launch may overlap the end of the kernel before it on the stream.
+    launch may overlap the end of the kernel before it on the stream, where the GPU can do that.
     """
     columns, size = weight.shape
     tile = tile_for(x.shape[0], columns, size, False, x.element_size()) if x.is_cuda else None
@@ -95,6 +105,7 @@ def linear_triton(
     out = torch.empty((num_rows, columns), dtype=dtype or x.dtype, device=x.device)
     if num_rows == 0:
         return out
+    dependent = dependent and may_overlap(x.device)
     rows = max(16, next_power_of_2(num_rows)) if not tile.swap else max(8, next_power_of_2(num_rows))
     tiles = ceil_div(columns, tile.columns)
     if tile.splits > 1:
@@ -127,7 +138,7 @@ def linear_triton(
         DEPENDENT=dependent,
         PREFETCH=tile.prefetch if dependent else 0,
         num_warps=tile.warps,
-        **({"launch_pdl": True} if dependent else {}),
+        **overlap_option(dependent),
     )
     return out
 

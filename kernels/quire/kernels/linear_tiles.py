@@ -38,7 +38,37 @@ class LinearTile:
 # More rows than that are left to cuBLAS.
 MAX_ROWS = 64
 # (N, K, gated; N is of the result) → (most rows, tile) in ascending order; None: cuBLAS. For elements of two bytes.
-TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | None], ...]] = {}
+TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | None], ...]] = {
+    (6144, 4096, False): (
+        (16, LinearTile(64, 256, 3, swap=True)),
+        (64, LinearTile(64, 128, 6, swap=True, bulk=True)),
+    ),
+    (4096, 4096, False): (
+        (16, LinearTile(64, 256, 4, splits=2, swap=True)),
+        (64, LinearTile(32, 128, 6)),
+    ),
+    (14336, 4096, True): (
+        (16, LinearTile(64, 128, 4, swap=True, bulk=True)),
+        (64, LinearTile(64, 128, 4, bulk=True)),
+    ),
+    (4096, 14336, False): (
+        (16, LinearTile(64, 256, 4, splits=2, swap=True, bulk=True)),
+        (64, LinearTile(32, 128, 6)),
+    ),
+    (4096, 1024, False): (
+        (16, LinearTile(64, 128, 6, splits=2, swap=True)),
+        (64, LinearTile(32, 128, 6)),
+    ),
+    (1024, 2048, False): (
+        (16, LinearTile(32, 256, 6, splits=4)),
+        (64, LinearTile(16, 256, 4, splits=2)),
+    ),
+    (3072, 1024, True): ((64, LinearTile(32, 128, 6)),),
+    (1024, 3072, False): (
+        (16, LinearTile(64, 128, 6, splits=8, swap=True)),
+        (64, LinearTile(32, 256, 4, splits=4)),
+    ),
+}
 # A GPU has about so many multiprocessors; fewer programs leave memory idle.
 _FULL = 128
 # What stages of loads may take of the 227 KiB of shared memory that a program can have on a Hopper GPU.

@@ -20,7 +20,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire.kernels._triton import jit, next_power_of_2, tl
+from quire.kernels._triton import (
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    may_overlap,
+    next_power_of_2,
+    overlap_option,
+    tl,
+)
 from quire.kernels.attention_block import attend_block, combine_parts, store_rows
 from quire.kernels.attention_worklist import (
     ITEM_FIELDS,
@@ -144,6 +152,7 @@ def _launch(
     shape, tile, prefixes = plan.shape, work.tile, plan.prefixes
     block_size = max(16, next_power_of_2(shape.head_size))
     combine_rows = min(4, next_power_of_2(shape.group))
+    overlaps = may_overlap(queries.device)
     _attend_kernel[(shape.num_kv_heads, work.items.shape[0])](
         queries,
         key_pages,
@@ -176,7 +185,9 @@ def _launch(
         STAGES=tile.num_stages,
         BULK=bulk,
         PREFIX=prefix,
+        DEPENDENT=overlaps,
         num_warps=tile.num_warps,
+        **overlap_option(overlaps),
     )
 
 
@@ -223,6 +234,7 @@ def _attend_kernel(
     STAGES: tl.constexpr,
     BULK: tl.constexpr,
     PREFIX: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's.
 
@@ -230,9 +242,13 @@ def _attend_kernel(
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
+    fields = items_ptr + item * FIELDS
+    if DEPENDENT:
+        # With few sequences most of the GPU is free to ask for the weights of the product that follows.
+        gdc_launch_dependents()
+        gdc_wait()
     if item >= tl.load(count_ptr):
         return
-    fields = items_ptr + item * FIELDS
     table_ptr = tables_ptr + tl.load(fields).to(tl.int64) * table_stride
     first_row = tl.load(fields + 1).to(tl.int64)
     position = tl.load(fields + 2)

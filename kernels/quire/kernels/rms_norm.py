@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from quire.kernels._triton import jit, next_power_of_2, tl
+from quire.kernels._triton import (
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    may_overlap,
+    next_power_of_2,
+    overlap_option,
+    tl,
+)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -53,12 +61,17 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """One row a program. Residual and out are contiguous; x's rows are `x_stride` apart."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < SIZE
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        # The product that follows asks for its weights meanwhile.
+        gdc_launch_dependents()
+        gdc_wait()
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0).to(tl.float32)
     if ADD:
         residual = residual_ptr + row * SIZE + column
@@ -86,7 +99,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtyp
     if x.stride(1) != 1:
         raise ValueError(f"x must be contiguous along its last dimension, and its strides are {x.stride()}")
     out = torch.empty((rows, size), dtype=dtype, device=x.device)
-    block = next_power_of_2(size)
+    block, overlaps = next_power_of_2(size), may_overlap(x.device)
     _rms_norm_kernel[(rows,)](
         x,
         out if residual is None else residual,
@@ -97,7 +110,9 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtyp
         SIZE=size,
         BLOCK=block,
         ADD=residual is not None,
+        DEPENDENT=overlaps,
         # 16 elements a thread: few enough warps that their sum is quick, enough loads in flight to fill the memory.
         num_warps=min(16, max(1, block // 512)),
+        **overlap_option(overlaps),
     )
     return out

@@ -13,7 +13,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quire.kernels._triton import ceil_div, jit, next_power_of_2, tl
+from quire.kernels._triton import (
+    ceil_div,
+    gdc_launch_dependents,
+    gdc_wait,
+    jit,
+    may_overlap,
+    next_power_of_2,
+    overlap_option,
+    tl,
+)
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary import rotary
 from quire.kernels.write_pages import plan_writes, write_pages
@@ -78,8 +87,12 @@ def _rotary_and_write_kernel(
     NORM: tl.constexpr,
     BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """Some heads of one token a program. A head's halves, which turn into each other, are two tiles."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)
     element = tl.arange(0, BLOCK_HALF)
@@ -144,6 +157,7 @@ def rotary_and_write_triton(
     queries = torch.empty((num_tokens, num_heads, head_size), dtype=key_pages.dtype, device=qkv.device)
     # Few tokens: more programs, each with little to wait for. Many: fewer, as each reads its token's angles.
     block_heads = 4 if num_tokens <= 32 else 16
+    overlaps = may_overlap(qkv.device)
     _rotary_and_write_kernel[(num_tokens, ceil_div(num_all_heads, block_heads))](
         qkv,
         positions,
@@ -163,7 +177,9 @@ def rotary_and_write_triton(
         NORM=norm is not None,
         BLOCK_HEADS=block_heads,
         BLOCK_HALF=next_power_of_2(head_size // 2),
+        DEPENDENT=overlaps,
         num_warps=1 if num_tokens <= 32 else 4,
+        **overlap_option(overlaps),
     )
     return queries
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from quire.kernels._triton import ceil_div, jit, tl
+from quire.kernels._triton import ceil_div, gdc_launch_dependents, gdc_wait, jit, may_overlap, overlap_option, tl
 
 _BLOCK = 1024
 
@@ -26,8 +26,12 @@ def _silu_and_mul_kernel(
     out_ptr: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ) -> None:
     """A block of one row a program, in float32."""
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < SIZE
@@ -43,6 +47,8 @@ def silu_and_mul_triton(x: Tensor) -> Tensor:
     if not x.is_contiguous():
         raise ValueError(f"x must be contiguous, and its strides are {x.stride()}")
     rows, size = x.shape[0], x.shape[1] // 2
-    out = torch.empty((rows, size), dtype=x.dtype, device=x.device)
-    _silu_and_mul_kernel[(rows, ceil_div(size, _BLOCK))](x, out, SIZE=size, BLOCK=_BLOCK, num_warps=4)
+    out, overlaps = torch.empty((rows, size), dtype=x.dtype, device=x.device), may_overlap(x.device)
+    _silu_and_mul_kernel[(rows, ceil_div(size, _BLOCK))](
+        x, out, SIZE=size, BLOCK=_BLOCK, DEPENDENT=overlaps, num_warps=4, **overlap_option(overlaps)
+    )
     return out
