@@ -111,6 +111,7 @@ async def faults(cluster: Cluster, chance: random.Random, count: int) -> None:
         ("drain", cluster.engines),
         ("kill", cluster.sidecars),
         ("kill", cluster.routers),
+        ("drain", cluster.routers),
     ]
     order = list(itertools.islice(itertools.cycle(chance.sample(kinds, len(kinds))), count))
     for kind, names in order:
@@ -149,7 +150,7 @@ async def test_no_stream_breaks(cluster: Cluster) -> None:
         async with asyncio.TaskGroup() as clients:
             for index in range(NUM_STREAMS):
                 clients.create_task(client(index))
-            await faults(cluster, random.Random(seed), int(os.environ.get("QUIRE_CHAOS_FAULTS") or 5))
+            await faults(cluster, random.Random(seed), int(os.environ.get("QUIRE_CHAOS_FAULTS") or 6))
             over.set()
         await cluster.until_idle()
     print(f"{len(given)} streams")

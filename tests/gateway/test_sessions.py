@@ -18,7 +18,7 @@ from gateway_testing import ANSWER, MODEL, StartGateway, eventually, sentence_pi
 from quire.gateway.model import ServedModel
 from quire.gateway.server import Gateway
 from quire.service.checkpoint import TextModel
-from quire.service.errors import OverloadedError
+from quire.service.errors import OverloadedError, UnavailableError
 from quire.service.request import FinishReason
 from quire.v1 import request_pb2, session_pb2
 
@@ -231,6 +231,34 @@ async def test_draining_router_gets_nothing_new(
         submission.send(encode(" one"), finish=FinishReason.STOP)
         await old.end()
         assert old.text == "Old one"
+
+
+async def test_what_a_draining_router_gives_up_goes_on_elsewhere(
+    start_gateway: StartGateway, router: FakeRouter, second: FakeRouter, encode: Callable[[str], list[int]]
+) -> None:
+    """Without it every stream that outlasts a router's grace period would break at each rollout, and a request that is
+    on its way when the router begins to drain would be refused."""
+    gateway = await start_gateway(router.address, second.address)
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as http:
+        await until_ready(http)
+        old = Reader(http)
+        streaming = await router.next()
+        streaming.send(encode("Old"), cached=0)
+        await old.until("Old")
+        crossing = Reader(http)
+        sent = await router.next()
+        await second.start()
+        router.drain()
+        for submission in (sent, streaming):
+            submission.send(error=UnavailableError("the router is shutting down: send the request to another"))
+        moved = [await second.next(), await second.next()]
+        assert sorted(list(each.request.output_token_ids) for each in moved) == [[], encode("Old")]
+        for submission in moved:
+            submission.send(encode(" one"), cached=0, finish=FinishReason.STOP)
+        for reader in (old, crossing):
+            events = await reader.end()
+            assert events[-1] == "[DONE]" and not [event for event in events[:-1] if "error" in event]
+        assert (old.text, crossing.text) == ("Old one", " one")
 
 
 async def test_readiness_follows_the_router(start_gateway: StartGateway, router: FakeRouter) -> None:

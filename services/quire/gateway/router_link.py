@@ -19,7 +19,7 @@ from quire.gateway.call import Call
 from quire.service.errors import UnavailableError
 from quire.service.peer_tls import Dialer
 from quire.service.wire import request_to_proto
-from quire.v1 import session_pb2, session_pb2_grpc
+from quire.v1 import request_pb2, session_pb2, session_pb2_grpc
 
 SERVICE = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
 
@@ -200,6 +200,10 @@ class RouterLink:
             if finished:
                 del calls[update.key]
             if call.finished is None:
+                if finished and self._draining and update.finished.error.code == request_pb2.ERROR_CODE_UNAVAILABLE:
+                    # It ends before the request does, or met it on the way: another router goes on with it.
+                    self._lost([call])
+                    continue
                 call.feed(update)
                 # What came made no sense and ended the call: nobody reads the rest.
                 if not finished and call.finished is not None:
