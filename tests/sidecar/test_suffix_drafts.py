@@ -122,4 +122,4 @@ def test_a_match_survives_that_the_oldest_are_dropped() -> None:
     drafter.release(3)
     assert drafted(drafter, 2, [113]) in ((114,), ())
     drafter.start(4, "", 0)
-    assert drafted(drafter, 4, [205, 206, 207]) == (208, 209, 210)
+    assert drafted(drafter, 4, [206, 207, 208]) == (209, 210, 211)

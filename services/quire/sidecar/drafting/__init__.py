@@ -1,1 +1,1 @@
-"""Drafts for free: what followed the same tokens before, in this request or in its tenant's others, may follow again."""
+"""Drafts for free: what followed the same tokens before, in a request or in its tenant's others, may follow again."""

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-from quire.sidecar.drafting.automaton import (
-    ROOT,
-    SuffixAutomaton,
-)  # Stands between two outputs and is no token, so that no match spans both.
+from quire.sidecar.drafting.automaton import ROOT, SuffixAutomaton
 
+# A match that begins further back is as good as one that begins here.
+_LOOK_BACK = 64
+
+# Stands between two outputs and is no token, so that no match spans both.
 _BORDER = (1 << 32) - 1
 
 
