@@ -130,7 +130,10 @@ class EngineCore:
                 "constraint is set and this engine has no sidecar: start one and name it with --sidecar",
                 field="constraint",
             )
-        self.scheduler.add(key, request).arrived_at = time.perf_counter()
+        sequence = self.scheduler.add(key, request)
+        sequence.arrived_at = time.perf_counter()
+        if self._speculator is not None:
+            sequence.num_wanted = self._speculator.num_wanted
 
     def cancel(self, key: int) -> None:
         """Ends a request and frees its pages at once; its terminal update comes with the next step's."""
@@ -283,7 +286,8 @@ class EngineCore:
                     tokens = tokens[: grammar.num_drafts + 1]
                 self.scheduler.accept(sequence, len(tokens) - 1)
             if self._speculator is not None:
-                self._speculator.observe(sequence, work.num_drafts, tokens, grammar.forced if grammar else None)
+                forced = grammar.forced if grammar is not None else None
+                self._speculator.observe(sequence, work.num_drafts, tokens, forced, result.drafts.get(index))
             error = errors.get(sequence.key)
             num_tokens += self._commit_tokens(sequence, tokens, result.logprobs.get(index, ()), error)
         self.stats.record_tokens(until_first, between, num_tokens)

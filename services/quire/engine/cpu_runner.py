@@ -14,10 +14,11 @@ from torch import Tensor
 from quire.engine.adjust import adjust_logits
 from quire.engine.device_batch import DeviceBatch, Draws, WorkColumns
 from quire.engine.logprobs import report
-from quire.engine.models.model import Model
+from quire.engine.models.model import HiddenTaps, Model
 from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.engine.sampler import sample
+from quire.engine.speculation.eagle.drafter import EagleDrafter, Progress
 from quire.kernels.token_mask import apply_token_mask
 from quire.service.errors import InternalError
 from quire.service.request import TokenLogprobs
@@ -43,25 +44,35 @@ class _CpuStep:
 class CpuRunner:
     """`quire.engine.runner.Runner` on the CPU. The masks are waited for when the logits are there, not before."""
 
-    def __init__(self, model: Model, num_pages: int, max_num_seqs: int, max_model_len: int, dtype: str) -> None:
+    def __init__(
+        self,
+        model: Model,
+        num_pages: int,
+        max_num_seqs: int,
+        max_model_len: int,
+        dtype: str,
+        drafter: EagleDrafter | None = None,
+    ) -> None:
         self.info = DeviceInfo("cpu", dtype, torch.get_num_threads())
         self._model = model
         self._batch = DeviceBatch(max_num_seqs, max_model_len)
         self._cache = model.new_kv_cache(num_pages)
+        self._drafter = drafter
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, masked: bool) -> _CpuStep:
         """Runs the step; it is done when this returns, but for the draw if it is `masked`."""
         self._batch.apply(plan)
         work = WorkColumns.of(plan.work)
-        logits = self._model.forward(self._batch.forward_batch(work), self._cache)
+        taps = self._taps(plan, work)
+        logits = self._model.forward(self._batch.forward_batch(work), self._cache, taps)
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         draws = Draws.of(work)
         if work.score.any():
             prompt_logprobs = self._score(work, logits)
             ends = np.cumsum(_num_logits(work))[draws.items]
             logits = logits[torch.from_numpy(np.repeat(ends - draws.counts, draws.counts) + draws.behind)]
-        step = _CpuStep(partial(self._draw, len(work), draws, logits, prompt_logprobs))
+        step = _CpuStep(partial(self._draw, work, draws, taps, logits, prompt_logprobs))
         if not masked:
             step.draw(None)
         return step
@@ -73,13 +84,14 @@ class CpuRunner:
     @torch.inference_mode()
     def _draw(
         self,
-        num_items: int,
+        work: WorkColumns,
         draws: Draws,
+        taps: HiddenTaps | None,
         logits: Tensor,
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]],
         masks: StepMasks | None,
     ) -> StepResult:
-        token_ids = np.full(num_items, -1)
+        token_ids = np.full(len(work), -1)
         if not len(draws):
             return StepResult(tuple(token_ids.tolist()), {}, prompt_logprobs)
         reported = np.flatnonzero(self._batch.sampling.num_logprobs[draws.slots] >= 0)
@@ -90,7 +102,40 @@ class CpuRunner:
         verified = np.flatnonzero(draws.counts > 1)
         kept = dict(zip(draws.items[verified].tolist(), accepted[verified].tolist(), strict=True))
         logprobs = self._report(draws, accepted, drawn, reported, as_given) if reported.size else {}
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs, kept)
+        drafts = self._draft(work, draws, accepted, token_ids, taps) if taps is not None else {}
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs, kept, drafts)
+
+    def _taps(self, plan: StepPlan, work: WorkColumns) -> HiddenTaps | None:
+        if self._drafter is None:
+            return None
+        for admission in plan.admissions:
+            self._drafter.admit(admission.slot)
+        if not work.wanted.any():
+            return None
+        return HiddenTaps.new(self._drafter.taps, int(work.counts.sum()), self._drafter.target_hidden_size)
+
+    def _draft(
+        self,
+        work: WorkColumns,
+        draws: Draws,
+        accepted: npt.NDArray[np.int64],
+        token_ids: npt.NDArray[np.int64],
+        taps: HiddenTaps,
+    ) -> dict[int, tuple[int, ...]]:
+        """What may come after what was drawn, for each item that wants it."""
+        chosen = (work.wanted[draws.items] > 0) & (token_ids[draws.items] >= 0)
+        items = draws.items[chosen]
+        if self._drafter is None or not items.size:
+            return {}
+        progress = Progress(
+            slots=work.slots[items],
+            starts=work.starts[items],
+            counts=work.counts[items] - work.drafts[items] + accepted[chosen],
+            rows=(np.cumsum(work.counts) - work.counts)[items],
+            wanted=work.wanted[items],
+        )
+        found = self._drafter.draft(progress, taps.hidden, self._batch.token_ids.numpy())
+        return dict(zip(items.tolist(), found, strict=True))
 
     def _sample(self, draws: Draws, logits: Tensor, masks: StepMasks | None) -> npt.NDArray[np.int64]:
         """The token drawn from each row of logits, which are changed."""

@@ -33,26 +33,17 @@ class WorkColumns:
     sample: npt.NDArray[np.bool_]
     score: npt.NDArray[np.bool_]
     drafts: npt.NDArray[np.int64]  # how many
+    wanted: npt.NDArray[np.int64]  # how many
 
     @classmethod
     def of(cls, work: Sequence[Work]) -> WorkColumns:
         """Of the items in their order."""
         numbers = np.fromiter(chain.from_iterable(work), np.int64, len(work) * len(Work._fields))
-        slots, starts, counts, sample, score, drafts = numbers.reshape(len(work), -1).T
-        return cls(slots, starts, counts, sample.astype(bool), score.astype(bool), drafts)
+        slots, starts, counts, sample, score, drafts, wanted = numbers.reshape(len(work), -1).T
+        return cls(slots, starts, counts, sample.astype(bool), score.astype(bool), drafts, wanted)
 
     def __len__(self) -> int:
         return len(self.slots)
-
-    def __getitem__(self, items: npt.NDArray[np.bool_]) -> WorkColumns:
-        return WorkColumns(
-            self.slots[items],
-            self.starts[items],
-            self.counts[items],
-            self.sample[items],
-            self.score[items],
-            self.drafts[items],
-        )
 
     @property
     def ends(self) -> npt.NDArray[np.int64]:
@@ -137,7 +128,8 @@ class DeviceBatch:
         wanted = np.repeat(work.score, work.counts)
         wanted[query_start[1:] - 1] |= work.sample
         if work.drafts.any():
-            wanted |= positions >= np.repeat(work.ends - 1 - work.drafts, work.counts)
+            first = np.where(work.drafts > 0, work.ends - 1 - work.drafts, work.ends)
+            wanted |= positions >= np.repeat(first, work.counts)
         return ForwardBatch(
             token_ids=torch.from_numpy(self._tokens[slots, positions]),
             positions=torch.from_numpy(positions),

@@ -53,6 +53,7 @@ class Work(NamedTuple):
 
     The last `num_drafts` of them are drafts: a token is drawn in front of each, too, as if those before it were right,
     and the first that differs from its draft is the last that counts.
+    Drafts are to be made of what follows: up to `num_wanted`, if there is a drafter on the device.
     If `score`, report the log-probabilities of the prompt's tokens from position `start + 1` to `start + num_tokens`.
     A tuple of numbers, so that a device makes one array of a step's work.
     """
@@ -63,6 +64,7 @@ class Work(NamedTuple):
     sample: bool
     score: bool = False
     num_drafts: int = 0
+    num_wanted: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +80,9 @@ class StepPlan:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """`token_ids[i]` is the last token that work i drew, -1 if it drew none or its logits were not finite. The first
-    `accepted[i]` of its drafts come before it; works without drafts are not in there.
+    `accepted[i]` of its drafts come before it; works without drafts are not in there. `drafts[i]` may come after it.
 
-    `logprobs[i]` reports on those tokens, the last included, and `prompt_logprobs[i]` on work i's prompt tokens, where
+    `logprobs[i]` reports on the tokens that were drawn and count, `prompt_logprobs[i]` on work i's prompt tokens, where
     that was asked for.
     """
 
@@ -88,3 +90,4 @@ class StepResult:
     logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     accepted: dict[int, int] = field(default_factory=dict)
+    drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)

@@ -432,7 +432,8 @@ class _Step:
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
         drafts = sequence.drafts
-        self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts))
+        wanted = sequence.num_wanted if sample else 0
+        self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted)
         if drafts:
             self._drafts[sequence] = Drafts(sequence.slot, start + num_tokens - len(drafts), drafts)
         if grant is not None:

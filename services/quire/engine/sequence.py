@@ -25,7 +25,8 @@ class Sequence:
     done. `max_tokens` is how many tokens there may be in all. `page_hashes` has a hash for every full page of
     `token_ids`; the first `num_published` of them are in the pool. `arrived_at` and `last_token_at` (when a token was
     last drawn here) are the core's, in seconds of a clock of its own.
-    `drafts` may be what follows `token_ids`; the next step, or the one in flight, finds out.
+    `drafts` may be what follows `token_ids`; the next step, or the one in flight, finds out. `num_wanted` is how many
+    the device is to make of what comes after that.
     The log-probabilities of the first `num_scored` prompt tokens are reported or on their way; the first has none.
     """
 
@@ -49,6 +50,7 @@ class Sequence:
     num_preemptions: int = 0
     num_scored: int = 1
     drafts: tuple[int, ...] = ()
+    num_wanted: int = 0
     arrived_at: float = 0.0
     last_token_at: float | None = None
 

@@ -16,6 +16,7 @@ class Drafter(Enum):
 
     FORCED = "forced"  # a grammar that allows nothing else
     SUFFIX = "suffix"  # what followed the same tokens before
+    EAGLE = "eagle"  # a head that reads the model's hidden states
 
 
 @dataclass(frozen=True, slots=True)

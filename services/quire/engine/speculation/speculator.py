@@ -56,23 +56,41 @@ class SpeculationStats:
 
 @dataclass(slots=True)
 class _Prospect:
-    """What is known of one sequence. `pause` is how many tokens to draw before the source is asked again."""
+    """What is known of one sequence: by drafter, the tokens that it offers, and how many tokens it is still to be left
+    alone for, and was the last time."""
 
     rates: Rates
-    drafter: Drafter = Drafter.SUFFIX
-    offer: tuple[int, ...] = ()
-    pause: int = 0
-    last_pause: int = 0
+    offers: dict[Drafter, tuple[int, ...]] = field(default_factory=dict)
+    pauses: dict[Drafter, int] = field(default_factory=dict)
+    last_pauses: dict[Drafter, int] = field(default_factory=dict)
+    verifying: Drafter | None = None
+
+    def best(self) -> Drafter | None:
+        """Whose offer is most likely to be right."""
+        return max(self.offers, key=lambda drafter: self.rates[drafter], default=None)
+
+    def leave_alone(self, drafter: Drafter) -> None:
+        """It had nothing, or nothing right: twice as long as the last time."""
+        self.last_pauses[drafter] = min(_LONGEST_PAUSE, max(1, 2 * self.last_pauses.get(drafter, 0)))
+        self.pauses[drafter] = self.last_pauses[drafter]
 
 
 class Speculator:
-    """Decides on drafts for one engine."""
+    """Decides on drafts for one engine. `on_device`: its runner has a drafter, too."""
 
-    def __init__(self, source: DraftSource | None, config: SpeculationConfig) -> None:
+    def __init__(
+        self,
+        source: DraftSource | None,
+        config: SpeculationConfig,
+        *,
+        on_device: bool = False,
+        cost: StepCost | None = None,
+    ) -> None:
         self.stats = SpeculationStats()
         self._source = source
+        self._on_device = on_device and config.num_tokens > 0
         self._config = config
-        self._cost = StepCost()
+        self._cost = StepCost() if cost is None else cost
         self._rates = Rates.of_all()
         self._prospects: dict[int, _Prospect] = {}
         self._released: list[int] = []
@@ -82,18 +100,24 @@ class Speculator:
         """How many forced tokens to ask grammars for."""
         return self._config.num_forced
 
+    @property
+    def num_wanted(self) -> int:
+        """How many drafts to ask the device for when a prompt is done."""
+        return self._config.num_tokens if self._on_device else 0
+
     def wants(self, scheduler: Scheduler) -> bool:
         """Whether `propose` may have something for the next step."""
         return any(
             (prospect := self._prospects.get(sequence.key)) is None
-            or prospect.offer
-            or (self._source is not None and prospect.pause == 0)
+            or prospect.offers
+            or (self._source is not None and not prospect.pauses.get(Drafter.SUFFIX))
+            or (self._on_device and not prospect.pauses.get(Drafter.EAGLE))
             for sequence in scheduler.running
             if sequence.num_pending == 1 and not sequence.awaits_last_token
         )
 
     def propose(self, scheduler: Scheduler) -> None:
-        """Sets `drafts` of the sequences that decode; all tokens that were drawn must be known."""
+        """Sets `drafts` and `num_wanted` of the running sequences; all tokens that were drawn must be known."""
         decodes, num_tokens = [], 0
         for sequence in scheduler.running:
             num_tokens += max(1, sequence.num_pending)
@@ -105,46 +129,69 @@ class Speculator:
         for sequence in decodes:
             prospect = self._prospect(sequence)
             sequence.drafts = ()
-            if prospect.offer:
-                limit = self._config.num_forced if prospect.drafter is Drafter.FORCED else self._config.num_tokens
-                offers.append(Offer(min(len(prospect.offer), limit), prospect.rates[prospect.drafter]))
-                takers.append((sequence, prospect))
-        for (sequence, prospect), count in zip(
-            takers, choose(offers, len(decodes), num_tokens, self._cost), strict=True
-        ):
-            sequence.drafts = prospect.offer[:count]
+            sequence.num_wanted = self._num_wanted(prospect, self._config.num_tokens)
+            prospect.verifying = drafter = prospect.best()
+            if drafter is not None:
+                limit = self._config.num_forced if drafter is Drafter.FORCED else self._config.num_tokens
+                tokens = prospect.offers[drafter][:limit]
+                offers.append(Offer(len(tokens), prospect.rates[drafter]))
+                takers.append((sequence, prospect, tokens))
+        chosen = choose(offers, len(decodes), num_tokens, self._cost)
+        for (sequence, prospect, tokens), count in zip(takers, chosen, strict=True):
+            sequence.drafts = tokens[:count]
+            # One more than is worth it now, to see when more is.
+            sequence.num_wanted = self._num_wanted(prospect, count + 1)
 
     def observe_step(self, num_tokens: int, seconds: float) -> None:
         """A step computed so many tokens in so long."""
         self._cost.record(num_tokens, seconds)
 
     def observe(
-        self, sequence: Sequence, num_verified: int, token_ids: SequenceOf[int], forced: tuple[int, ...] | None
+        self,
+        sequence: Sequence,
+        num_verified: int,
+        token_ids: SequenceOf[int],
+        forced: tuple[int, ...] | None,
+        drafted: tuple[int, ...] | None,
     ) -> None:
-        """A step drew `token_ids` for a sequence, after it had verified some of its offer.
+        """A step drew `token_ids` for a sequence, after it had verified some drafts.
 
-        `forced` is what the grammar forces after the drafts that were verified, None without a grammar.
+        `forced` is what the grammar forces after those, None without a grammar; `drafted` is what the device expects to
+        follow the drawn tokens, None if it was not asked.
         """
         prospect = self._prospect(sequence)
-        offer, drafter = prospect.offer, prospect.drafter
-        right = _common(offer, token_ids)
-        if num_verified:
-            self.stats.record(drafter, num_verified, min(right, num_verified))
-        if offer:
-            wrong = right < min(len(offer), len(token_ids))
-            for rates in (prospect.rates, self._rates):
-                rates.record(drafter, right, wrong)
-            prospect.offer = () if wrong else offer[right:]
-            if right:
-                prospect.last_pause = 0
-            elif wrong:
-                prospect.last_pause = min(_LONGEST_PAUSE, max(1, 2 * prospect.last_pause))
-                prospect.pause = prospect.last_pause
-        elif prospect.pause:
-            prospect.pause = max(0, prospect.pause - len(token_ids))
+        if num_verified and prospect.verifying is not None:
+            self.stats.record(prospect.verifying, num_verified, len(token_ids) - 1)
+        for drafter in tuple(prospect.pauses):
+            prospect.pauses[drafter] = max(0, prospect.pauses[drafter] - len(token_ids))
+        for drafter, offer in tuple(prospect.offers.items()):
+            self._judge(prospect, drafter, offer, token_ids)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
-            prospect.offer, prospect.drafter = forced[1:], Drafter.FORCED
+            prospect.offers[Drafter.FORCED] = forced[1:]
+        if drafted:
+            prospect.offers[Drafter.EAGLE] = drafted
+
+    def _judge(self, prospect: _Prospect, drafter: Drafter, offer: tuple[int, ...], token_ids: SequenceOf[int]) -> None:
+        """Compares what a drafter offered with what was drawn, whether or not it was verified."""
+        right = _common(offer, token_ids)
+        wrong = right < min(len(offer), len(token_ids))
+        for rates in (prospect.rates, self._rates):
+            rates.record(drafter, right, wrong)
+        left = () if wrong else offer[right:]
+        if left:
+            prospect.offers[drafter] = left
+        else:
+            del prospect.offers[drafter]
+        if right:
+            prospect.last_pauses[drafter] = 0
+        elif wrong:
+            prospect.leave_alone(drafter)
+
+    def _num_wanted(self, prospect: _Prospect, most: int) -> int:
+        if not self._on_device or prospect.pauses.get(Drafter.EAGLE):
+            return 0
+        return min(most, self._config.num_tokens)
 
     def forget(self, key: int) -> None:
         """A sequence has ended."""
@@ -170,13 +217,13 @@ class Speculator:
         self._released = []
         for sequence in due:
             prospect = self._prospect(sequence)
-            prospect.offer, prospect.drafter = found.get(sequence.key, ()), Drafter.SUFFIX
-            if not prospect.offer:
-                prospect.last_pause = min(_LONGEST_PAUSE, max(1, 2 * prospect.last_pause))
-                prospect.pause = prospect.last_pause
+            if offer := found.get(sequence.key):
+                prospect.offers[Drafter.SUFFIX] = offer
+            else:
+                prospect.leave_alone(Drafter.SUFFIX)
 
     def _is_due(self, prospect: _Prospect) -> bool:
-        return not prospect.offer and prospect.pause == 0
+        return Drafter.SUFFIX not in prospect.offers and not prospect.pauses.get(Drafter.SUFFIX)
 
     def _prospect(self, sequence: Sequence) -> _Prospect:
         prospect = self._prospects.get(sequence.key)
