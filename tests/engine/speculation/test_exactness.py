@@ -65,6 +65,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
 class FreeSteps(StepCost):
     """As if tokens cost nothing, so that whatever may be right is verified."""
 
+    def knows(self, num_tokens: int) -> bool:
+        return True
+
     def seconds(self, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         return np.ones(len(num_tokens))
 

@@ -28,8 +28,8 @@ class Offer(NamedTuple):
 def choose(offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: StepCost) -> list[int]:
     """How many of each offer's drafts to verify in a step that computes `num_tokens` tokens without any, of which
     `num_decodes` each draw the next one."""
-    if not offers:
-        return []
+    if not any(offer.num_drafts for offer in offers) or not cost.knows(num_tokens):
+        return [0] * len(offers)
     counts = np.array([offer.num_drafts for offer in offers])
     rates = np.array([offer.rate for offer in offers])
     owners = np.repeat(np.arange(len(offers)), counts)

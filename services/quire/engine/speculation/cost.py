@@ -14,8 +14,9 @@ _EXACT = 16
 # down, which changes all of them alike.
 _OWN, _COMMON = 0.2, 0.05
 
-# The first measurements of a size include what is done once: the least of so many is taken.
-_FIRST = 3
+# The first measurements of a size may include what is done once: the least of so many is taken. Until there are so
+# many, the last one counts for so many steps; then it has to be tried again.
+_FIRST, _TRUSTED = 3, 128
 # A pause of the machine says nothing about a step.
 _LONGEST = 2.0
 
@@ -27,11 +28,15 @@ class StepCost:
         self._sizes: list[int] = []
         self._seconds: dict[int, float] = {}
         self._counts: dict[int, int] = {}
+        self._seen_at: dict[int, int] = {}
+        self._step = 0
 
     def record(self, num_tokens: int, seconds: float) -> None:
         """A step of so many tokens took so long."""
         size = _size(num_tokens)
         known = self._seconds.get(size)
+        self._step += 1
+        self._seen_at[size] = self._step
         if known is None:
             insort(self._sizes, size)
             self._seconds[size], self._counts[size] = seconds, 1
@@ -45,17 +50,23 @@ class StepCost:
             self._seconds[other] *= 1.0 + _COMMON * change
         self._seconds[size] = known * (1.0 + _OWN * change)
 
-    def seconds(self, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Of steps of so many tokens each, never less for more of them; 1 for all while nothing is known.
+    def knows(self, num_tokens: int) -> bool:
+        """Whether so few tokens were measured: what more of them cost can't be told without."""
+        return any(size <= num_tokens and self._is_known(size) for size in self._sizes)
 
-        A size that was seldom seen counts as the next smaller one: it has to be tried to be known.
+    def seconds(self, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """Of steps of so many tokens each, never less for more of them.
+
+        Those between two that are known are in proportion, and larger ones than all of them count as the largest: they
+        have to be tried to be known.
         """
-        known = [size for size in self._sizes if self._counts[size] >= _FIRST]
-        if not known:
-            return np.ones(len(num_tokens))
+        known = [size for size in self._sizes if self._is_known(size)]
         curve = np.maximum.accumulate([self._seconds[size] for size in known])
         found: npt.NDArray[np.float64] = np.interp(num_tokens, known, curve)
         return found
+
+    def _is_known(self, size: int) -> bool:
+        return self._counts[size] >= _FIRST or self._step - self._seen_at[size] < _TRUSTED
 
 
 def _size(num_tokens: int) -> int:

@@ -1,0 +1,174 @@
+"""What speculation costs when drafts are wrong, and how soon it comes back when they are good: by simulated time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from draft_oracle import Oracle
+from hypothesis import given
+from hypothesis import strategies as st
+from page_machine import EOS, VOCAB_SIZE, PageMachine, run_alone
+
+import quire.engine.core
+from quire.engine.core import EngineCore
+from quire.engine.page_pool import PagePool
+from quire.engine.plan import StepPlan
+from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.engine.speculation.budget import Offer, choose
+from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.speculator import SpeculationConfig, Speculator
+from quire.service.request import Request, SamplingParams, StopConditions
+
+PAGES, MAX_MODEL_LEN = 400, 800
+
+
+@dataclass
+class Clock:
+    """Stands for the module `time` in the core."""
+
+    now: float = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+
+class TimedMachine(PageMachine):
+    """Its steps take the time that `seconds` says for their number of tokens."""
+
+    def __init__(self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int) -> None:
+        super().__init__(PAGES, max_num_seqs, MAX_MODEL_LEN)
+        self.clock, self.seconds = clock, seconds
+        self.steps: list[int] = []
+
+    def launch(self, plan: StepPlan, *, masked: bool):  # type: ignore[no-untyped-def]
+        num_tokens = sum(work.num_tokens for work in plan.work)
+        self.steps.append(num_tokens)
+        # Machines are not exact: a hundredth more or less.
+        self.clock.now += self.seconds(num_tokens) * (1 + (len(self.steps) * 7 % 5 - 2) / 200)
+        return super().launch(plan, masked=masked)
+
+
+def simulate(
+    monkeypatch: pytest.MonkeyPatch,
+    seconds: Callable[[int], float],
+    quality: float | None,
+    num_seqs: int,
+    num_tokens: int = 400,
+) -> tuple[float, TimedMachine, Oracle, EngineCore]:
+    """The time that `num_seqs` requests of `num_tokens` output tokens take; without drafts if `quality` is None."""
+    clock = Clock()
+    monkeypatch.setattr(quire.engine.core, "time", clock)
+    machine = TimedMachine(clock, seconds, num_seqs)
+    requests = [
+        Request(
+            str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0), StopConditions(num_tokens, ignore_eos=True)
+        )
+        for key in range(num_seqs)
+    ]
+    outputs = [run_alone(request, MAX_MODEL_LEN)[0] for request in requests]
+    oracle = Oracle(lambda key: [*requests[key].prompt_token_ids, *outputs[key]], quality or 0.0, VOCAB_SIZE)
+    speculator = Speculator(oracle, SpeculationConfig(4)) if quality is not None else None
+    config = SchedulerConfig(num_seqs, 512, MAX_MODEL_LEN)
+    scheduler = Scheduler(config, PagePool(PAGES), frozenset({EOS}))
+    core = EngineCore(machine, scheduler, None, VOCAB_SIZE, speculator=speculator)
+    for key, request in enumerate(requests):
+        core.submit(key, request)
+    return clock.now, machine, oracle, core
+
+
+def finish(core: EngineCore, machine: TimedMachine) -> float:
+    while core.has_work:
+        core.step()
+    return machine.clock.now
+
+
+# What a step costs, from one that is bound by its weights to one that is bound by arithmetic.
+COSTS = {
+    "flat": lambda tokens: 0.006,
+    "a GPU's": lambda tokens: 0.006 + 0.00002 * tokens,
+    "a CPU's": lambda tokens: 0.010 + 0.003 * tokens,
+    "by the token": lambda tokens: 0.001 * tokens,
+    "in steps": lambda tokens: 0.004 * (1 + tokens // 8),
+}
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4, 8])
+@pytest.mark.parametrize("cost", COSTS)
+def test_drafts_that_are_all_wrong_cost_at_most_three_percent(
+    monkeypatch: pytest.MonkeyPatch, cost: str, num_seqs: int
+) -> None:
+    """Peers lose up to half of their throughput there: nobody could leave speculation on."""
+    _, machine, _, core = simulate(monkeypatch, COSTS[cost], None, num_seqs)
+    without = finish(core, machine)
+    _, machine, oracle, core = simulate(monkeypatch, COSTS[cost], 0.0, num_seqs)
+    assert finish(core, machine) <= 1.03 * without
+    assert oracle.num_proposed > 0
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4])
+@pytest.mark.parametrize("cost", ["flat", "a GPU's"])
+def test_drafts_that_are_right_are_used(monkeypatch: pytest.MonkeyPatch, cost: str, num_seqs: int) -> None:
+    """Where tokens of a step are nearly free, four right drafts are worth nearly four steps."""
+    _, machine, _, core = simulate(monkeypatch, COSTS[cost], None, num_seqs)
+    without = finish(core, machine)
+    _, machine, _, core = simulate(monkeypatch, COSTS[cost], 1.0, num_seqs)
+    assert finish(core, machine) < without / 4
+
+
+def test_right_drafts_are_left_alone_where_they_cost_more_than_they_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step's time is its tokens', a draft saves nothing: half of them wrong, and all would lose."""
+    _, machine, _, core = simulate(monkeypatch, COSTS["by the token"], None, 4)
+    without = finish(core, machine)
+    _, machine, _, core = simulate(monkeypatch, COSTS["by the token"], 0.5, 4)
+    assert finish(core, machine) <= 1.03 * without
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4])
+def test_speculation_comes_back_when_drafts_become_good(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
+    """A chat turns to code: what was given up for the talk is worth most for the rest."""
+    _, _, oracle, core = simulate(monkeypatch, COSTS["a GPU's"], 0.0, num_seqs, num_tokens=700)
+    for _ in range(150):
+        core.step()
+    oracle.quality = 1.0
+    for _ in range(50):
+        core.step()
+    before = sum(len(sequence.token_ids) for sequence in core.scheduler)
+    for _ in range(10):
+        core.step()
+    tokens = sum(len(sequence.token_ids) for sequence in core.scheduler) - before
+    assert tokens >= 10 * num_seqs * 4
+
+
+@given(
+    offers=st.lists(st.builds(Offer, st.integers(0, 6), st.floats(0, 1)), max_size=8),
+    num_decodes=st.integers(1, 8),
+    per_token=st.floats(0, 1),
+)
+def test_nothing_is_chosen_that_slows_a_batch_down(offers: list[Offer], num_decodes: int, per_token: float) -> None:
+    """The choice is the best of all along the order of what drafts are worth, none included."""
+    cost = StepCost()
+    for num_tokens in range(1, 80):
+        for _ in range(5):
+            cost.record(num_tokens, 1 + per_token * num_tokens)
+
+    def speed(counts: list[int]) -> float:
+        expected = num_decodes + sum(
+            sum(offer.rate**nth for nth in range(1, count + 1)) for offer, count in zip(offers, counts, strict=True)
+        )
+        return expected / float(cost.seconds(np.array([num_decodes + sum(counts)]))[0])
+
+    chosen = choose(offers, num_decodes, num_decodes, cost)
+    assert len(chosen) == len(offers)
+    assert all(0 <= count <= offer.num_drafts for count, offer in zip(chosen, offers, strict=True))
+    none = [0] * len(offers)
+    assert speed(chosen) >= speed(none) * (1 - 1e-9)
+    for index, offer in enumerate(offers):
+        for count in range(offer.num_drafts + 1):
+            alone = [*none[:index], count, *none[index + 1 :]]
+            assert speed(chosen) >= speed(alone) / 1.0101
