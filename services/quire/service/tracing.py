@@ -71,7 +71,7 @@ class _PassingTracer(Tracer):
     """Of a process that nobody takes spans from: traces pass through it as if it were not there.
 
     What it would be the parent of hangs on the sender's span. A request without a trace gets one, for the logs. To
-    record spans only to drop them would be a tenth of what a request costs.
+    record spans only to drop them would cost every request.
     """
 
     def start_span(
