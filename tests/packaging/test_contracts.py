@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import EnumDescriptor, FileDescriptor
 
-from quire.v1 import engine_pb2, grammar_pb2, inference_pb2, request_pb2, session_pb2
+from quire.v1 import drafting_pb2, engine_pb2, grammar_pb2, inference_pb2, request_pb2, session_pb2
 
 ROOT = Path(__file__).parents[2]
-FILES = [module.DESCRIPTOR for module in (engine_pb2, grammar_pb2, inference_pb2, request_pb2, session_pb2)]
+FILES = [
+    module.DESCRIPTOR for module in (drafting_pb2, engine_pb2, grammar_pb2, inference_pb2, request_pb2, session_pb2)
+]
 
 
 @pytest.fixture(params=FILES, ids=lambda file: Path(file.name).stem)

@@ -1,4 +1,4 @@
-"""`python -m quire.sidecar`: the grammar service of an engine's pod."""
+"""`python -m quire.sidecar`: grammars and drafts for the engine of its pod."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
 from quire.sidecar.config import CacheLimits, GrammarLimits, MaskLimits, SidecarConfig
+from quire.sidecar.drafting.drafter import DraftingLimits
 from quire.sidecar.service import serve
 
 _EXAMPLES = """\
@@ -40,6 +41,9 @@ def _config(arguments: argparse.Namespace) -> SidecarConfig:
         limits=GrammarLimits(arguments.compile_seconds, arguments.compile_mib, arguments.source_bytes),
         masks=MaskLimits(arguments.mask_seconds, arguments.mask_step_seconds, arguments.mask_token_seconds),
         cache=CacheLimits(arguments.cache_entries, arguments.cache_mib),
+        drafting=DraftingLimits(
+            arguments.drafting_sequence_tokens, arguments.drafting_tenant_tokens, arguments.drafting_total_tokens
+        ),
         compile_workers=arguments.compile_workers,
         mask_threads=arguments.mask_threads,
         metrics_port=arguments.metrics_port,
@@ -49,11 +53,13 @@ def _config(arguments: argparse.Namespace) -> SidecarConfig:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m quire.sidecar",
-        description="Turns JSON Schema, regular expressions and Lark grammars into token masks for an engine.",
+        description="Turns JSON Schema, regular expressions and Lark grammars into token masks for an engine, "
+        "and what was said before into drafts of what may follow.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     limits, masks, cache, config = GrammarLimits(), MaskLimits(), CacheLimits(), SidecarConfig(listen="unix:")
+    drafting = DraftingLimits()
     add = parser.add_argument
     add("--listen", required=True, metavar="ADDRESS", help="HOST:PORT or unix:PATH")
     add("--name", default=config.name, help="what logs and traces call it (default: %(default)s)")
@@ -92,6 +98,18 @@ def _parser() -> argparse.ArgumentParser:
         help="CPU time of a request's masks, a token, with --mask-seconds to begin with (default: %(default)s)",
     )  # fmt: skip
     add("--mask-threads", type=int, default=config.mask_threads, help="threads for masks; 0: one per core")
+    add(
+        "--drafting-sequence-tokens", type=int, default=drafting.sequence_tokens, metavar="TOKENS",
+        help="drafts: of a request so many are remembered, of 100 to 150 bytes each (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--drafting-tenant-tokens", type=int, default=drafting.tenant_tokens, metavar="TOKENS",
+        help="of a tenant's ended outputs (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--drafting-total-tokens", type=int, default=drafting.total_tokens, metavar="TOKENS",
+        help="of all requests, and as many of all ended outputs (default: %(default)s)",
+    )  # fmt: skip
     add("--metrics-port", type=int, default=config.metrics_port, metavar="PORT", help="Prometheus over HTTP; 0: off")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     add("--log-format", default="text", choices=[style.value for style in LogFormat])

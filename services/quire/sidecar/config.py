@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from quire.service.errors import ConfigError
+from quire.sidecar.drafting.drafter import DraftingLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,7 @@ class SidecarConfig:
     limits: GrammarLimits = field(default_factory=GrammarLimits)
     masks: MaskLimits = field(default_factory=MaskLimits)
     cache: CacheLimits = field(default_factory=CacheLimits)
+    drafting: DraftingLimits = field(default_factory=DraftingLimits)
     compile_workers: int = 2
     mask_threads: int = 0
     metrics_port: int = 0

@@ -59,3 +59,15 @@ class SidecarMetrics:
         )
         self.streams = Gauge("quire_sidecar_streams", "Engine cores connected.", registry=self.registry)
         self.sequences = Gauge("quire_sidecar_sequences", "Sequences whose state is held.", registry=self.registry)
+        self.draft_seconds = Histogram(
+            "quire_sidecar_draft_seconds",
+            "Time to take in a step's tokens and to propose what may follow.",
+            buckets=_FILL_BUCKETS,
+            registry=self.registry,
+        )
+        self.draft_tokens = Counter(
+            "quire_sidecar_draft_tokens_total", "Tokens that were proposed.", registry=self.registry
+        )
+        self.drafted_sequences = Gauge(
+            "quire_sidecar_drafted_sequences", "Sequences whose text is known.", registry=self.registry
+        )

@@ -14,9 +14,11 @@ from quire.service.grpc_server import GrpcServer
 from quire.service.tracing import Tracing
 from quire.sidecar.config import SidecarConfig
 from quire.sidecar.core import GrammarCore
+from quire.sidecar.drafting_servicer import SERVICE as DRAFTING
+from quire.sidecar.drafting_servicer import DraftingServicer
 from quire.sidecar.metrics import SidecarMetrics
 from quire.sidecar.server import SERVICE, GrammarServicer
-from quire.v1 import grammar_pb2_grpc
+from quire.v1 import drafting_pb2_grpc, grammar_pb2_grpc
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,15 @@ async def serve(config: SidecarConfig, stop: asyncio.Event) -> None:
         server.add(
             SERVICE, grammar_pb2_grpc.add_GrammarServiceServicer_to_server, GrammarServicer(core, tracing.tracer)
         )
+        server.add(
+            DRAFTING,
+            drafting_pb2_grpc.add_DraftingServiceServicer_to_server,
+            DraftingServicer(config.drafting, metrics),
+        )
         address = await server.start()
         with _metrics_server(config.metrics_port, metrics):
             await server.set_serving(True)
-            logger.info("serving grammars", extra={"address": address, "vocab_size": core.vocab_size})
+            logger.info("serving", extra={"address": address, "vocab_size": core.vocab_size})
             await stop.wait()
             logger.info("stopping")
     finally:
