@@ -99,7 +99,7 @@ class CpuRunner:
         drawn = self._sample(draws, logits, masks)
         accepted = self._batch.accept(draws, drawn)
         token_ids[draws.items] = drawn[draws.firsts + accepted]
-        verified = np.flatnonzero(draws.counts > 1)
+        verified = draws.verified
         kept = dict(zip(draws.items[verified].tolist(), accepted[verified].tolist(), strict=True))
         logprobs = self._report(draws, accepted, drawn, reported, as_given) if reported.size else {}
         drafts = self._draft(work, draws, accepted, token_ids, taps) if taps is not None else {}

@@ -77,10 +77,19 @@ class Draws:
         return len(self.slots)
 
     @property
-    def lasts(self) -> npt.NDArray[np.int64]:
-        """The last row of each item: that after all of its drafts."""
-        lasts: npt.NDArray[np.int64] = self.firsts + self.counts - 1
-        return lasts
+    def verified(self) -> npt.NDArray[np.int64]:
+        """Which of `items` have drafts."""
+        return np.flatnonzero(self.counts > 1)
+
+    def accepted(self, drawn: npt.NDArray[np.int64], drafted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """How many of each item's drafts are as drawn, int64 [items], by the tokens drawn and drafted for each row;
+        there is no draft for an item's last row."""
+        if len(self.firsts) == len(self):
+            return np.zeros(len(self.firsts), dtype=np.int64)
+        wrong = drawn != drafted
+        wrong[self.firsts + self.counts - 1] = True
+        counted: npt.NDArray[np.int64] = np.minimum.reduceat(np.where(wrong, self.behind, len(self)), self.firsts)
+        return counted
 
     def rows_of(self, indexes: Sequence[int]) -> npt.NDArray[np.int64]:
         """All rows of these items of the step's work, which must draw, in the order that is given."""
@@ -162,9 +171,4 @@ class DeviceBatch:
         """
         drafted = self._tokens[draws.slots, draws.positions]
         self._tokens[draws.slots, draws.positions] = np.maximum(token_ids, 0)
-        if len(draws.firsts) == len(draws):
-            return np.zeros(len(draws.firsts), dtype=np.int64)
-        wrong = token_ids != drafted
-        wrong[draws.lasts] = True
-        counted: npt.NDArray[np.int64] = np.minimum.reduceat(np.where(wrong, draws.behind, len(draws)), draws.firsts)
-        return counted
+        return draws.accepted(token_ids, drafted)

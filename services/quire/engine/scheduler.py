@@ -41,7 +41,8 @@ class SchedulerConfig:
     """The limits of a batch. Lengths and budgets are in tokens.
 
     `max_mixed_tokens` is the budget of a step while at least half of the batch decodes, if that leaves room for as many
-    prompt tokens as there are decodes; 0 is no such limit.
+    prompt tokens as there are decodes; 0 is no such limit. `max_draft_tokens` is how many drafts of all sequences a step
+    may verify; None is no limit of its own.
     """
 
     max_num_seqs: int = 64
@@ -50,6 +51,7 @@ class SchedulerConfig:
     max_waiting: int = 1024
     enable_prefix_caching: bool = True
     max_mixed_tokens: int = 0
+    max_draft_tokens: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting"):
@@ -263,6 +265,8 @@ class Scheduler:
         if not drafted:
             return
         spare_tokens = budget - len(self._running)
+        if self.config.max_draft_tokens is not None:
+            spare_tokens = min(spare_tokens, self.config.max_draft_tokens)
         needed = (
             pages_for(sequence.num_computed + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
             for sequence in self._running
