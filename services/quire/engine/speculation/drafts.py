@@ -21,7 +21,7 @@ class Drafter(Enum):
 
 @dataclass(frozen=True, slots=True)
 class DraftRequest:
-    """Up to `num_tokens` tokens that may follow a sequence's `token_ids`, prompt and output.
+    """Up to `num_tokens` tokens that may follow a sequence's `token_ids`, of which `num_prompt_tokens` are its prompt.
 
     A source knows what it was told before and takes in what is new. `tenant` is the request's cache salt: what one
     tenant's requests said is never proposed to another's.
@@ -31,6 +31,7 @@ class DraftRequest:
     token_ids: Sequence[int]
     num_tokens: int
     tenant: str = ""
+    num_prompt_tokens: int = 0
 
 
 class DraftTicket(Protocol):

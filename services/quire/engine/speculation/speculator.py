@@ -210,7 +210,13 @@ class Speculator:
         if not due:
             return
         requests = [
-            DraftRequest(sequence.key, sequence.token_ids, self._config.num_tokens, sequence.request.cache_key.salt)
+            DraftRequest(
+                sequence.key,
+                sequence.token_ids,
+                self._config.num_tokens,
+                sequence.request.cache_key.salt,
+                sequence.num_prompt_tokens,
+            )
             for sequence in due
         ]
         found = self._source.begin(requests, self._released).wait()
