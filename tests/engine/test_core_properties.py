@@ -48,6 +48,7 @@ class EngineMachine(RuleBasedStateMachine):
         quality=st.sampled_from([None, None, 0.0, 0.5, 0.9, 1.0]),
         num_drafts=st.integers(0, 6),
         num_forced=st.integers(0, 6),
+        max_drafts=st.sampled_from([None, None, 0, 3]),
     )
     def start(
         self,
@@ -60,10 +61,18 @@ class EngineMachine(RuleBasedStateMachine):
         quality: float | None,
         num_drafts: int,
         num_forced: int,
+        max_drafts: int | None,
     ) -> None:
         num_pages = pages_for(max_model_len) + extra_pages
         self.pool = PagePool(num_pages)
-        config = SchedulerConfig(max_num_seqs, budget, max_model_len, max_waiting=6, enable_prefix_caching=caching)
+        config = SchedulerConfig(
+            max_num_seqs,
+            budget,
+            max_model_len,
+            max_waiting=6,
+            enable_prefix_caching=caching,
+            max_draft_tokens=max_drafts,
+        )
         self.scheduler = Scheduler(config, self.pool, frozenset({EOS}))
         self.now = 1000.0
         self.grammar = Grammar({})
@@ -143,6 +152,7 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.take(self.core.step())
             self.check_pages()
+            self.check_drafts()
 
     def whole(self, key: int) -> list[int]:
         request = self.requests[key]
@@ -167,6 +177,10 @@ class EngineMachine(RuleBasedStateMachine):
         assert self.known_pages.issuperset(removed) and self.known_pages.isdisjoint(stored)
         self.known_pages -= set(removed)
         self.known_pages |= set(stored)
+
+    def check_drafts(self) -> None:
+        limit = self.scheduler.config.max_draft_tokens
+        assert limit is None or sum(len(sequence.drafts) for sequence in self.scheduler) <= limit
 
     def check_pages(self) -> None:
         pool, held = self.pool, [0] * self.pool.num_pages

@@ -41,8 +41,8 @@ class SchedulerConfig:
     """The limits of a batch. Lengths and budgets are in tokens.
 
     `max_mixed_tokens` is the budget of a step while at least half of the batch decodes, if that leaves room for as many
-    prompt tokens as there are decodes; 0 is no such limit. `max_draft_tokens` is how many drafts of all sequences a step
-    may verify; None is no limit of its own.
+    prompt tokens as there are decodes; 0 is no such limit. `max_draft_tokens` is how many drafts of all sequences may
+    be verified in a step; None is no limit of its own.
     """
 
     max_num_seqs: int = 64
