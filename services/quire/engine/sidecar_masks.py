@@ -14,18 +14,17 @@ import queue
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
 import numpy as np
 import numpy.typing as npt
-from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quire.engine.masks import DraftResult, MaskBatch, MaskRequest, MaskTicket, first_rows
+from quire.engine.sidecar_connection import RETRY_REFUSED_S, RETRY_S, SidecarConnection
 from quire.service.errors import InternalError, QuireError, UnavailableError
-from quire.service.grpc_server import CHANNEL_OPTIONS
 from quire.service.wire import constraint_to_proto, error_from_proto
 from quire.v1 import grammar_pb2, grammar_pb2_grpc
 
@@ -35,10 +34,6 @@ _Masks = npt.NDArray[np.uint32]
 
 # The file holds a batch's rows twice: a second step may be asked for while the first one's masks are read.
 _IN_FLIGHT = 2
-# The sidecar is on this machine: look for it often. One that refuses the stream will do so again.
-_CHANNEL_OPTIONS = [*({**dict(CHANNEL_OPTIONS), "grpc.max_reconnect_backoff_ms": 500}).items()]
-_RETRY_S = 0.05
-_RETRY_REFUSED_S = 1.0
 # While nobody is there, who asks for masks waits so long for a new sidecar, and no longer.
 _LOST_S = 0.01
 # The step of a message that only releases.
@@ -135,17 +130,13 @@ class SidecarMasks:
         self._max_rows = max_rows
         self._deadline_s = deadline_s
         self._folder = folder or (_SHARED_MEMORY if _SHARED_MEMORY.is_dir() else Path(tempfile.gettempdir()))
-        self._channel = grpc.insecure_channel(address, options=_CHANNEL_OPTIONS)
-        self._stub = grammar_pb2_grpc.GrammarServiceStub(self._channel)
-        self._closed = threading.Event()
         # Guards what follows; the core's thread and the stream's share it.
         self._lock = threading.Lock()
         self._step = 0
         self._pending: list[_Ticket] = []
         self._stream: _Stream | None = None
-        self._cancel: Callable[[], object] = lambda: None
-        self._thread = threading.Thread(target=self._run, name="sidecar-masks", daemon=True)
-        self._thread.start()
+        self._connection = SidecarConnection(address, _SERVICE, "sidecar-masks", self._talk, self._lost)
+        self._connection.start()
 
     def begin(self, requests: Sequence[MaskRequest], released: Sequence[int]) -> MaskTicket:
         """Asks for the requests' rows to be filled and returns at once. Raises InternalError on misuse."""
@@ -183,42 +174,15 @@ class SidecarMasks:
 
     def close(self) -> None:
         """Ends the stream, which frees the sidecar's side too; what is still waited for ends in an error."""
-        with self._lock:
-            self._closed.set()
-            cancel = self._cancel
-        cancel()
-        self._thread.join()
-        self._channel.close()
+        self._connection.close()
+        self._fail_all(UnavailableError("the engine is shutting down: send the request again"))
 
-    def _run(self) -> None:
-        while not self._closed.is_set():
-            retry = _RETRY_S
-            try:
-                self._wait_for_sidecar()
-                self._talk()
-            except grpc.FutureCancelledError:
-                break
-            except (grpc.RpcError, OSError, QuireError) as error:
-                retry = self._lost(error)
-            self._closed.wait(retry)
-        with self._lock:
-            pending, self._pending = self._pending, []
-        for ticket in pending:
-            ticket.fail(UnavailableError("the engine is shutting down: send the request again"))
-
-    def _wait_for_sidecar(self) -> None:
-        """Blocks until the sidecar is reached, so that no file is made for one that is not there."""
-        request = health_pb2.HealthCheckRequest(service=_SERVICE)
-        answer = health_pb2_grpc.HealthStub(self._channel).Check.future(request, wait_for_ready=True)
-        self._set_cancel(answer.cancel)
-        answer.result()
-
-    def _talk(self) -> None:
+    def _talk(self, channel: grpc.Channel) -> None:
         """Opens a stream and hears its answers until it ends."""
         stream = _Stream(self._folder, self._max_rows, self._vocab_size)
         try:
-            call = self._stub.Step(stream.requests())
-            self._set_cancel(call.cancel)
+            call = grammar_pb2_grpc.GrammarServiceStub(channel).Step(stream.requests())
+            self._connection.hold(call.cancel)
             for response in call:
                 self._hear(stream, response)
         finally:
@@ -227,13 +191,6 @@ class SidecarMasks:
                 for ticket in self._pending:
                     ticket.settled.set()
             stream.end()
-
-    def _set_cancel(self, cancel: Callable[[], object]) -> None:
-        with self._lock:
-            self._cancel = cancel
-            closed = self._closed.is_set()
-        if closed:
-            cancel()
 
     def _hear(self, stream: _Stream, response: grammar_pb2.StepResponse) -> None:
         if response.WhichOneof("response") == "opened":
@@ -256,18 +213,19 @@ class SidecarMasks:
 
     def _lost(self, error: Exception) -> float:
         """Says what happened; returns how long to wait before the next try."""
-        if self._closed.is_set():
-            return 0.0
         if isinstance(error, grpc.Call) and error.code() is not grpc.StatusCode.INVALID_ARGUMENT:
             logger.warning("lost the sidecar", extra={"code": str(error.code()), "details": error.details()})
-            return _RETRY_S
+            return RETRY_S
         reason = error.details() if isinstance(error, grpc.Call) else str(error)
         logger.error("can't share masks with the sidecar", extra={"reason": reason})
+        self._fail_all(InternalError(f"the engine can't share masks with its grammar sidecar: {reason}"))
+        return RETRY_REFUSED_S
+
+    def _fail_all(self, error: QuireError) -> None:
         with self._lock:
             pending, self._pending = self._pending, []
         for ticket in pending:
-            ticket.fail(InternalError(f"the engine can't share masks with its grammar sidecar: {reason}"))
-        return _RETRY_REFUSED_S
+            ticket.fail(error)
 
 
 class _Stream:
