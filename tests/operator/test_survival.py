@@ -15,7 +15,10 @@ from operator_process import OperatorProcess, Services
 from quire.operator.cluster import Cluster
 from quire.operator.config import OperatorConfig
 from quire.operator.kinds import CHILDREN, Kind
-from quire.operator.reconciler import Key, Reconciler
+from quire.operator.listing import fill
+from quire.operator.reconciler import Reconciler
+from quire.operator.spec import Key
+from quire.operator.store import Store
 
 pytestmark = pytest.mark.e2e
 
@@ -86,7 +89,6 @@ async def test_killed_after_every_single_write(idle_plane: ControlPlane) -> None
     await kubernetes_config.load_kube_config(
         config_file=str(OperatorProcess(plane).kubeconfig), client_configuration=configuration
     )
-    config = OperatorConfig(identity="mortal", namespace="quire-system")
     cached = {"model": {"hub": {"name": "a/b"}, "cache": {"size": "1Gi"}}, "engine": {"gpus": 1}}
     changed = {"gateway": {"replicas": 2}, "observability": {"logLevel": "debug"}}
     mortal, immortal = (_new_namespace(plane, name) for name in ("mortal", "immortal"))
@@ -97,15 +99,23 @@ async def test_killed_after_every_single_write(idle_plane: ControlPlane) -> None
             deaths = 0
             while True:
                 try:
-                    await Reconciler(MortalCluster(api, 1), config).reconcile(Key(mortal.namespace, "demo"))
+                    await look(MortalCluster(api, 1), mortal)
                     break
                 except KilledError:
                     deaths += 1
                     assert deaths < 60
             assert deaths >= 5
-            await Reconciler(Cluster(api), config).reconcile(Key(immortal.namespace, "demo"))
+            await look(Cluster(api), immortal)
             assert state(mortal) == state(immortal)
             assert (mortal.get("demo") or {})["status"]["observedGeneration"] == (1 if spec is cached else 2)
+
+
+async def look(cluster: Cluster, services: Services) -> None:
+    """An operator's first look."""
+    store = Store()
+    await fill(cluster, store)
+    config = OperatorConfig(identity="mortal", namespace="quire-system")
+    await Reconciler(cluster, store, config).reconcile(Key(services.namespace, "demo"))
 
 
 def _new_namespace(plane: ControlPlane, name: str) -> Services:

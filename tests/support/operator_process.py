@@ -69,6 +69,23 @@ class OperatorProcess:
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
+    @property
+    def memory_mb(self) -> float:
+        """The memory that it has now, shared libraries included."""
+        (line,) = [each for each in self._proc("status").splitlines() if each.startswith("VmRSS")]
+        return int(line.split()[1]) / 1000
+
+    @property
+    def cpu_seconds(self) -> float:
+        """What it has computed until now."""
+        user, system = self._proc("stat").rpartition(")")[2].split()[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+
+    def _proc(self, name: str) -> str:
+        if self._process is None:
+            raise RuntimeError("the operator has not been started")
+        return Path(f"/proc/{self._process.pid}/{name}").read_text()
+
     def stop(self) -> None:
         """As a kubelet would."""
         if self._process is not None:

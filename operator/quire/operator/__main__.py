@@ -16,12 +16,9 @@ from kubernetes.aio import config as kubernetes_config
 from quire.operator.cluster import Cluster
 from quire.operator.config import Images, OperatorConfig
 from quire.operator.election import lead
-from quire.operator.handlers import watch
+from quire.operator.handlers import Watching
 from quire.operator.kinds import SERVICE
 from quire.operator.metrics import OperatorMetrics
-from quire.operator.queue import WakeQueue
-from quire.operator.reconciler import Reconciler
-from quire.operator.scaler import Scaler
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
 from quire.service.logs import LogFormat, setup_logging
@@ -68,14 +65,9 @@ async def serve(config: OperatorConfig, stop: asyncio.Event) -> None:
             if not await cluster.serves(SERVICE):
                 # Kopf would wait for ever.
                 raise ConfigError("the cluster knows no InferenceService: apply manifests/crd first")
-            scaler = Scaler(lambda key: queue.wake(key), interval=config.scale_interval)
-            reconciler = Reconciler(cluster, config, scaler.follow)
-            queue = WakeQueue(reconciler.reconcile, workers=config.workers, resync=config.resync, metrics=metrics)
             try:
-                await watch(queue, scaler, stop)
+                await Watching(cluster, config, metrics).run(stop)
             finally:
-                await queue.close()
-                await scaler.close()
                 metrics.leads.set(0)
 
         await lead(config, api, act, stop)
@@ -153,7 +145,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=default.resync,
         metavar="SECONDS",
-        help="how often everything is looked at anew (default: %(default)s)",
+        help="how often everything is listed anew (default: %(default)s)",
     )
     option(
         "--scale-interval",

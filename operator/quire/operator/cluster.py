@@ -21,6 +21,9 @@ ApiException = client.ApiException
 # A request that takes longer has lost its connection without a word.
 _ANSWER_SECONDS = 20.0
 
+# Objects of one answer, so that none is too large.
+_PAGE = 500
+
 _APPLY = "application/apply-patch+yaml"
 
 
@@ -33,7 +36,7 @@ class Cluster:
     async def serves(self, kind: Kind) -> bool:
         """Whether the API server knows the kind."""
         try:
-            await self._request("GET", f"/apis/{kind.api_version}/{kind.plural}", {"limit": "1"})
+            await self._request("GET", kind.everywhere, {"limit": "1"})
         except ApiException as error:
             if error.status == 404:
                 return False
@@ -49,10 +52,16 @@ class Cluster:
                 return None
             raise
 
-    async def list(self, kind: Kind, namespace: str, selector: str) -> list[Manifest]:
-        """Objects with the labels that `selector` asks for; items of a list don't say what they are, these do."""
-        found = await self._request("GET", kind.path(namespace), {"labelSelector": selector})
-        return [{"apiVersion": kind.api_version, "kind": kind.name, **each} for each in found["items"]]
+    async def list_all(self, kind: Kind, selector: str = "") -> tuple[list[Manifest], int]:
+        """Objects of all namespaces with the labels that `selector` asks for, and the version at which they are so."""
+        found: list[Manifest] = []
+        query = {"labelSelector": selector, "limit": str(_PAGE)}
+        while True:
+            page = await self._request("GET", kind.everywhere, query)
+            found += page["items"]
+            if not (more := page["metadata"].get("continue")):
+                return found, int(page["metadata"]["resourceVersion"])
+            query["continue"] = more
 
     async def apply(self, kind: Kind, manifest: Manifest, *, subresource: str = "") -> Manifest:
         """Server-side apply: fields that are asked for become so, whoever wrote them last."""

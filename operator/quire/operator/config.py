@@ -26,7 +26,7 @@ class OperatorConfig:
     images: Images = Images()
     lease: str = "quire-operator"
     lease_duration: int = 15
-    # Everything is looked at anew this often, in case a change went unnoticed.
+    # Everything is listed anew this often, in case a change went unnoticed.
     resync: float = 300.0
     # Between two measurements of the load of services that scale with it.
     scale_interval: float = 15.0

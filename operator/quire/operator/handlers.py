@@ -1,4 +1,4 @@
-"""Kopf's side: it watches services, their children and their pods, and wakes those that are concerned.
+"""Kopf's side: it watches services, their children and their pods, keeps the store true and wakes who is concerned.
 
 Nothing is decided here and no handler writes, so kopf puts neither finalizers nor annotations on anything: a service
 can be deleted, and the CRD too, while no operator runs.
@@ -7,61 +7,104 @@ can be deleted, and the CRD too, while no operator runs.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import kopf
 
-from quire.operator import names
-from quire.operator.kinds import CHILDREN, POD, SERVICE, Kind
+from quire.operator.cluster import Cluster
+from quire.operator.config import OperatorConfig
+from quire.operator.kinds import SERVICE, Kind
+from quire.operator.listing import LABELLED, SELECTOR, Listing, fill
+from quire.operator.metrics import OperatorMetrics
 from quire.operator.queue import WakeQueue
+from quire.operator.reconciler import Reconciler
 from quire.operator.scaler import Scaler
 from quire.operator.spec import Key
+from quire.operator.store import Store
 
 
-async def watch(queue: WakeQueue, scaler: Scaler, stop: asyncio.Event) -> None:
-    """Runs kopf until `stop` is set, or SIGTERM sets it."""
-    await kopf.operator(
-        registry=_registry(queue, scaler, stop),
-        settings=_settings(),
-        clusterwide=True,
-        standalone=True,
-        stop_flag=stop,
-    )
+class Watching:
+    """All that keeps services while this process leads."""
 
+    def __init__(self, cluster: Cluster, config: OperatorConfig, metrics: OperatorMetrics) -> None:
+        self._cluster = cluster
+        self._store = Store()
+        self._scaler = Scaler(self._concern, interval=config.scale_interval)
+        reconciler = Reconciler(cluster, self._store, config, self._scaler.follow)
+        self._queue = WakeQueue(reconciler.reconcile, workers=config.workers, metrics=metrics)
+        self._listing = Listing(cluster, self._store, resync=config.resync, wake=self._concern)
 
-def _registry(queue: WakeQueue, scaler: Scaler, stop: asyncio.Event) -> kopf.OperatorRegistry:
-    registry = kopf.OperatorRegistry()
+    async def run(self, stop: asyncio.Event) -> None:
+        """Watches until `stop` is set, or SIGTERM sets it."""
+        # Before the first look: what is not in the store yet would be made again.
+        for key in await fill(self._cluster, self._store):
+            self._concern(key)
+        listing = asyncio.create_task(self._listing.run())
+        try:
+            await kopf.operator(
+                registry=self._registry(stop), settings=_settings(), clusterwide=True, standalone=True, stop_flag=stop
+            )
+        finally:
+            listing.cancel()
+            await self._close()
 
-    @kopf.on.login(registry=registry)
-    def login(**arguments: Any) -> kopf.ConnectionInfo | None:
-        # In a pod its account; elsewhere a kubeconfig.
-        return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
-
-    @kopf.on.event(SERVICE.group, names.VERSION, SERVICE.plural, registry=registry)
-    async def service_changed(event: Any, namespace: str, name: str, **_: Any) -> None:
-        key = Key(namespace, name)
-        if event["type"] == "DELETED":
-            queue.remove(key)
-            scaler.forget(key)
+    def _concern(self, key: Key) -> None:
+        """Something about the service may have changed; it may be gone."""
+        if self._store.get(SERVICE, key) is None:
+            self._queue.remove(key)
+            self._scaler.forget(key)
         else:
-            queue.add(key)
+            self._queue.wake(key)
 
-    @kopf.on.cleanup(registry=registry)
-    async def stopped(**_: Any) -> None:
-        # Kopf hears SIGTERM itself, and waits in vain for tasks that are still there when it ends: its own that waits
-        # for `stop` is one of them.
-        stop.set()
-        await queue.close()
-        await scaler.close()
+    def _registry(self, stop: asyncio.Event) -> kopf.OperatorRegistry:
+        registry = kopf.OperatorRegistry()
 
-    async def child_changed(namespace: str, labels: Any, **_: Any) -> None:
-        queue.wake(Key(namespace, labels.get(names.SERVICE, "")))
+        @kopf.on.login(registry=registry)
+        def login(**arguments: Any) -> kopf.ConnectionInfo | None:
+            # In a pod its account; elsewhere a kubeconfig.
+            return kopf.login_with_service_account(**arguments) or kopf.login_with_kubeconfig(**arguments)
 
-    for kind in (*CHILDREN, POD):
-        kopf.on.event(kind.group, _version(kind), kind.plural, registry=registry, id=f"{kind.plural}-changed")(
-            child_changed
-        )
-    return registry
+        @kopf.on.cleanup(registry=registry)
+        async def stopped(**_: Any) -> None:
+            # Kopf hears SIGTERM itself, and waits in vain for tasks that are still there when it ends: its own that
+            # waits for `stop` is one of them.
+            stop.set()
+            await self._close()
+
+        for kind in (SERVICE, *LABELLED):
+            subscribe = kopf.on.event(kind.group, _version(kind), kind.plural, registry=registry, id=kind.plural)
+            subscribe(self._handler(kind))
+        return registry
+
+    def _handler(self, kind: Kind) -> Callable[..., Awaitable[None]]:
+        async def changed(event: Any, **_: Any) -> None:
+            if event["type"] is None:
+                # The watch has begun, or begun anew: it does not tell of what has gone before.
+                self._listing.ask(kind)
+            if key := self._store.hear(kind, event["object"], is_gone=event["type"] == "DELETED"):
+                self._concern(key)
+
+        return changed
+
+    async def _close(self) -> None:
+        await self._queue.close()
+        await self._scaler.close()
+
+
+class _NoDiffs(kopf.DiffBaseStorage):
+    """Kopf looks for what has changed in an object since a handler saw it, which costs most of its time; none asks."""
+
+    def build(self, **_: Any) -> Any:
+        """Nothing of an object matters."""
+        return {}
+
+    def fetch(self, **_: Any) -> Any:
+        """Nor was it ever seen."""
+        return None
+
+    def store(self, **_: Any) -> None:
+        """So there is nothing to keep."""
 
 
 def _version(kind: Kind) -> str:
@@ -71,11 +114,12 @@ def _version(kind: Kind) -> str:
 def _settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     # The API server sends what is labelled, not every pod of the cluster.
-    for kind in (*CHILDREN, POD):
-        settings.watching.label_selectors[kind.group, kind.plural] = f"{names.MANAGED_BY}={names.FIELD_MANAGER}"
+    for kind in LABELLED:
+        settings.watching.label_selectors[kind.group, kind.plural] = SELECTOR
     settings.watching.server_timeout = 240
     settings.watching.client_timeout = 270
     settings.posting.enabled = False
+    settings.persistence.diffbase_storage = _NoDiffs()
     # Kinds are known beforehand: their discovery needs rights that nothing else does.
     settings.scanning.disabled = True
     return settings

@@ -20,6 +20,11 @@ class Kind:
         """The API group; empty is the core's."""
         return self.api_version.rpartition("/")[0]
 
+    @property
+    def everywhere(self) -> str:
+        """Where the API server has those of all namespaces."""
+        return f"/{'apis' if self.group else 'api'}/{self.api_version}/{self.plural}"
+
     def path(self, namespace: str, name: str = "") -> str:
         """Where the API server has them."""
         root = "apis" if self.group else "api"

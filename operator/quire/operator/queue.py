@@ -15,39 +15,33 @@ from quire.operator.spec import Key
 
 logger = logging.getLogger(__name__)
 
-# What comes in such a bunch is one look: a Deployment's progress is a dozen events.
-_GATHER_SECONDS = 0.3
+# What comes in such a bunch is one look and one status: a Deployment's progress is a dozen events.
+_GATHER_SECONDS = 0.7
 _FIRST_RETRY, _LAST_RETRY = 0.5, 60.0
 
 
 class WakeQueue:
     """Runs `look` for services that were woken: never twice at a time for one, and for `workers` of them at once.
 
-    `look` returns after how many seconds it wants to be called again; `resync` is the longest time between two calls.
+    `look` returns after how many seconds it wants to be called again, None if only a wake is to do that.
     """
 
     def __init__(
-        self, look: Callable[[Key], Awaitable[float | None]], *, workers: int, resync: float, metrics: OperatorMetrics
+        self, look: Callable[[Key], Awaitable[float | None]], *, workers: int, metrics: OperatorMetrics
     ) -> None:
         self._look = look
         self._slots = asyncio.Semaphore(workers)
-        self._resync = resync
         self._metrics = metrics
         self._wakes: dict[Key, asyncio.Event] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
 
     def wake(self, key: Key) -> None:
-        """Something about the service may have changed."""
-        if key in self._wakes:
-            self._wakes[key].set()
-
-    def add(self, key: Key) -> None:
-        """The service is there; looks at it."""
+        """The service is new, or something about it may have changed."""
         if key not in self._wakes:
             self._wakes[key] = asyncio.Event()
             self._tasks[key] = asyncio.create_task(self._keep(key, self._wakes[key]))
+            self._metrics.services.set(len(self._wakes))
         self._wakes[key].set()
-        self._metrics.services.set(len(self._wakes))
 
     def remove(self, key: Key) -> None:
         """The service is gone."""
@@ -64,25 +58,25 @@ class WakeQueue:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _keep(self, key: Key, wake: asyncio.Event) -> None:
-        retry, wait = _FIRST_RETRY, self._resync
+        retry, wait = _FIRST_RETRY, None
         while True:
-            await _wait(wake, wait)
-            await asyncio.sleep(_GATHER_SECONDS)
             wake.clear()
             try:
                 async with self._slots:
                     with self._metrics.seconds.time():
-                        again = await self._look(key)
-                retry, wait = _FIRST_RETRY, min(self._resync, again or self._resync)
+                        wait = await self._look(key)
+                retry = _FIRST_RETRY
             except (ApiException, aiohttp.ClientError, TimeoutError, OSError) as error:
                 self._metrics.failures.inc()
                 reason = str(getattr(error, "reason", "") or error or type(error).__name__)
                 logger.warning("will try again: %s", reason, extra={"service": f"{key.namespace}/{key.name}"})
                 wait = retry * random.uniform(0.8, 1.2)
                 retry = min(2 * retry, _LAST_RETRY)
+            await _wait(wake, wait)
+            await asyncio.sleep(_GATHER_SECONDS)
 
 
-async def _wait(wake: asyncio.Event, seconds: float) -> None:
+async def _wait(wake: asyncio.Event, seconds: float | None) -> None:
     try:
         async with asyncio.timeout(seconds):
             await wake.wait()

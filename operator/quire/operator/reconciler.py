@@ -1,12 +1,11 @@
-"""One look at one service: read what there is, write what differs, tell how it is.
+"""One look at one service: see what there is, write what differs, tell how it is.
 
-Nothing is remembered between two looks: whatever was killed, missed or overtaken, the next look starts from what the
-API server says. `queue` decides when to look.
+What there is stands in the `store`, which the watches keep; only Secrets and claims of others are asked for. `queue`
+decides when to look.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -16,13 +15,14 @@ from quire.operator.cluster import ApiException, Cluster
 from quire.operator.config import OperatorConfig
 from quire.operator.core import changes
 from quire.operator.events import events
-from quire.operator.kinds import CHILD_OF, CHILDREN, CLAIM, EVENT, POD, SECRET, SERVICE
+from quire.operator.kinds import CHILD_OF, CLAIM, EVENT, SECRET, SERVICE
 from quire.operator.observed import Observed, Refusal, key_of, references
 from quire.operator.resources.metadata import Manifest
 from quire.operator.scaler import Follow, unscaled
 from quire.operator.spec import InferenceService, Key, parse
 from quire.operator.status import invalid_status, plain, status_of
 from quire.operator.status_types import Status
+from quire.operator.store import Store
 from quire.service.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -47,18 +47,20 @@ class Reconciler:
     def __init__(
         self,
         cluster: Cluster,
+        store: Store,
         config: OperatorConfig,
         follow: Follow = unscaled,
         now: Callable[[], datetime] = _utc_now,
     ) -> None:
         self._cluster = cluster
+        self._store = store
         self._config = config
         self._follow = follow
         self._now = now
 
     async def reconcile(self, key: Key) -> float | None:
         """Returns after how many seconds to look again; None: when something changes."""
-        document = await self._cluster.get(SERVICE, key.namespace, key.name)
+        document = self._store.get(SERVICE, key)
         if document is None or document["metadata"].get("deletionTimestamp"):
             # The garbage collector takes what it owns.
             return None
@@ -86,16 +88,12 @@ class Reconciler:
         return _LOOK_AGAIN_SECONDS if is_waiting and (refusals or wanted.secrets or wanted.claims) else None
 
     async def _observe(self, service: InferenceService) -> Observed:
-        selector = f"{names.SERVICE}={service.name},{names.MANAGED_BY}={names.FIELD_MANAGER}"
-        *lists, pods = await asyncio.gather(
-            *(self._cluster.list(kind, service.namespace, selector) for kind in (*CHILDREN, POD))
-        )
         wanted = references(service)
         secrets = {name: await self._cluster.get(SECRET, service.namespace, name) for name in sorted(wanted.secrets)}
         claims = {name: await self._cluster.get(CLAIM, service.namespace, name) for name in sorted(wanted.claims)}
         return Observed(
-            children=tuple(each for found in lists for each in found),
-            pods=tuple(pods),
+            children=self._store.children(service.key),
+            pods=self._store.pods(service.key),
             secrets={name: frozenset(each.get("data") or ()) for name, each in secrets.items() if each is not None},
             claims=frozenset(name for name, each in claims.items() if each is not None),
         )
@@ -112,6 +110,7 @@ class Reconciler:
                 refusals.append(Refusal(*key_of(child), error.reason))
         for child in found.delete:
             await self._cluster.delete(CHILD_OF[child["kind"]], child)
+            self._store.remove(CHILD_OF[child["kind"]], child)
         if found.apply or found.delete:
             counts = {"applied": len(found.apply), "deleted": len(found.delete), "refused": len(refusals)}
             logger.info("wrote", extra={"service": f"{service.namespace}/{service.name}", **counts})
@@ -120,14 +119,14 @@ class Reconciler:
     async def _apply(self, service: InferenceService, observed: Observed, child: Manifest) -> None:
         kind = CHILD_OF[child["kind"]]
         if observed.child(*key_of(child)) is None:
-            # Without the service's labels it was not listed; apply would take over whatever has the name.
+            # Without the service's labels nobody told of it; apply would take over whatever has the name.
             there = await self._cluster.get(kind, service.namespace, child["metadata"]["name"])
             if there is not None and not _belongs_to(there, service):
                 raise ApiException(
                     status=422,
                     reason="one of this name is there already and not the service's: delete it, or rename the service",
                 )
-        await self._cluster.apply(kind, child)
+        self._store.put(kind, await self._cluster.apply(kind, child))
 
     async def _announce(self, event: Manifest) -> None:
         try:
@@ -152,7 +151,7 @@ class Reconciler:
             "status": wanted,
         }
         try:
-            await self._cluster.apply(SERVICE, manifest, subresource="status")
+            self._store.put(SERVICE, await self._cluster.apply(SERVICE, manifest, subresource="status"))
         except ApiException as error:
             # Deleted meanwhile.
             if error.status != 404:
