@@ -33,7 +33,11 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EagleHead]:
         tiny_llama(folder)
         target = load_model(folder, CheckpointFormat.FOLDER, ModelDtype.FLOAT32, lambda *_: None)
         path = write_head(tiny_eagle(target.config), tmp_path_factory.mktemp("head"), "safeail")
+        patch = pytest.MonkeyPatch()
+        patch.setattr(drafter_module, "_CONTEXT", CONTEXT)
+        patch.setattr(drafter_module, "_PROMPT", PROMPT)
         yield load_eagle(path, target, ModelDtype.FLOAT32)
+        patch.undo()
 
 
 @dataclass
@@ -70,61 +74,77 @@ def alone(head: EagleHead, text: Text, num_drafts: int) -> tuple[int, ...]:
     return tuple(drafts)
 
 
-@given(data=st.data())
-@settings(deadline=None, max_examples=60)
-def test_drafts_are_those_of_the_text_alone(head: EagleHead, data: st.DataObject) -> None:
-    """Another slot's keys, a draft's that was wrong, or those of before a pause would make drafts worse, unseen."""
-    patch = pytest.MonkeyPatch()
-    patch.setattr(drafter_module, "_CONTEXT", CONTEXT)
-    patch.setattr(drafter_module, "_PROMPT", PROMPT)
-    num_slots = data.draw(st.integers(1, 3))
-    size = head.config.target_hidden_size * len(head.config.taps)
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    with torch.inference_mode():
-        drafter = EagleDrafter(head, num_slots)
-        texts: list[Text] = []
-        for _ in range(num_slots):
-            tokens = torch.randint(0, 200, (LENGTH + 1,), generator=generator)
-            texts.append(Text(tokens, torch.randn(LENGTH, size, generator=generator)))
-        token_ids = torch.stack([text.tokens for text in texts]).numpy()
-        for _ in range(data.draw(st.integers(1, 12), label="steps")):
-            step(drafter, head, texts, token_ids, data)
-    patch.undo()
+@dataclass(frozen=True)
+class Part:
+    """What a step does in one slot: `count` tokens are right, `wanted` drafts follow."""
+
+    kind: str
+    count: int
+    wanted: int
 
 
-def step(drafter: EagleDrafter, head: EagleHead, texts: list[Text], token_ids: np.ndarray, data: st.DataObject) -> None:
-    kinds = [data.draw(st.sampled_from(["draft", "draft", "draft", "pause", "absent", "new"])) for _ in texts]
+def step(drafter: EagleDrafter, head: EagleHead, texts: list[Text], token_ids: np.ndarray, parts: list[Part]) -> None:
     rows, slots, starts, counts, firsts, wanted = [], [], [], [], [], []
-    for slot, (text, kind) in enumerate(zip(texts, kinds, strict=True)):
-        if kind == "new":
+    for slot, (text, part) in enumerate(zip(texts, parts, strict=True)):
+        if part.kind == "new":
             drafter.admit(slot)
             text.first = text.length
-        # A prompt, or what one step accepts.
-        count = data.draw(st.integers(1, 40 if text.length == text.first else 5))
-        if kind == "absent" or text.length + count > LENGTH - 10:
+        if part.kind == "absent" or text.length + part.count > LENGTH - 10:
             continue
-        if kind == "pause":
-            text.length += count
-            text.first = text.length
+        stop = text.length + part.count
+        if part.kind == "pause":
+            text.first = text.length = stop
             continue
         # Rows of drafts that were wrong stand behind those that count.
-        firsts.append(sum(len(part) for part in rows))
-        rows.append(
-            torch.cat((text.states[text.length : text.length + count], torch.full((2, text.states.shape[1]), 9.0)))
-        )
+        firsts.append(sum(len(one) for one in rows))
+        rows.append(torch.cat((text.states[text.length : stop], torch.full((2, text.states.shape[1]), 9.0))))
         slots.append(slot)
         starts.append(text.length)
-        counts.append(count)
-        wanted.append(data.draw(st.integers(1, 5)))
+        counts.append(part.count)
+        wanted.append(part.wanted)
     if not slots:
         return
     progress = Progress(*(np.array(column, dtype=np.int64) for column in (slots, starts, counts, firsts, wanted)))
     drafts = drafter.draft(progress, torch.cat(rows), token_ids)
     for slot, count, number, found in zip(slots, counts, wanted, drafts, strict=True):
         text = texts[slot]
-        if text.first == text.length:
+        if text.first == text.length or count > PROMPT:
             text.first = text.length + max(0, count - PROMPT)
         if text.length - text.first + min(count, PROMPT) + number > CONTEXT and text.first < text.length:
             text.first += min(CONTEXT // 2, text.length - text.first)
         text.length += count
         assert found == alone(head, text, number)
+
+
+def fresh(head: EagleHead, num_slots: int, seed: int) -> tuple[EagleDrafter, list[Text], np.ndarray]:
+    generator = torch.Generator().manual_seed(seed)
+    size = head.config.target_hidden_size * len(head.config.taps)
+    texts = [
+        Text(torch.randint(0, 200, (LENGTH + 1,), generator=generator), torch.randn(LENGTH, size, generator=generator))
+        for _ in range(num_slots)
+    ]
+    return EagleDrafter(head, num_slots), texts, torch.stack([text.tokens for text in texts]).numpy()
+
+
+PARTS = st.builds(
+    Part, st.sampled_from(["draft", "draft", "draft", "pause", "absent", "new"]), st.integers(1, 40), st.integers(1, 5)
+)
+
+
+@given(num_slots=st.integers(1, 3), seed=st.integers(0, 99), data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_drafts_are_those_of_the_text_alone(head: EagleHead, num_slots: int, seed: int, data: st.DataObject) -> None:
+    """Another slot's keys, a draft's that was wrong, or those of before a pause would make drafts worse, unseen."""
+    with torch.inference_mode():
+        drafter, texts, token_ids = fresh(head, num_slots, seed)
+        for _ in range(data.draw(st.integers(1, 12), label="steps")):
+            step(drafter, head, texts, token_ids, [data.draw(PARTS) for _ in texts])
+
+
+def test_the_oldest_tokens_make_room(head: EagleHead) -> None:
+    """A long answer fills a slot's pages many times: what is left must stay in its places."""
+    with torch.inference_mode():
+        drafter, texts, token_ids = fresh(head, 2, 1)
+        for number in range(25):
+            step(drafter, head, texts, token_ids, [Part("draft", 7, 3), Part("draft", 1 + number % 5, 4)])
+        assert all(text.first > 0 for text in texts)

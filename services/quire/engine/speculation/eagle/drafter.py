@@ -95,9 +95,9 @@ class EagleDrafter:
         return best
 
     def _make_room(self, progress: Progress) -> Progress:
-        """Begins anew where there is a gap, and drops the oldest tokens where the pages are full."""
+        """Begins anew after a gap and with a chunk of a prompt, and drops the oldest tokens where pages are full."""
         slots = progress.slots
-        gap = self._next[slots] != progress.starts
+        gap = (self._next[slots] != progress.starts) | (progress.counts > _PROMPT)
         self._read[slots[gap]] = 0
         unread = np.where(gap, np.maximum(progress.counts - _PROMPT, 0), 0)
         counts = progress.counts - unread
