@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -92,9 +93,8 @@ def test_rules_fire_when_they_should() -> None:
         assert ran.returncode == 0, ran.stdout + ran.stderr
 
 
-def test_rules_ask_for_metrics_that_there_are() -> None:
-    """A renamed metric silences its alert for ever."""
-    asked = set(re.findall(r"\bquire_(\w+?)\b(?=[{\[ )])", (MANIFESTS / "monitoring/rules.yaml").read_text()))
+def assert_metrics_exist(text: str) -> None:
+    asked = set(re.findall(r"\bquire_(\w+?)\b(?=[{\[ )])", text))
     sources = "".join(path.read_text() for path in ROOT.glob("*/quire/**/*.py"))
     assert len(asked) > 10
     for metric in asked - {"dev_service"}:
@@ -102,3 +102,38 @@ def test_rules_ask_for_metrics_that_there_are() -> None:
         plain = re.sub(r"_(total|bucket)$", "", name)
         known = (f'"quire_{service}_{name}"', f'"quire_{service}_{plain}"', f'"{plain}"')
         assert any(each in sources for each in known), metric
+
+
+def test_rules_ask_for_metrics_that_there_are() -> None:
+    """A renamed metric silences its alert for ever."""
+    assert_metrics_exist((MANIFESTS / "monitoring/rules.yaml").read_text())
+
+
+def test_the_dashboard_shows_metrics_that_there_are(tmp_path: Path) -> None:
+    """A panel that asks for nothing is empty, which looks like calm; recorded series must be those of the rules."""
+    dashboard = json.loads((MANIFESTS / "monitoring/dashboard.json").read_text())
+    panels = [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+    asked = [target["expr"] for panel in panels for target in panel["targets"]]
+    assert_metrics_exist("\n".join(asked))
+    recorded = set(re.findall(r"\bquire:[\w:]+", "\n".join(asked)))
+    assert recorded <= set(re.findall(r"record: (\S+)", (MANIFESTS / "monitoring/rules.yaml").read_text()))
+    assert all(panel["description"] for panel in panels)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    places = [
+        (panel["gridPos"]["x"] + x, panel["gridPos"]["y"] + y)
+        for panel in dashboard["panels"]
+        for x in range(panel["gridPos"]["w"])
+        for y in range(panel["gridPos"]["h"])
+    ]
+    assert len(set(places)) == len(places)
+    if (promtool := shutil.which("promtool")) is None:
+        pytest.skip("promtool is not on PATH: it comes with Prometheus (Debian's package prometheus has it)")
+    rules = [
+        {"record": f"panel{index}", "expr": each.replace("$__rate_interval", "5m")} for index, each in enumerate(asked)
+    ]
+    file = tmp_path / "panels.yaml"
+    file.write_text(yaml.safe_dump({"groups": [{"name": "panels", "rules": rules}]}))
+    ran = subprocess.run(
+        [promtool, "check", "rules", str(file)], text=True, capture_output=True, timeout=60, check=False
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
