@@ -20,6 +20,7 @@ COMMANDS = {
     "bench": "measure the speed of a server",
     "top": "watch what the engines do",
     "keys": "make API keys for a server",
+    "speculate": "make a head that drafts tokens for a model",
     "manifests": "print what a service becomes on Kubernetes",
 }
 

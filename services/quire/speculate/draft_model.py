@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.decoder import rotary_frequencies_table
-from quire.engine.speculation.eagle.config import EagleConfig
+from quire.engine.models.weights import dense
+from quire.engine.speculation.eagle.checkpoint import open_eagle
+from quire.engine.speculation.eagle.config import EagleConfig, EagleKind
 from quire.kernels.rotary import rotary
+from quire.service.errors import ModelError
+from quire.speculate.target import FrozenTarget
 
 
 @dataclass(slots=True)
@@ -71,6 +76,30 @@ class DraftModel(nn.Module):
         """hidden [..., hidden_size] → over draft tokens, [..., draft_vocab_size]."""
         logits: Tensor = self.lm_head(self.norm(hidden))
         return logits
+
+
+def load_draft_model(path: Path, target: FrozenTarget) -> DraftModel:
+    """The EAGLE-3 head in the folder `path`, on the target's device, in float32.
+
+    Raises ModelError for a head that can't be loaded, or is of another kind.
+    """
+    checkpoint = open_eagle(path, target.config)
+    config, weights = checkpoint.config, checkpoint.weights
+    if config.kind is not EagleKind.EAGLE3 or config.norm_before_fc:
+        raise ModelError(f"{path} holds a head that the engine serves and this command does not know", field="head")
+    embedding = target.embedding
+    if "embed_tokens.weight" in weights:
+        embedding = dense(weights.matrix("embed_tokens.weight", config.layer.vocab_size, config.hidden_size))
+    ids = weights.target_ids(config)
+    model = DraftModel(config, embedding, torch.arange(config.draft_vocab_size) if ids is None else ids)
+    loaded = {}
+    for name, tensor in model.state_dict().items():
+        stored = name.replace("layers.0.", "model.layers.0.", 1)
+        shape = tuple(tensor.shape)
+        loaded[name] = weights.vector(stored, *shape) if len(shape) == 1 else dense(weights.matrix(stored, *shape))
+    weights.finish()
+    model.load_state_dict(loaded)
+    return model.to(target.device)
 
 
 class _Layer(nn.Module):
