@@ -58,6 +58,7 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
     for file in files:
         Path(file).write_text("")
     config = replace(config, tool_call_format="hermes", **dict(zip(TLS, files, strict=True)))
+    config = replace(config, speculation="auto", num_speculative_tokens=4)
     planned = commands(tmp_path, config)
     assert list(planned) == ["gateway", "router", "engine-0", "engine-1", "sidecar-0", "sidecar-1"]
     assert len(planned) == config.num_processes
@@ -79,7 +80,8 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
     for index in range(2):
         assert {
             f"--name=engine-{index}", "--dtype=float32", "--max-model-len=512", "--max-num-seqs=8", "--num-pages=99",
-            f"--kv-cache-bytes={1 << 30}", "--threads=3", f"--sidecar=unix:{tmp_path}/sidecar-{index}.sock",
+            f"--kv-cache-bytes={1 << 30}", "--threads=3", "--speculation=auto", "--num-speculative-tokens=4",
+            f"--sidecar=unix:{tmp_path}/sidecar-{index}.sock",
         } <= set(planned[f"engine-{index}"])  # fmt: skip
         assert "--model=m.gguf" in planned[f"sidecar-{index}"]
 
@@ -87,7 +89,10 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
 def test_services_have_their_own_defaults(tmp_path: Path) -> None:
     """What was not asked for is the service's to decide: two places for one default come to differ."""
     given = {flag.partition("=")[0] for flag in commands(tmp_path, ServeConfig())["engine-0"]}
-    assert not given & {"--max-model-len", "--max-num-seqs", "--num-pages", "--kv-cache-bytes", "--model"}
+    assert not given & {
+        "--max-model-len", "--max-num-seqs", "--num-pages", "--kv-cache-bytes", "--model", "--speculation",
+        "--num-speculative-tokens",
+    }  # fmt: skip
 
 
 def test_sockets_fit_into_an_address(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

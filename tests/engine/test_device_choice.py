@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import tiny_model
 
-from quire.engine.config import CoreConfig, Device, LoadFormat
+from quire.engine.config import CoreConfig, Device, LoadFormat, Speculation
 from quire.engine.gpu.loading import choose_gpu
 from quire.engine.loading import load_core
 from quire.engine.models.dummy import DummyWeights
@@ -47,6 +47,7 @@ def test_limits(given: dict[str, int], on_gpu: bool, limits: tuple[int, int, int
     [
         ({"gpu_memory_utilization": 0.0}, "--gpu-memory-utilization is 0: give a share"),
         ({"kv_cache_bytes": 5}, "--kv-cache-bytes is 5: it must be at least"),
+        ({"num_speculative_tokens": 0}, r"--num-speculative-tokens is 0: it must lie in \[1, 64\]"),
         ({"max_num_seqs": 9, "max_num_batched_tokens": 8}, "max_num_batched_tokens 8 is less than max_num_seqs 9"),
     ],
 )
@@ -54,6 +55,15 @@ def test_wrong_values(given: dict[str, float], words: str) -> None:
     """They must be refused when they are given, not when a model has been loaded for a minute."""
     with pytest.raises(ConfigError, match=words):
         CoreConfig(**given)  # type: ignore[arg-type]
+
+
+def test_speculation_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It would be asked for and not happen, and nobody would know why nothing is faster."""
+    tiny_model(tmp_path, "llama")
+    monkeypatch.setattr("quire.engine.loading.choose_gpu", lambda _: torch.device("cuda"))
+    config = CoreConfig(model=str(tmp_path), speculation=Speculation.AUTO)
+    with pytest.raises(ConfigError, match="--speculation is auto and drafts are verified on a CPU only: set it to off"):
+        load_core(config, lambda *_: None)
 
 
 def test_random_weights(tmp_path: Path) -> None:

@@ -36,13 +36,28 @@ from quire.service.errors import ConfigError, InvalidRequestError, ModelError, Q
         ({"max_num_seqs": 0}, "max_num_seqs is 0: it must be at least 1"),
         ({"kv_cache_bytes": 1 << 25, "kv_cache_memory_bytes": 1 << 25}, "the same: give one"),
         ({"seed": "x"}, "seed is 'x'"),
+        ({"speculative_config": 8}, "speculative_config is 8: give a dict"),
+        ({"speculative_config": {"metod": "suffix"}}, "no argument 'metod': did you mean method?"),
+        ({"speculative_config": {"method": "sufix"}}, "method is 'sufix': did you mean suffix?"),
+        ({"speculative_config": {"num_speculative_tokens": 4}}, "method is None: choose suffix"),
+        ({"speculative_config": {"method": "suffix", "model": "x"}}, "model is 'x', which is not supported: drafts"),
+        (
+            {"speculative_config": {"method": "suffix", "num_speculative_tokens": 0}},
+            r"^num_speculative_tokens is 0: it must lie in \[1, 64\]",
+        ),
+        (
+            {"speculative_config": {"method": "suffix", "num_speculative_tokens": "8"}},
+            "num_speculative_tokens is '8': give a whole number",
+        ),
     ],
 )
 def test_llm_says_what_is_wrong(checkpoint: Path, arguments: dict[str, object], words: str) -> None:
     """Without it a typing mistake would be ignored, and the model would run in another way than was asked."""
     with pytest.raises(QuireError, match=words) as caught:
         LLM(checkpoint, **arguments)  # type: ignore[arg-type]
-    assert caught.value.field in {*arguments, "kv_cache_bytes"}
+    inner = arguments.get("speculative_config")
+    fields = {*inner, "speculative_config.method"} if isinstance(inner, dict) else set()
+    assert caught.value.field in {*arguments, "kv_cache_bytes", *fields}
     if "no argument" in words:
         assert isinstance(caught.value, TypeError)
 

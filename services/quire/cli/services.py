@@ -55,6 +55,9 @@ class ServeConfig:
     tls_key: str = ""
     tls_client_ca: str = ""
     tool_call_format: str = ""
+    # For the engines: off or auto, and how many drafts per request and step.
+    speculation: str | None = None
+    num_speculative_tokens: int | None = None
 
     @property
     def tls(self) -> TlsFiles | None:
@@ -74,7 +77,15 @@ class ServeConfig:
             raise ConfigError(f"--port and --grpc-port are both {self.port}: choose two ports", field="grpc_port")
         if not self.host:
             raise ConfigError("--host is empty: give an address of this machine, such as 127.0.0.1", field="host")
-        for name in ("workers", "max_model_len", "max_num_seqs", "num_pages", "kv_cache_bytes", "threads"):
+        for name in (
+            "num_speculative_tokens",
+            "workers",
+            "max_model_len",
+            "max_num_seqs",
+            "num_pages",
+            "kv_cache_bytes",
+            "threads",
+        ):
             value = getattr(self, name)
             if value is not None:
                 at_least(f"--{name.replace('_', '-')}", value, 2 if name == "max_model_len" else 1)
@@ -167,6 +178,8 @@ def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> Ch
         "--sidecar": _socket(folder, f"sidecar-{index}"),
         "--model": config.model,
         "--dtype": config.dtype,
+        "--speculation": config.speculation,
+        "--num-speculative-tokens": config.num_speculative_tokens,
         "--max-model-len": config.max_model_len,
         "--max-num-seqs": config.max_num_seqs,
         "--num-pages": config.num_pages,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from quire.engine.config import CoreConfig, Device, Dtype, EngineConfig, LoadFormat
+from quire.engine.config import CoreConfig, Device, Dtype, EngineConfig, LoadFormat, Speculation
 from quire.engine.service import EngineService
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
@@ -57,6 +57,8 @@ def _config(arguments: argparse.Namespace) -> EngineConfig:
             enforce_eager=arguments.enforce_eager,
             threads=arguments.threads,
             sidecar=arguments.sidecar,
+            speculation=Speculation(arguments.speculation),
+            num_speculative_tokens=arguments.num_speculative_tokens,
         ),
     )
 
@@ -73,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--listen", required=True, metavar="ADDRESS[,ADDRESS…]", help="HOST:PORT or unix:PATH")
     add("--name", default="engine-0", help="what logs, traces and metrics call it (default: %(default)s)")
     add("--model", default=core.model, help="GGUF file, Hugging Face folder or hub name (default: the embedded model)")
-    add("--sidecar", default=core.sidecar, metavar="ADDRESS", help="the grammar service; without it no constraints")
+    add("--sidecar", default=core.sidecar, metavar="ADDRESS", help="grammars and drafts; without it no constraints")
     add(
         "--device", default=core.device.value, choices=[device.value for device in Device],
         help="auto: the GPU, if there is one",
@@ -103,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--prefix-caching", action=argparse.BooleanOptionalAction, default=core.enable_prefix_caching,
         help="keep pages of ended requests for prompts that begin alike",
+    )  # fmt: skip
+    add(
+        "--speculation", default=core.speculation.value, choices=[speculation.value for speculation in Speculation],
+        help="auto: verify what the sidecar and grammars expect to follow, as far as it makes the batch faster "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--num-speculative-tokens", type=int, default=core.num_speculative_tokens, metavar="N",
+        help="drafts per request and step, at most (default: %(default)s)",
     )  # fmt: skip
     add("--threads", type=int, default=core.threads, help="threads for the model; 0: one per core")
     add_tls_flags(add, "routers")

@@ -15,6 +15,8 @@ _GPU_NUM_SEQS = 256
 _GPU_NUM_BATCHED_TOKENS = 8192
 _GPU_MIXED_TOKENS = 512
 
+MAX_SPECULATIVE_TOKENS = 64
+
 
 class Device(Enum):
     """What the model runs on. AUTO is the GPU, if torch sees one."""
@@ -39,13 +41,21 @@ class Dtype(Enum):
     BFLOAT16 = "bfloat16"
 
 
+class Speculation(Enum):
+    """Whether tokens are drafted and verified. AUTO: as many as make the batch faster, by what is measured."""
+
+    OFF = "off"
+    AUTO = "auto"
+
+
 @dataclass(frozen=True, slots=True)
 class CoreConfig:
     """What the core process needs: model, batch, memory, sidecar.
 
     `max_model_len` 0 is the model's own; `num_pages` 0 is as many as `kv_cache_bytes` hold, and that 0 is 2 GiB on a
     CPU, and on a GPU what `gpu_memory_utilization` of its memory leaves. `max_num_seqs`, `max_num_batched_tokens`
-    and `max_mixed_tokens` None are the device's. `enforce_eager`: no CUDA graphs.
+    and `max_mixed_tokens` None are the device's. `enforce_eager`: no CUDA graphs. `num_speculative_tokens` at
+    most are drafted for a sequence and step.
     """
 
     model: str = ""
@@ -65,6 +75,8 @@ class CoreConfig:
     threads: int = 0
     sidecar: str = ""
     sidecar_deadline_s: float = 10.0
+    speculation: Speculation = Speculation.OFF
+    num_speculative_tokens: int = 8
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_pages", "threads"):
@@ -74,6 +86,12 @@ class CoreConfig:
             raise ConfigError(
                 f"--kv-cache-bytes is {self.kv_cache_bytes}: it must be at least {1 << 20}, or 0 to choose it",
                 field="kv_cache_bytes",
+            )
+        if not 1 <= self.num_speculative_tokens <= MAX_SPECULATIVE_TOKENS:
+            raise ConfigError(
+                f"--num-speculative-tokens is {self.num_speculative_tokens}: it must lie in "
+                f"[1, {MAX_SPECULATIVE_TOKENS}]",
+                field="num_speculative_tokens",
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(

@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 
-from quire.engine.config import CoreConfig, Dtype, LoadFormat
+from quire.engine.config import CoreConfig, Dtype, LoadFormat, Speculation
 from quire.engine.core import EngineCore
 from quire.engine.cpu_runner import CpuRunner
 from quire.engine.gpu.loading import choose_gpu, size_pages
@@ -26,13 +26,21 @@ from quire.engine.page_pool import PagePool
 from quire.engine.runner import Runner
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.sequence import pages_for
+from quire.engine.speculation.drafts import DraftSource
+from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.checkpoint.locate import Checkpoint, locate
 from quire.service.errors import ConfigError
 
 _CPU_KV_CACHE_BYTES = 2 << 30
 
+# What the masks of drafts may take of the memory that is shared with the sidecar.
+_DRAFT_MASK_BYTES = 32 << 20
+# How long a step waits for drafts, in seconds: a tenth of what one takes here.
+_CPU_DRAFT_PATIENCE_S = 0.002
+
 Progress = Callable[[float, str], None]
 MakeMasks = Callable[[ModelConfig], MaskSource]
+MakeDrafts = Callable[[], DraftSource]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,26 +51,39 @@ class LoadedCore:
     ready: Ready
 
 
-def load_core(config: CoreConfig, progress: Progress, make_masks: MakeMasks | None = None) -> LoadedCore:
+def load_core(
+    config: CoreConfig, progress: Progress, make_masks: MakeMasks | None = None, make_drafts: MakeDrafts | None = None
+) -> LoadedCore:
     """Loads what `config` names; raises ConfigError or ModelError with what to change. `progress` gets 0 to 1.
 
-    Masks come from what `make_masks` makes for the model, if it is given, and else from the sidecar, if there is one.
+    Masks come from what `make_masks` makes for the model, if it is given, and else from the sidecar, if there is one;
+    with speculation drafts come from what `make_drafts` makes in the same way.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
     checkpoint = locate(config.model)
     gpu = choose_gpu(config.device)
+    speculation = _speculation(config, on_gpu=gpu is not None)
     limits = config.batch_limits(on_gpu=gpu is not None)
     load = _load_cpu if gpu is None else partial(_load_gpu, gpu)
     loaded = load(config, checkpoint, limits, progress)
     pool = PagePool(loaded.num_pages)
     limits = replace(limits, max_model_len=loaded.max_model_len)
+    if speculation is not None and config.sidecar:
+        limits = replace(limits, max_draft_tokens=_max_draft_tokens(limits, speculation, loaded.model.vocab_size))
     scheduler = Scheduler(limits, pool, frozenset(loaded.model.eos_token_ids))
     if make_masks is None and config.sidecar:
-        make_masks = partial(_sidecar, config, limits.max_num_seqs)
+        make_masks = partial(_sidecar_masks, config, limits.max_num_seqs + (limits.max_draft_tokens or 0))
     masks = make_masks(loaded.model) if make_masks is not None else None
-    core = EngineCore(loaded.runner, scheduler, masks, loaded.model.vocab_size, run_ahead=gpu is not None)
+    if make_drafts is None and config.sidecar:
+        make_drafts = partial(_sidecar_drafts, config)
+    speculator = None
+    if speculation is not None:
+        speculator = Speculator(make_drafts() if make_drafts is not None else None, speculation)
+    core = EngineCore(
+        loaded.runner, scheduler, masks, loaded.model.vocab_size, run_ahead=gpu is not None, speculator=speculator
+    )
     seconds = {"model": loaded.weights_at - began, "pages": time.perf_counter() - loaded.weights_at}
     ready = Ready(
         model=checkpoint.name,
@@ -145,8 +166,33 @@ def _num_pages(num_pages: int, limits: SchedulerConfig, max_model_len: int, page
     return num_pages
 
 
-def _sidecar(config: CoreConfig, max_num_seqs: int, model: ModelConfig) -> MaskSource:
+def _speculation(config: CoreConfig, *, on_gpu: bool) -> SpeculationConfig | None:
+    if config.speculation is Speculation.OFF:
+        return None
+    if on_gpu:
+        raise ConfigError(
+            "--speculation is auto and drafts are verified on a CPU only: set it to off, or --device to cpu",
+            field="speculation",
+        )
+    return SpeculationConfig(config.num_speculative_tokens)
+
+
+def _max_draft_tokens(limits: SchedulerConfig, speculation: SpeculationConfig, vocab_size: int) -> int:
+    """Drafts of a step: each takes a row of masks, twice as there may be two steps in flight."""
+    row_bytes = 4 * -(-vocab_size // 32)
+    most = limits.max_num_seqs * max(speculation.num_tokens, speculation.num_forced)
+    return min(most, _DRAFT_MASK_BYTES // (2 * row_bytes))
+
+
+def _sidecar_drafts(config: CoreConfig) -> DraftSource:
+    # As below.
+    from quire.engine.sidecar_drafts import SidecarDrafts
+
+    return SidecarDrafts(config.sidecar, _CPU_DRAFT_PATIENCE_S)
+
+
+def _sidecar_masks(config: CoreConfig, max_rows: int, model: ModelConfig) -> MaskSource:
     # The offline API runs without gRPC, so this module must not need it.
     from quire.engine.sidecar_masks import SidecarMasks
 
-    return SidecarMasks(config.sidecar, model.vocab_size, max_num_seqs, config.sidecar_deadline_s)
+    return SidecarMasks(config.sidecar, model.vocab_size, max_rows, config.sidecar_deadline_s)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from quire.engine.config import CoreConfig, Device, Dtype, LoadFormat
+from quire.engine.config import CoreConfig, Device, Dtype, LoadFormat, Speculation
 from quire.llm.arguments import ArgumentError, Unsupported, check_arguments, check_number
 
 C = TypeVar("C", bound=Enum)
@@ -15,7 +16,7 @@ C = TypeVar("C", bound=Enum)
 _ARGUMENTS = (
     *("model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("enable_prefix_caching", "kv_cache_bytes", "kv_cache_memory_bytes", "num_pages", "seed", "threads"),
-    *("device", "gpu_memory_utilization", "enforce_eager", "load_format"),
+    *("device", "gpu_memory_utilization", "enforce_eager", "load_format", "speculative_config"),
 )
 _ONE_DEVICE = "the model runs on one device: leave it out"
 _UNSUPPORTED: Unsupported = {
@@ -40,11 +41,28 @@ _UNSUPPORTED: Unsupported = {
     "hf_token": ((None, False), "set the environment's HF_TOKEN"),
     "hf_overrides": ((None,), "change the folder's config.json"),
     "enable_lora": ((None, False), "leave it out"),
-    "speculative_config": ((None,), "leave it out"),
     "compilation_config": ((None,), "leave it out"),
     "limit_mm_per_prompt": ((None,), "models take text only: leave it out"),
     "runner": ((None, "auto", "generate"), "models generate text only: leave it out"),
     "task": ((None, "auto", "generate"), "models generate text only: leave it out"),
+}
+_SPECULATION = ("method", "num_speculative_tokens")
+_METHODS = ("suffix",)
+_NO_TREE = "the longest match decides: leave it out"
+_NO_MODEL = "drafts come from what was said before: leave it out"
+_SPECULATION_UNSUPPORTED: Unsupported = {
+    "model": ((None,), _NO_MODEL),
+    "draft_tensor_parallel_size": ((None,), _NO_MODEL),
+    "quantization": ((None,), _NO_MODEL),
+    "max_model_len": ((None,), _NO_MODEL),
+    "revision": ((None,), _NO_MODEL),
+    "prompt_lookup_max": ((None,), _NO_TREE),
+    "prompt_lookup_min": ((None,), _NO_TREE),
+    "suffix_decoding_max_tree_depth": ((None,), "set num_speculative_tokens"),
+    "suffix_decoding_max_cached_requests": ((None,), "what is remembered is bounded in tokens: leave it out"),
+    "suffix_decoding_max_spec_factor": ((None,), _NO_TREE),
+    "suffix_decoding_min_token_prob": ((None,), "how many drafts are worth it is measured: leave it out"),
+    "disable_by_batch_size": ((None,), "how many drafts are worth it is measured: leave it out"),
 }
 _CALL_UNSUPPORTED: Unsupported = {
     "lora_request": ((None,), "leave it out"),
@@ -81,6 +99,26 @@ def core_config(dtype: Any, device: Any, load_format: Any, others: Mapping[str, 
         max_waiting=sys.maxsize,
         **given_ones,
     )
+
+
+def speculation(config: object) -> dict[str, Any]:
+    """The core's settings for a `speculative_config`, none for None. Raises ArgumentError."""
+    if config is None:
+        return {}
+    field = "speculative_config"
+    if not isinstance(config, Mapping):
+        raise ArgumentError(f'{field} is {config!r}: give a dict, such as {{"method": "suffix"}}', field=field)
+    check_arguments(field, config, _SPECULATION, _SPECULATION_UNSUPPORTED)
+    method = config.get("method")
+    if method not in _METHODS:
+        close = difflib.get_close_matches(str(method), _METHODS, n=1)
+        advice = f"did you mean {close[0]}?" if close else f"choose {' or '.join(_METHODS)}"
+        raise ArgumentError(f"{field}'s method is {method!r}: {advice}", field=f"{field}.method")
+    settings: dict[str, Any] = {"speculation": Speculation.AUTO}
+    if (num_tokens := config.get("num_speculative_tokens")) is not None:
+        check_number("num_speculative_tokens", num_tokens, whole=True)
+        settings["num_speculative_tokens"] = num_tokens
+    return settings
 
 
 def _name(dtype: Any) -> str:

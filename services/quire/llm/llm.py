@@ -17,7 +17,7 @@ from quire.engine.core import EngineCore
 from quire.engine.loading import load_core
 from quire.engine.models.config import ModelConfig
 from quire.llm.arguments import ArgumentError, check_number, in_python
-from quire.llm.engine_arguments import check_call, core_config
+from quire.llm.engine_arguments import check_call, core_config, speculation
 from quire.llm.generation import Generation, Output, PreparedParams
 from quire.llm.interrupts import DeferredInterrupt
 from quire.llm.masks import LazyMasks
@@ -27,6 +27,7 @@ from quire.llm.progress import Progress
 from quire.llm.prompts import Conversation, EncodedPrompt, Prompt, conversations_of, encode_prompts
 from quire.llm.sampling_params import SamplingParams
 from quire.llm.structured_outputs import constraint_of
+from quire.llm.suffix_drafts import SuffixDrafts
 from quire.service.checkpoint import TextModel, load_text, locate
 from quire.service.codec import PromptCodec
 from quire.service.errors import ConfigError, InternalError, InvalidRequestError, ModelError, QuireError
@@ -50,6 +51,8 @@ class LLM:
     kv_cache_bytes: memory for pages (2 GiB; on a GPU what gpu_memory_utilization, 0.9, of its memory leaves);
     kv_cache_memory_bytes is the same; num_pages says it in pages.
     enforce_eager: no CUDA graphs. load_format: "dummy" makes random weights for a folder without any.
+    speculative_config: {"method": "suffix"} verifies several tokens a step where text repeats what was said before; the
+    outputs are the same. "num_speculative_tokens" is how many at most (8).
     seed: for outputs whose params have none; None is a random one. threads: of the model, None is torch's choice.
 
     Raises ModelError if the model can't be found or run, ConfigError for a wrong value, ArgumentError for a wrong name.
@@ -74,6 +77,7 @@ class LLM:
         gpu_memory_utilization: float | None = None,
         enforce_eager: bool | None = None,
         load_format: str | None = None,
+        speculative_config: Mapping[str, object] | None = None,
         threads: int | None = None,
         **others: object,
     ) -> None:
@@ -98,6 +102,7 @@ class LLM:
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
                 threads=threads,
+                **speculation(speculative_config),
             )
             self._load(config, None if tokenizer is None else os.fspath(tokenizer))
         except ConfigError as error:
@@ -187,7 +192,7 @@ class LLM:
             self._masks = LazyMasks(self._text)
             return self._masks
 
-        loaded = load_core(config, lambda *_: None, make_masks)
+        loaded = load_core(config, lambda *_: None, make_masks, SuffixDrafts)
         self._core: EngineCore = loaded.core
         self._model = loaded.ready.model
         self._max_model_len = loaded.ready.max_model_len
