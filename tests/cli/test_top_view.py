@@ -54,6 +54,31 @@ def test_speeds_are_what_happened_between_two_looks() -> None:
     assert window.first_token is not None and 0.01 < window.first_token.p50 <= 0.1
 
 
+def test_drafts_are_no_prompts_and_their_shares_are_of_the_window() -> None:
+    """Verified drafts would look like prompts that are computed, and the shares of a bad hour would stay for a day."""
+    before = stats_of(5, prompt=1000, output=50, firsts=10)
+    before.verified_at.extend([40])
+    before.computed_tokens += 40
+    before.drafters.add(name="suffix", drafted_tokens=80, verified_tokens=40)
+    # Ten steps of one request drew 25 tokens: 15 of 20 drafts were right.
+    after = stats_of(15, prompt=1000, output=60, firsts=10)
+    after.output_tokens += 15
+    after.verified_at.extend([50, 10])
+    after.accepted_at.extend([10, 5])
+    after.computed_tokens += 60
+    after.drafters.add(name="suffix", drafted_tokens=90, verified_tokens=45, accepted_tokens=3)
+    after.drafters.add(name="forced", drafted_tokens=20, verified_tokens=15, accepted_tokens=12)
+    watch = watch_of(answer_of(running=1, stats=before), answer_of(running=1, stats=after))
+    (speed,) = watch.history.speeds
+    assert (speed.prefill, speed.decode) == (0, 25)
+    drafts = watch.history.window().drafts
+    assert drafts is not None and drafts.drafters == ("forced", "suffix")
+    assert (drafts.accepted, drafts.accepted_at, drafts.drawn_per_step) == (0.75, (1.0, 0.5), 2.5)
+    text = page([watch], 120).plain
+    assert "75% of drafts right (forced+suffix) █▅" in text and "tokens drawn a step" in text and "2.50" in text
+    assert "drafts" not in page([watch_of(answer_of(), answer_of())], 120).plain
+
+
 def test_the_last_minute_forgets_what_was_before() -> None:
     """A slow first request must not colour the numbers for the rest of the day."""
     history = History()

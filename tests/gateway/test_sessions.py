@@ -19,7 +19,7 @@ from quire.gateway.model import ServedModel
 from quire.gateway.server import Gateway
 from quire.service.checkpoint import TextModel
 from quire.service.errors import OverloadedError, UnavailableError
-from quire.service.request import FinishReason
+from quire.service.request import FinishReason, VerifiedDrafts
 from quire.v1 import request_pb2, session_pb2
 
 QUESTION: Any = [{"role": "user", "content": "What is the capital of France?"}]
@@ -162,16 +162,17 @@ async def test_usage_after_a_move(
     reader = Reader(http, stream_options={"include_usage": True})
     submission = await router.next()
     submission.send(cached=16)
-    submission.send(encode(ANSWER)[:3])
+    submission.send(encode(ANSWER)[:3], drafts=VerifiedDrafts(2, 1))
     await until_first_tokens(http, 1)
     await router.kill()
     await router.start()
     again = await router.next()
     again.send(cached=0)
-    again.send(encode(ANSWER)[3:], finish=FinishReason.STOP)
+    again.send(encode(ANSWER)[3:], finish=FinishReason.STOP, drafts=VerifiedDrafts(1, 4))
     usage = (await reader.end())[-2]["usage"]
     assert usage["completion_tokens"] == len(encode(ANSWER))
     assert usage["prompt_tokens_details"]["cached_tokens"] == 16
+    assert usage["completion_tokens_details"] == {"accepted_prediction_tokens": 3, "rejected_prediction_tokens": 5}
 
 
 async def test_other_router_takes_over(

@@ -23,6 +23,7 @@ from quire.service.request import (
     TokenLogprobs,
     TraceContext,
     Update,
+    VerifiedDrafts,
 )
 from quire.service.wire import request_from_proto, request_to_proto, update_from_proto, update_to_proto
 from quire.v1 import request_pb2, session_pb2
@@ -88,6 +89,7 @@ updates = st.builds(
     finished=st.none() | finishes,
     logprobs=st.lists(scores, max_size=2).map(tuple),
     prompt_logprobs=st.none() | st.builds(PromptLogprobs, TOKEN, st.lists(scores, min_size=1, max_size=2).map(tuple)),
+    drafts=st.none() | st.builds(VerifiedDrafts, TOKEN, TOKEN),
 )
 
 

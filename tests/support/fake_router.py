@@ -10,7 +10,16 @@ import grpc
 
 from quire.service.errors import QuireError
 from quire.service.grpc_server import GrpcServer
-from quire.service.request import Finished, FinishReason, PromptLogprobs, Request, Started, TokenLogprobs, Update
+from quire.service.request import (
+    Finished,
+    FinishReason,
+    PromptLogprobs,
+    Request,
+    Started,
+    TokenLogprobs,
+    Update,
+    VerifiedDrafts,
+)
 from quire.service.wire import request_from_proto, update_to_proto
 from quire.v1 import session_pb2, session_pb2_grpc
 
@@ -36,6 +45,7 @@ class Submission:
         error: QuireError | None = None,
         logprobs: Sequence[TokenLogprobs] | None = None,
         prompt_logprobs: PromptLogprobs | None = None,
+        drafts: VerifiedDrafts | None = None,
     ) -> None:
         """One update in a frame of its own; log-probabilities are made up if they were asked for and not given."""
         started = None if cached is None else Started(cached, "engine-0")
@@ -45,7 +55,9 @@ class Submission:
         if logprobs is None:
             count = self.request.logprobs
             logprobs = [] if count is None else [made_up_logprobs(token, count) for token in tokens]
-        update = update_to_proto(Update(self.key, tuple(tokens), started, finished, tuple(logprobs), prompt_logprobs))
+        update = update_to_proto(
+            Update(self.key, tuple(tokens), started, finished, tuple(logprobs), prompt_logprobs, drafts)
+        )
         self._frames.put_nowait(session_pb2.SessionResponse(step=session_pb2.StepFrame(updates=[update])))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from quire.v1 import engine_pb2
 
@@ -40,6 +41,21 @@ class Window:
     step: Quantiles | None
     tokens_per_step: float | None
     hit_rate: float | None
+    drafts: Drafts | None
+
+
+@dataclass(frozen=True, slots=True)
+class Drafts:
+    """What became of drafted tokens. `drafters` are those whose drafts were verified, most of them first.
+
+    `accepted`: the share of verified drafts that were right; `accepted_at`: that of each place in a step's drafts.
+    `drawn_per_step`: the tokens that a step draws for a sequence, 1 without drafts.
+    """
+
+    drafters: tuple[str, ...]
+    accepted: float
+    accepted_at: tuple[float, ...]
+    drawn_per_step: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,9 +129,9 @@ def _speed(began: float, before: engine_pb2.EngineStats, ended: float, after: en
 
 
 def _prefilled(stats: engine_pb2.EngineStats) -> int:
-    # Drawing a request's next token takes computing the one before it. All other computed tokens are of prompts, or
-    # those of a preempted request that are computed again.
-    return stats.computed_tokens - sum(stats.inter_token_seconds.counts)
+    # Drawing a request's next token takes computing the one before it, and drafts that are verified with it. All other
+    # computed tokens are of prompts, or those of a preempted request that are computed again.
+    return stats.computed_tokens - sum(stats.inter_token_seconds.counts) - sum(stats.verified_at)
 
 
 def _window(seconds: float | None, first: engine_pb2.EngineStats, last: engine_pb2.EngineStats) -> Window:
@@ -130,7 +146,28 @@ def _window(seconds: float | None, first: engine_pb2.EngineStats, last: engine_p
         step=_quantiles(first.step_seconds, last.step_seconds),
         tokens_per_step=(last.computed_tokens - first.computed_tokens) / steps if steps else None,
         hit_rate=cached_tokens / prompt_tokens if prompt_tokens else None,
+        drafts=_drafts(first, last),
     )
+
+
+def _drafts(first: engine_pb2.EngineStats, last: engine_pb2.EngineStats) -> Drafts | None:
+    verified = _since(first.verified_at, last.verified_at)
+    accepted = _since(first.accepted_at, last.accepted_at)
+    if not sum(verified):
+        return None
+    before = {drafter.name: drafter.verified_tokens for drafter in first.drafters}
+    by_drafter = {drafter.name: drafter.verified_tokens - before.get(drafter.name, 0) for drafter in last.drafters}
+    draws = [sum(stats.first_token_seconds.counts) + sum(stats.inter_token_seconds.counts) for stats in (first, last)]
+    return Drafts(
+        tuple(name for name in sorted(by_drafter, key=lambda name: -by_drafter[name]) if by_drafter[name]),
+        sum(accepted) / sum(verified),
+        tuple(right / count for right, count in zip_longest(accepted, verified, fillvalue=0) if count),
+        (last.output_tokens - first.output_tokens) / max(1, draws[1] - draws[0]),
+    )
+
+
+def _since(before: Sequence[int], now: Sequence[int]) -> list[int]:
+    return [later - earlier for earlier, later in zip_longest(before, now, fillvalue=0)]
 
 
 def _quantiles(first: engine_pb2.Histogram, last: engine_pb2.Histogram) -> Quantiles | None:

@@ -13,7 +13,7 @@ from rich.text import Text
 from quire.cli.batch_view import batch_lines
 from quire.cli.engine_watch import EngineWatch, State
 from quire.cli.figures import BARS, bar, count, duration, elapsed, fit, percent
-from quire.cli.history import Quantiles, Speed
+from quire.cli.history import Drafts, Quantiles, Speed
 from quire.cli.page_view import page_lines
 
 # Below this many columns pages and batch stand one above the other.
@@ -170,7 +170,18 @@ def _figures(watch: EngineWatch, width: int) -> list[Text]:
             (f"{count(watch.history.preemptions):>9}", "red" if watch.history.preemptions else ""),
         ),
     ]
+    if window.drafts is not None:
+        left.append(_drafts(window.drafts, half))
+        right.append(Text.assemble(_label("tokens drawn a step", 20), f"{window.drafts.drawn_per_step:>9.2f}"))
     return [Text.assemble(fit(one, half), "  ", other) for one, other in zip(left, right, strict=True)]
+
+
+def _drafts(drafts: Drafts, width: int) -> Text:
+    """The share of drafts that were right, of all and by their place in a step's drafts."""
+    names = "+".join(drafts.drafters)
+    places = "".join(BARS[min(7, int(share * 8))] for share in drafts.accepted_at)[: max(0, width - 40 - len(names))]
+    note = (f" of drafts right ({names}) ", "dim")
+    return Text.assemble(_label("drafts", 9), f"{percent(drafts.accepted):>12}", note, (places, "green"))
 
 
 def _speed(label: str, values: Sequence[float], width: int, style: str) -> Text:

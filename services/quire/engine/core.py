@@ -34,6 +34,7 @@ from quire.service.request import (
     Started,
     TokenLogprobs,
     Update,
+    VerifiedDrafts,
 )
 
 # A step waits so long for its masks, then goes on without the sequences that need them. Without work, so long at once.
@@ -100,6 +101,7 @@ class EngineCore:
         self._clock = clock
         self._run_ahead = run_ahead
         self._speculator = speculator
+        self.stats.speculation = speculator.stats if speculator is not None else None
         self._in_flight: _Step | None = None
         self._late: _LateMasks | None = None
         self._last_commit = 0.0
@@ -289,7 +291,7 @@ class EngineCore:
                 forced = grammar.forced if grammar is not None else None
                 self._speculator.observe(sequence, work.num_drafts, tokens, forced, result.drafts.get(index))
             error = errors.get(sequence.key)
-            num_tokens += self._commit_tokens(sequence, tokens, result.logprobs.get(index, ()), error)
+            num_tokens += self._commit_tokens(sequence, tokens, result.logprobs.get(index, ()), error, work.num_drafts)
         self.stats.record_tokens(until_first, between, num_tokens)
 
     def _commit_tokens(
@@ -298,8 +300,9 @@ class EngineCore:
         token_ids: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
         error: QuireError | None,
+        num_drafts: int,
     ) -> int:
-        """Returns how many tokens count."""
+        """Adds what a step drew after it had verified `num_drafts` drafts; returns how many tokens count."""
         finished = Finished(FinishReason.ERROR, error) if error is not None else None
         count = 0
         while finished is None and count < len(token_ids):
@@ -311,10 +314,14 @@ class EngineCore:
             count += 1
             reason = sequence.finish_reason()
             finished = Finished(reason) if reason is not None else None
+        drafts = None
+        if num_drafts:
+            accepted = min(count, len(token_ids) - 1)
+            drafts = VerifiedDrafts(accepted, num_drafts - accepted)
         if finished is None:
-            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs))
+            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs, None, drafts))
         else:
-            self._finish(sequence, finished, token_ids[:count], logprobs[:count])
+            self._finish(sequence, finished, token_ids[:count], logprobs[:count], drafts)
         return count
 
     def _end_expired(self) -> None:
@@ -328,6 +335,7 @@ class EngineCore:
         finished: Finished,
         token_ids: tuple[int, ...] = (),
         logprobs: tuple[TokenLogprobs, ...] = (),
+        drafts: VerifiedDrafts | None = None,
     ) -> None:
         self.scheduler.finish(sequence)
         if self._speculator is not None:
@@ -335,4 +343,4 @@ class EngineCore:
         self.stats.record_finish(finished.reason, time.perf_counter() - sequence.arrived_at)
         if sequence.request.constraint is not None:
             self._released.append(sequence.key)
-        self._updates.append(Update(sequence.key, token_ids, None, finished, logprobs))
+        self._updates.append(Update(sequence.key, token_ids, None, finished, logprobs, None, drafts))

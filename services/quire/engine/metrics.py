@@ -16,6 +16,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from quire.engine.messages import Load, Ready, Stepped
+from quire.engine.speculation.speculator import SpeculationStats
 from quire.engine.stats import EngineStats, Histogram
 from quire.service.errors import ConfigError
 
@@ -91,6 +92,8 @@ class EngineMetrics(Collector):
         yield self._counter("cached_input_tokens", cached, stats.cached_prompt_tokens)
         yield self._counter("output_tokens", "Tokens drawn.", stats.output_tokens)
         yield self._counter("computed_tokens", "Tokens that went through the model.", stats.computed_tokens)
+        if stats.speculation is not None:
+            yield from self._speculation(stats.speculation)
         yield self._counter("steps", "Steps run.", stats.steps)
         yield self._histogram("step_duration_seconds", "Time of a step.", stats.step_seconds)
         yield self._histogram("step_tokens", "Tokens that a step computes.", stats.step_tokens)
@@ -101,6 +104,19 @@ class EngineMetrics(Collector):
         yield self._histogram("inter_token_seconds", between, stats.inter_token_seconds)
         whole = "From a request's arrival to its last token; none of those that were cancelled or failed."
         yield self._histogram("request_duration_seconds", whole, stats.request_seconds)
+
+    def _speculation(self, stats: SpeculationStats) -> Iterator[Family]:
+        for name, help_text, counts, places in (
+            ("drafted", "Tokens that were drafted to follow, by who drafted them.", stats.drafted, None),
+            ("verified_draft", "Those of them that steps verified.", stats.verified, stats.verified_at),
+            ("accepted_draft", "Those of these that were right.", stats.accepted, stats.accepted_at),
+        ):
+            by_drafter = [((drafter,), count) for drafter, count in counts.items()]
+            yield self._counters(f"{name}_tokens", help_text, by_drafter, "drafter")
+            if places is not None:
+                by_place = [((str(place),), count) for place, count in enumerate(places, 1)]
+                help_text = f"{help_text[:-1]}, by their place in the step's drafts of a request, from 1."
+                yield self._counters(f"{name}_tokens_by_position", help_text, by_place, "position")
 
     def _gauge(self, name: str, help_text: str, value: float) -> Family:
         return self._gauges(name, help_text, [((), value)])

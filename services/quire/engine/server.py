@@ -70,6 +70,8 @@ class _InFlight:
     began: float
     cached_tokens: int = 0
     output_tokens: int = 0
+    accepted_drafts: int = 0
+    rejected_drafts: int = 0
 
     def end(self, reason: str, error: QuireError | None) -> None:
         """It has had its terminal event, or nobody waits for it any more."""
@@ -85,6 +87,10 @@ class _InFlight:
             "output_tokens": self.output_tokens,
             "seconds": round(time.perf_counter() - self.began, 4),
         }
+        if self.accepted_drafts or self.rejected_drafts:
+            drafts = {"accepted_drafts": self.accepted_drafts, "rejected_drafts": self.rejected_drafts}
+            span.set_attributes({f"quire.speculation.{name}": count for name, count in drafts.items()})
+            facts |= drafts
         if error is not None:
             span.set_attribute("error.type", error.code.value)
             span.set_status(StatusCode.ERROR, error.message)
@@ -228,6 +234,9 @@ class _Session:
             if not request.output_tokens:
                 request.span.add_event("first token")
             request.output_tokens += len(update.token_ids)
+        if update.drafts is not None:
+            request.accepted_drafts += update.drafts.accepted
+            request.rejected_drafts += update.drafts.rejected
         if update.finished is not None:
             del self._in_flight[update.key]
             request.end(update.finished.reason.value.lower(), update.finished.error)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quire.engine.plan import StepPlan
+from quire.engine.speculation.speculator import SpeculationStats
 from quire.service.request import FinishReason
 
 # Weight of the newest step in the moving averages: about the last ten steps count.
@@ -63,8 +64,9 @@ class EngineStats:
     """Updated by the core after each step; times are in seconds.
 
     `queue_seconds`: from arrival to the first step. `first_token_seconds`: from arrival to the first token drawn.
-    `inter_token_seconds`: from each token to the next of its request. `request_seconds`: from arrival to the end, of
-    requests that came to an end of their own. `finished`: requests by the value of their FinishReason.
+    `inter_token_seconds`: from each token to the next of its request; those that come together count once, so that this
+    and `first_token_seconds` count the sequences of all steps that drew tokens. `request_seconds`: from arrival to the
+    end, of requests that came to an end of their own. `finished`: requests by the value of their FinishReason.
     """
 
     steps: int = 0
@@ -84,6 +86,7 @@ class EngineStats:
     first_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     inter_token_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     request_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
+    speculation: SpeculationStats | None = None
 
     def record_start(self, num_prompt_tokens: int, cached_tokens: int, waited: float) -> None:
         """A request was scheduled for the first time."""
@@ -93,9 +96,8 @@ class EngineStats:
 
     def record_step(self, plan: StepPlan, seconds: float) -> None:
         """A step ran. Its speed counts as prefill if most of its tokens were, as decode if all were."""
-        counts = [work.num_tokens for work in plan.work]
-        num_tokens = sum(counts)
-        num_prefill = sum([count for count in counts if count > 1])
+        num_tokens = sum([work.num_tokens for work in plan.work])
+        num_prefill = sum([work.num_tokens for work in plan.work if work.num_tokens - work.num_drafts > 1])
         self.steps += 1
         self.computed_tokens += num_tokens
         self.step_seconds.add(seconds)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from quire.engine.inspection import PageMap, SequenceInfo
 from quire.engine.messages import Load
+from quire.engine.speculation.speculator import SpeculationStats
 from quire.engine.stats import Histogram
 from quire.v1 import engine_pb2
 
@@ -23,6 +26,9 @@ def stats_to_proto(load: Load) -> engine_pb2.EngineStats:
         queue_seconds=_histogram(stats.queue_seconds),
         first_token_seconds=_histogram(stats.first_token_seconds),
         inter_token_seconds=_histogram(stats.inter_token_seconds),
+        drafters=_drafters(stats.speculation) if stats.speculation is not None else (),
+        verified_at=stats.speculation.verified_at if stats.speculation is not None else (),
+        accepted_at=stats.speculation.accepted_at if stats.speculation is not None else (),
     )
 
 
@@ -48,6 +54,17 @@ def sequence_to_proto(sequence: SequenceInfo) -> engine_pb2.SequenceInfo:
         priority=sequence.priority,
         constrained=sequence.constrained,
     )
+
+
+def _drafters(stats: SpeculationStats) -> Iterator[engine_pb2.DrafterStats]:
+    for name, drafted in stats.drafted.items():
+        if drafted:
+            yield engine_pb2.DrafterStats(
+                name=name,
+                drafted_tokens=drafted,
+                verified_tokens=stats.verified[name],
+                accepted_tokens=stats.accepted[name],
+            )
 
 
 def _histogram(histogram: Histogram) -> engine_pb2.Histogram:

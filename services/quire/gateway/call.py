@@ -31,6 +31,9 @@ class Call:
     finished: Finished | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    # Of those that engines drafted.
+    accepted_tokens: int = 0
+    rejected_tokens: int = 0
     # Which router has it, under which key; how many it lost in a row without a token.
     link: RouterLink | None = None
     key: int = 0
@@ -47,6 +50,9 @@ class Call:
         if update.token_ids:
             self.token_ids.extend(update.token_ids)
             self.fruitless_moves = 0
+        if update.HasField("drafts"):
+            self.accepted_tokens += update.drafts.accepted
+            self.rejected_tokens += update.drafts.rejected
         if self.started is None and update.HasField("started"):
             self.started = Started(update.started.cached_tokens, update.started.engine)
         if update.HasField("finished"):

@@ -76,4 +76,6 @@ def usage(total: Usage) -> inference_pb2.Usage:
         prompt_tokens=total.prompt_tokens,
         cached_tokens=total.cached_tokens,
         completion_tokens=total.completion_tokens,
+        accepted_prediction_tokens=total.accepted_prediction_tokens,
+        rejected_prediction_tokens=total.rejected_prediction_tokens,
     )

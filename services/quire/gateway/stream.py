@@ -17,11 +17,16 @@ _GOOD_ENDS = (FinishReason.STOP, FinishReason.LENGTH)
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """In tokens. `completion_tokens` counts all up to the end, an end token and those of a stop string included."""
+    """In tokens. `completion_tokens` counts all up to the end, an end token and those of a stop string included.
+
+    Of what engines drafted, `accepted_prediction_tokens` became output and `rejected_prediction_tokens` did not.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,8 @@ def total_usage(results: Sequence[Result], choices: int = 1) -> Usage:
         sum(usage.prompt_tokens for usage in usages[::choices]),
         sum(usage.cached_tokens for usage in usages[::choices]),
         sum(usage.completion_tokens for usage in usages),
+        sum(usage.accepted_prediction_tokens for usage in usages),
+        sum(usage.rejected_prediction_tokens for usage in usages),
     )
 
 
@@ -138,8 +145,11 @@ class TextStream:
             self.check()
         if self._reason is None or self._reason is FinishReason.CANCELLED:
             raise CancelledRequestError("the request was cancelled")
-        cached = self.call.started.cached_tokens if self.call.started is not None else 0
-        usage = Usage(len(self.call.request.prompt_token_ids), cached, self._taken)
+        call = self.call
+        cached = call.started.cached_tokens if call.started is not None else 0
+        # A stop string may have cut off some that were right.
+        accepted = min(call.accepted_tokens, self._taken)
+        usage = Usage(len(call.request.prompt_token_ids), cached, self._taken, accepted, call.rejected_tokens)
         if self._shown.without_output:
             return Result(FinishReason.LENGTH, Usage(usage.prompt_tokens, cached, 0))
         prompt_logprobs = self._prompt_logprobs() if self._shown.prompt_logprobs else None

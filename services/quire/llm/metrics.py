@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from quire.engine.core import EngineCore
+from quire.engine.speculation.speculator import SpeculationStats
 from quire.engine.stats import Histogram
 
 
@@ -24,8 +26,10 @@ class LLMMetrics:
 
     hit_rate: the share of all prompt tokens whose pages were there already. tokens_per_step: computed ones, prompts
     included. queue_seconds, first_token_seconds: from a request's arrival. inter_token_seconds: from each token of a
-    request to its next. finished: requests by finish_reason, "cancelled" and "error" among them; request_seconds: how
-    long those took that came to an end of their own.
+    request to its next; those that come together count once. finished: requests by finish_reason, "cancelled" and
+    "error" among them; request_seconds: how long those took that came to an end of their own. drafted_tokens,
+    verified_tokens, accepted_tokens: by who drafted them, empty without speculation; accepted_by_position: the share of
+    a step's first, second, … drafts of a request that were right.
     """
 
     running: int
@@ -46,11 +50,16 @@ class LLMMetrics:
     first_token_seconds: Distribution
     inter_token_seconds: Distribution
     request_seconds: Distribution
+    drafted_tokens: dict[str, int]
+    verified_tokens: dict[str, int]
+    accepted_tokens: dict[str, int]
+    accepted_by_position: tuple[float, ...]
 
 
 def metrics_of(core: EngineCore) -> LLMMetrics:
     """The metrics of `core` as they are now."""
     scheduler, pool, stats = core.scheduler, core.scheduler.pool, core.stats
+    drafts = stats.speculation or SpeculationStats(drafted={}, verified={}, accepted={})
     return LLMMetrics(
         running=scheduler.num_running,
         waiting=scheduler.num_waiting,
@@ -70,6 +79,12 @@ def metrics_of(core: EngineCore) -> LLMMetrics:
         first_token_seconds=_distribution(stats.first_token_seconds),
         inter_token_seconds=_distribution(stats.inter_token_seconds),
         request_seconds=_distribution(stats.request_seconds),
+        drafted_tokens=dict(drafts.drafted),
+        verified_tokens=dict(drafts.verified),
+        accepted_tokens=dict(drafts.accepted),
+        accepted_by_position=tuple(
+            right / verified for right, verified in zip_longest(drafts.accepted_at, drafts.verified_at, fillvalue=0)
+        ),
     )
 
 

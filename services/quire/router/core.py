@@ -286,8 +286,8 @@ class Router:
         endpoint.progress(flight, has_tokens=bool(update.token_ids))
         if update.started is None and update.finished is None:
             # All but the first and the last of a request's tokens: as little as can be.
-            _, tokens, _, _, logprobs, prompt_logprobs = update
-            news = Update(flight.key, tokens, None, None, logprobs, prompt_logprobs)
+            _, tokens, _, _, logprobs, prompt_logprobs, drafts = update
+            news = Update(flight.key, tokens, None, None, logprobs, prompt_logprobs, drafts)
             frames.setdefault(flight.peer, []).append(news)
             return
         started = None

@@ -205,6 +205,13 @@ class Finished:
     error: QuireError | None = None
 
 
+class VerifiedDrafts(NamedTuple):
+    """Drafts that a step verified for a request: those that are among the update's tokens, and those in vain."""
+
+    accepted: int
+    rejected: int
+
+
 class Update(NamedTuple):
     """What one step did for one request. `key` is whatever the one who submitted it named it.
 
@@ -218,6 +225,7 @@ class Update(NamedTuple):
     finished: Finished | None = None
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: PromptLogprobs | None = None
+    drafts: VerifiedDrafts | None = None
 
 
 def _check_range(name: str, value: float, low: float, high: float, *, low_open: bool = False) -> None:

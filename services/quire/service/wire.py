@@ -25,6 +25,7 @@ from quire.service.request import (
     TokenLogprobs,
     TraceContext,
     Update,
+    VerifiedDrafts,
 )
 from quire.v1 import request_pb2, session_pb2
 
@@ -152,6 +153,8 @@ def update_to_proto(update: Update) -> session_pb2.RequestUpdate:
     if update.prompt_logprobs is not None:
         message.prompt_logprobs.first = update.prompt_logprobs.first
         message.prompt_logprobs.tokens.extend(map(_logprobs_to_proto, update.prompt_logprobs.tokens))
+    if update.drafts is not None:
+        message.drafts.accepted, message.drafts.rejected = update.drafts
     if update.started is not None:
         message.started.cached_tokens = update.started.cached_tokens
         message.started.engine = update.started.engine
@@ -173,7 +176,10 @@ def update_from_proto(message: session_pb2.RequestUpdate) -> Update:
         tokens = tuple(map(logprobs_from_proto, message.prompt_logprobs.tokens))
         prompt_logprobs = PromptLogprobs(message.prompt_logprobs.first, tokens)
     logprobs = tuple(map(logprobs_from_proto, message.logprobs))
-    return Update(message.key, tuple(message.token_ids), started, finished, logprobs, prompt_logprobs)
+    drafts = None
+    if message.HasField("drafts"):
+        drafts = VerifiedDrafts(message.drafts.accepted, message.drafts.rejected)
+    return Update(message.key, tuple(message.token_ids), started, finished, logprobs, prompt_logprobs, drafts)
 
 
 def _logprobs_to_proto(logprobs: TokenLogprobs) -> session_pb2.TokenLogprobs:

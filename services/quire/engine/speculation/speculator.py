@@ -39,6 +39,7 @@ class SpeculationConfig:
 class SpeculationStats:
     """Counted since the start. `accepted_at[i]` of `verified_at[i]` drafts in place i of a step were right."""
 
+    drafted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
     verified: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
     accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
     verified_at: list[int] = field(default_factory=list)
@@ -168,9 +169,13 @@ class Speculator:
             self._judge(prospect, drafter, offer, token_ids)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
-            prospect.offers[Drafter.FORCED] = forced[1:]
+            self._offer(prospect, Drafter.FORCED, forced[1:])
         if drafted:
-            prospect.offers[Drafter.EAGLE] = drafted
+            self._offer(prospect, Drafter.EAGLE, drafted)
+
+    def _offer(self, prospect: _Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
+        prospect.offers[drafter] = token_ids
+        self.stats.drafted[drafter.value] += len(token_ids)
 
     def _judge(self, prospect: _Prospect, drafter: Drafter, offer: tuple[int, ...], token_ids: SequenceOf[int]) -> None:
         """Compares what a drafter offered with what was drawn, whether or not it was verified."""
@@ -224,7 +229,7 @@ class Speculator:
         for sequence in due:
             prospect = self._prospect(sequence)
             if offer := found.get(sequence.key):
-                prospect.offers[Drafter.SUFFIX] = offer
+                self._offer(prospect, Drafter.SUFFIX, offer)
             else:
                 prospect.leave_alone(Drafter.SUFFIX)
 

@@ -18,6 +18,14 @@ class PromptTokensDetails(Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(Struct):
+    """Of the tokens that the engine predicted: those that the completion holds, and those that it does not, which are
+    not counted in completion_tokens."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class UsageObject(Struct):
     """In tokens."""
 
@@ -25,6 +33,7 @@ class UsageObject(Struct):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails
 
 
 class TopLogprob(Struct):

@@ -208,4 +208,5 @@ def _usage_object(usage: Usage) -> answers.UsageObject:
         usage.completion_tokens,
         usage.prompt_tokens + usage.completion_tokens,
         answers.PromptTokensDetails(usage.cached_tokens),
+        answers.CompletionTokensDetails(usage.accepted_prediction_tokens, usage.rejected_prediction_tokens),
     )
