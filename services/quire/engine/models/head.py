@@ -45,7 +45,7 @@ def _leaders(logits: Tensor) -> Tensor:
     They are in the blocks that have the largest maximums: finding those first is four times as quick as one search.
     """
     rows, columns = logits.shape
-    if columns % _BLOCK or columns < _NUM_LEADERS * _BLOCK:
+    if rows == 0 or columns % _BLOCK or columns < _NUM_LEADERS * _BLOCK:
         return logits.topk(min(_NUM_LEADERS, columns), sorted=False).indices
     blocks = logits.view(rows, -1, _BLOCK)
     chosen = blocks.amax(-1).topk(_NUM_LEADERS, sorted=False).indices
