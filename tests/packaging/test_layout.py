@@ -70,6 +70,7 @@ def test_a_wheel_runs_without_the_checkout(tmp_path: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("quire/v1/session_pb2.py", "quire/kernels/token_mask.py", "quire/engine/core.py", "quire/cli/main.py"):
         assert name in names
+    assert "quire/engine/speculation/heads/SmolLM2-135M-Instruct/model.safetensors" in names
     assert not [name for name in names if name == "quire/__init__.py" or name.startswith(("tests/", "protos/"))]
     # Its own environment sees this one's packages but not the editable install of the checkout.
     environment = tmp_path / "venv"
