@@ -133,8 +133,9 @@ def test_a_walk_ends_where_the_output_does(right: list[int], begin: int, length:
 def test_batches_mark_what_the_target_wrote() -> None:
     """Prompts teach the head what it never drafts; padding must teach it nothing."""
     batch = Batch.of([Dialogue("a", [5, 6, 7, 8, 9], [(2, 4)]), Dialogue("b", [3], [(0, 1)])], 4)
-    assert batch.token_ids.tolist() == [[5, 6, 7, 8], [3, 0, 0, 0]]
-    assert batch.wanted.tolist() == [[False, False, True, True], [True, False, False, False]]
+    assert batch.token_ids[:, :4].tolist() == [[5, 6, 7, 8], [3, 0, 0, 0]]
+    assert batch.wanted[:, :4].tolist() == [[False, False, True, True], [True, False, False, False]]
+    assert not batch.token_ids[:, 4:].any() and not batch.wanted[:, 4:].any()
 
 
 def test_draft_tokens_are_the_most_written_ones() -> None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from quire.speculate.dialogues import Dialogue
 
+# Lengths are multiples of it: matrix units of a GPU want that.
+_PADDING = 16
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -25,8 +28,9 @@ class Batch:
     def of(cls, dialogues: Sequence[Dialogue], max_length: int) -> Batch:
         """What is longer than `max_length` is cut."""
         length = min(max_length, max(len(dialogue.token_ids) for dialogue in dialogues))
-        token_ids = torch.zeros(len(dialogues), length, dtype=torch.int64)
-        wanted = torch.zeros(len(dialogues), length, dtype=torch.bool)
+        padded = -(-length // _PADDING) * _PADDING
+        token_ids = torch.zeros(len(dialogues), padded, dtype=torch.int64)
+        wanted = torch.zeros(len(dialogues), padded, dtype=torch.bool)
         for row, dialogue in enumerate(dialogues):
             kept = torch.tensor(dialogue.token_ids[:length])
             token_ids[row, : len(kept)] = kept

@@ -158,14 +158,15 @@ class _Attention(nn.Module):
         unseen = torch.ones(length, length, dtype=torch.bool, device=queries.device).triu(1).repeat(self.group, 1)
         scores = (grouped @ unroll.keys[0].transpose(-1, -2)).masked_fill(unseen, -torch.inf)
         by_head = grouped.view(batch, self.num_kv_heads, self.group, length, self.head_size)
-        drafts = [(by_head * keys.unsqueeze(2)).sum(-1).flatten(2, 3) for keys in unroll.keys[1:]]
-        scores = torch.cat((scores, torch.stack(drafts, -1)), -1) / math.sqrt(self.head_size)
+        drafts = torch.stack([(by_head * keys.unsqueeze(2)).sum(-1).flatten(2, 3) for keys in unroll.keys[1:]], -1)
+        # Rows of other lengths than a multiple of 8 keep a GPU's matrix units from them.
+        drafts = F.pad(drafts, (0, -drafts.shape[-1] % 8), value=-torch.inf)
+        scores = torch.cat((scores, drafts), -1) / math.sqrt(self.head_size)
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(queries.dtype)
         attended = (weights[..., :length] @ unroll.values[0]).view_as(by_head)
+        shares = weights[..., length:].view(*by_head.shape[:-1], -1)
         for step, values in enumerate(unroll.values[1:]):
-            attended = attended + weights[..., length + step].view(by_head.shape[:-1]).unsqueeze(-1) * values.unsqueeze(
-                2
-            )
+            attended = attended + shares[..., step, None] * values.unsqueeze(2)
         return attended.reshape(queries.shape)
 
 
