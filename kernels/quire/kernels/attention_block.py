@@ -14,6 +14,13 @@ from quire.kernels._triton import jit, tl
 
 
 @jit
+def cap_scores(scores: tl.tensor, scale: tl.tensor, soft_cap: tl.tensor) -> tl.tensor:
+    """soft_cap · tanh(scores · scale / soft_cap)."""
+    # tanh(x) = 1 - 2 / (exp(2 x) + 1)
+    return soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.0 * 1.4426950408889634 / soft_cap)) + 1.0))
+
+
+@jit
 def attend_block(
     start: tl.tensor,
     end: tl.tensor,
@@ -64,8 +71,7 @@ def attend_block(
     scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
     unit = scale
     if SOFT_CAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1)
-        scores = soft_cap * (1.0 - 2.0 / (tl.exp2(scores * (scale * 2.0 * 1.4426950408889634 / soft_cap)) + 1.0))
+        scores = cap_scores(scores, scale, soft_cap)
         unit = 1.0
     if MASK:
         scores = tl.where(inside[None, :] & (key[None, :] <= positions[:, None]), scores, -float("inf"))
@@ -77,6 +83,31 @@ def attend_block(
     fade = tl.exp2(best - new_best)
     acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
     return new_best, weight * fade + tl.sum(p, 1), acc
+
+
+@jit
+def turn_heads(
+    head_ptrs: tl.tensor,
+    weight_ptr: tl.tensor,
+    turn_ptr: tl.tensor,
+    element: tl.tensor,
+    there: tl.tensor,
+    eps: tl.tensor,
+    HEAD_SIZE: tl.constexpr,
+    NORM: tl.constexpr,
+) -> tl.tensor:
+    """Heads as `quire.kernels.rotary_and_write` makes them, float32: head_ptrs [rows], turn_ptr: their position's."""
+    inside = element < HEAD_SIZE
+    partner = (element + HEAD_SIZE // 2) % HEAD_SIZE
+    x = tl.load(head_ptrs[:, None] + element[None, :], mask=there, other=0.0).to(tl.float32)
+    other = tl.load(head_ptrs[:, None] + partner[None, :], mask=there, other=0.0).to(tl.float32)
+    cos = tl.load(turn_ptr + element, mask=inside, other=0.0)
+    sin = tl.load(turn_ptr + HEAD_SIZE + element, mask=inside, other=0.0)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x, 1) / HEAD_SIZE + eps)[:, None]
+        x = x * scale * tl.load(weight_ptr + element, mask=inside, other=0.0).to(tl.float32)[None, :]
+        other = other * scale * tl.load(weight_ptr + partner, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return x * cos[None, :] + other * sin[None, :]
 
 
 @jit

@@ -99,7 +99,7 @@ def decode_tile(group: int, query_len: int) -> Tile:
 
 def prefill_tile(head_size: int) -> Tile:
     """For many queries of a sequence: bound by arithmetic."""
-    return Tile(128, 64, 8, 3, 1, 1024) if head_size <= 128 else Tile(64, 32, 4, 2, 1, 1024)
+    return Tile(128, 64, 4, 3, 1, 1024) if head_size <= 128 else Tile(64, 32, 4, 2, 1, 1024)
 
 
 def prefix_tile(head_size: int) -> Tile:

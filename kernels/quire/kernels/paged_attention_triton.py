@@ -29,7 +29,7 @@ from quire.kernels._triton import (
     overlap_option,
     tl,
 )
-from quire.kernels.attention_block import attend_block, combine_parts, store_rows
+from quire.kernels.attention_block import attend_block, cap_scores, combine_parts, store_rows, turn_heads
 from quire.kernels.attention_worklist import (
     ITEM_FIELDS,
     AttentionLimits,
@@ -41,6 +41,7 @@ from quire.kernels.attention_worklist import (
     prefix_tile,
 )
 from quire.kernels.prefix_groups import PrefixGroups
+from quire.kernels.rotary_and_write import HeadNorm
 
 _LOG2_E = 1.4426950408889634
 # Elements that a combining program holds at a time: 64 registers of each of its threads.
@@ -137,6 +138,49 @@ def paged_attention_triton(
     return out
 
 
+def attend_new_tokens_triton(
+    qkv: Tensor,
+    table: Tensor,
+    norm: HeadNorm | None,
+    key_pages: Tensor,
+    value_pages: Tensor,
+    plan: TritonAttentionPlan,
+    scale: float | None = None,
+    soft_cap: float = 0.0,
+) -> Tensor:
+    """`rotary_and_write`, then `paged_attention_triton`, in one launch, for sequences of one query each.
+
+    qkv [T, heads + 2 kv_heads, D]: queries, keys, values, row i of the sequence whose query it is; table from
+    `rotary_table`; otherwise as those two. The plan must be one for decodes alone, without groups.
+    """
+    shape = plan.shape
+    if plan.prefixes is not None or len(plan.lists) != 1:
+        raise ValueError("only a plan for one query of each sequence, and without groups, attends to new tokens")
+    if qkv.shape[1:] != (shape.num_heads + 2 * shape.num_kv_heads, shape.head_size) or qkv.stride()[1:] != (
+        shape.head_size,
+        1,
+    ):
+        raise ValueError(f"qkv must be [T, heads + 2 kv_heads, D] of {shape}, a token's heads contiguous")
+    if table.shape[1:] != (2, 1, shape.head_size) or not table.is_contiguous():
+        raise ValueError(f"table must be contiguous, [positions, 2, 1, {shape.head_size}]: it is {list(table.shape)}")
+    size = (qkv.shape[0], shape.num_heads, shape.head_size)
+    out = torch.empty(size, dtype=key_pages.dtype, device=qkv.device)
+    _check_layout(out, key_pages, value_pages, shape)
+    scale = shape.head_size**-0.5 if scale is None else scale
+    new = _NewTokens(qkv, table, norm)
+    _launch(plan.lists[0], out, key_pages, value_pages, out, plan, scale, soft_cap, False, 0, new)
+    return out
+
+
+@dataclass(frozen=True, slots=True)
+class _NewTokens:
+    """What a launch turns and writes itself."""
+
+    qkv: Tensor
+    table: Tensor
+    norm: HeadNorm | None
+
+
 def _launch(
     work: WorkList,
     queries: Tensor,
@@ -148,13 +192,14 @@ def _launch(
     soft_cap: float,
     bulk: bool,
     prefix: int,
+    new: _NewTokens | None = None,
 ) -> None:
     shape, tile, prefixes = plan.shape, work.tile, plan.prefixes
     block_size = max(16, next_power_of_2(shape.head_size))
     combine_rows = min(4, next_power_of_2(shape.group))
-    overlaps = may_overlap(queries.device)
+    overlaps, norm = may_overlap(queries.device), None if new is None else new.norm
     _attend_kernel[(shape.num_kv_heads, work.items.shape[0])](
-        queries,
+        queries if new is None else new.qkv,
         key_pages,
         value_pages,
         out,
@@ -167,6 +212,11 @@ def _launch(
         work.partials,
         work.lses,
         work.arrivals,
+        work.lses if new is None else new.table,
+        work.lses if norm is None else norm.query_weight,
+        work.lses if norm is None else norm.key_weight,
+        0 if new is None else new.qkv.stride(0),
+        0.0 if norm is None else norm.eps,
         plan.block_tables.stride(0),
         scale * _LOG2_E,
         soft_cap * _LOG2_E,
@@ -185,6 +235,8 @@ def _launch(
         STAGES=tile.num_stages,
         BULK=bulk,
         PREFIX=prefix,
+        NEW=new is not None,
+        NORM=norm is not None,
         DEPENDENT=overlaps,
         num_warps=tile.num_warps,
         **overlap_option(overlaps),
@@ -216,6 +268,11 @@ def _attend_kernel(
     partials_ptr: tl.tensor,
     lses_ptr: tl.tensor,
     arrivals_ptr: tl.tensor,
+    turns_ptr: tl.tensor,
+    query_weight_ptr: tl.tensor,
+    key_weight_ptr: tl.tensor,
+    qkv_stride: tl.tensor,
+    eps: tl.tensor,
     table_stride: tl.tensor,
     scale: tl.tensor,
     soft_cap: tl.tensor,
@@ -234,11 +291,15 @@ def _attend_kernel(
     STAGES: tl.constexpr,
     BULK: tl.constexpr,
     PREFIX: tl.constexpr,
+    NEW: tl.constexpr,
+    NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
     """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's.
 
-    PREFIX 1: the queries are those that `rows_ptr` names, which all see all keys; see `store_rows`.
+    PREFIX 1: the queries are those that `rows_ptr` names, which all see all keys; see `store_rows`. NEW: `queries_ptr`
+    has queries, keys and values as the product made them, and whoever has a sequence's last part begins with its new
+    token's key and value, which it writes into their page.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -247,8 +308,6 @@ def _attend_kernel(
         # With few sequences most of the GPU is free to ask for the weights of the product that follows.
         gdc_launch_dependents()
         gdc_wait()
-    if item >= tl.load(count_ptr):
-        return
     table_ptr = tables_ptr + tl.load(fields).to(tl.int64) * table_stride
     first_row = tl.load(fields + 1).to(tl.int64)
     position = tl.load(fields + 2)
@@ -258,6 +317,9 @@ def _attend_kernel(
     first_slot = tl.load(fields + 6)
     part = tl.load(fields + 7)
     parts = tl.load(fields + 8)
+    # Here, so that it does not delay the loads above; what those find past the list's end is not used.
+    if item >= tl.load(count_ptr):
+        return
 
     row = tl.arange(0, TILE_ROWS)
     element = tl.arange(0, BLOCK_SIZE)
@@ -268,12 +330,34 @@ def _attend_kernel(
         token = tl.load(rows_ptr + token, mask=query < num_queries, other=0).to(tl.int64)
     head = token * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
     place = head[:, None] * HEAD_SIZE + element[None, :]
-    q = tl.load(queries_ptr + place, mask=there, other=0.0)
     positions = position + query
-
     best = tl.full((TILE_ROWS,), -1e30, tl.float32)
     weight = tl.zeros((TILE_ROWS,), tl.float32)
     acc = tl.zeros((TILE_ROWS, BLOCK_SIZE), tl.float32)
+    if NEW:
+        # [TILE_ROWS], all of them where the new key is: each row's score needs it.
+        key_ptrs = queries_ptr + token * 0 + first_row * qkv_stride + (NUM_KV_HEADS * GROUP + kv_head) * HEAD_SIZE
+        head_ptrs = queries_ptr + token * qkv_stride + (kv_head * GROUP + row % GROUP) * HEAD_SIZE
+        turn_ptr = turns_ptr + position.to(tl.int64) * (2 * HEAD_SIZE)
+        pool: tl.constexpr = keys_ptr.dtype.element_ty
+        q = turn_heads(head_ptrs, query_weight_ptr, turn_ptr, element, there, eps, HEAD_SIZE, NORM).to(pool)
+        inside = (row >= 0)[:, None] & (element < HEAD_SIZE)[None, :]
+        k = turn_heads(key_ptrs, key_weight_ptr, turn_ptr, element, inside, eps, HEAD_SIZE, NORM).to(pool)
+        v = tl.load(key_ptrs[:, None] + NUM_KV_HEADS * HEAD_SIZE + element[None, :], mask=inside, other=0.0).to(pool)
+        scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
+        scores = cap_scores(scores, scale, soft_cap) if SOFT_CAP else scores * scale
+        if part == parts - 1:
+            best = scores
+            weight += 1.0
+            acc = v.to(tl.float32)
+            end -= 1
+            page = tl.load(table_ptr + position // PAGE_SIZE).to(tl.int64)
+            slot = ((page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + position % PAGE_SIZE) * HEAD_SIZE
+            once = inside & (row == 0)[:, None]
+            tl.store(keys_ptr + slot + row[:, None] * 0 + element[None, :], k, mask=once)
+            tl.store(values_ptr + slot + row[:, None] * 0 + element[None, :], v, mask=once)
+    else:
+        q = tl.load(queries_ptr + place, mask=there, other=0.0)
     rest = begin
     if BULK:
         # All queries see all of these keys.

@@ -22,7 +22,12 @@ from quire.engine.models.linear import Linear
 from quire.engine.models.model import ModelDtype
 from quire.engine.models.weights import Weights
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
-from quire.kernels.paged_attention_triton import TritonAttentionPlan, paged_attention_triton, plan_attention_triton
+from quire.kernels.paged_attention_triton import (
+    TritonAttentionPlan,
+    attend_new_tokens_triton,
+    paged_attention_triton,
+    plan_attention_triton,
+)
 from quire.kernels.prefix_groups import group_prefixes
 from quire.kernels.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.rotary_and_write import HeadNorm, rotary_and_write
@@ -32,6 +37,9 @@ from quire.service.pages import PAGE_SIZE
 # Reading a prefix once pays from so many pages on, shared by so many sequences of a step.
 MIN_SHARED_PAGES = 16
 MIN_SHARING = 4
+# Up to so many decodes attention turns and writes its new tokens itself: a launch less. Each part of a context does it
+# anew, so with many sequences that is more work than the launch is worth.
+_FEW_SEQS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,13 +175,15 @@ class GpuDecoder:
     def _attend(
         self, index: int, hidden: Tensor, step: GpuStep, plan: TritonAttentionPlan, cache: GpuKVCache
     ) -> Tensor:
-        attention = self._layers[index].attention
+        attention, norm = self._layers[index].attention, self._head_norms[index]
         keys, values = cache.keys[index], cache.values[index]
         qkv = attention.qkv(hidden).view(hidden.shape[0], -1, self.config.head_size)
-        queries = rotary_and_write(
-            qkv, step.positions, self._rotary, step.slot_mapping, keys, values, self._head_norms[index]
-        )
-        attended = paged_attention_triton(queries, keys, values, plan)
+        limits = step.limits
+        if limits.max_query_len == 1 and limits.max_seqs <= _FEW_SEQS and plan.prefixes is None:
+            attended = attend_new_tokens_triton(qkv, self._rotary, norm, keys, values, plan)
+        else:
+            queries = rotary_and_write(qkv, step.positions, self._rotary, step.slot_mapping, keys, values, norm)
+            attended = paged_attention_triton(queries, keys, values, plan)
         return attention.output(attended.view(hidden.shape[0], -1))
 
 
