@@ -59,12 +59,14 @@ def linear(
 ) -> Tensor:
     """x Wᵀ + b, [M, N] of `dtype` (x's type if None), accumulated in float32 and rounded once.
 
-    x [M, K]; weight [N, K] of x's type; bias [N] of any float type; space: without it K is never split; dependent: the
+    x [M, K]; weight [N, K] of x's type; bias [N] of any float type; space: without it cuBLAS does it; dependent: the
     launch may overlap the end of the kernel before it on the stream, where the GPU can do that.
     """
     columns, size = weight.shape
-    tile = tile_for(x.shape[0], columns, size, False, x.element_size()) if x.is_cuda else None
-    if tile is not None and (tile.splits == 1 or space is not None):
+    tile = None
+    if x.is_cuda and space is not None:
+        tile = tile_for(x.shape[0], columns, size, False, x.element_size())
+    if tile is not None:
         return linear_triton(x, weight, tile, bias, space, dependent=dependent, dtype=dtype)
     if dtype is None or dtype is x.dtype:
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -78,8 +80,10 @@ def linear(
 def linear_silu_and_mul(x: Tensor, weight: Tensor, space: SplitSpace | None = None, dependent: bool = False) -> Tensor:
     """silu(x Gᵀ) · (x Uᵀ) for weight = [G; U], [2 I, K]; the result is [M, I]. Otherwise as `linear`."""
     columns, size = weight.shape[0] // 2, weight.shape[1]
-    tile = tile_for(x.shape[0], columns, size, True, x.element_size()) if x.is_cuda else None
-    if tile is None or (tile.splits > 1 and space is None):
+    tile = None
+    if x.is_cuda and space is not None:
+        tile = tile_for(x.shape[0], columns, size, True, x.element_size())
+    if tile is None:
         return silu_and_mul(linear(x, weight, None, space, dependent))
     return linear_triton(x, weight, tile, None, space, gated=True, dependent=dependent)
 

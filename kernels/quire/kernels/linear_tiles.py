@@ -69,6 +69,9 @@ TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | None], ...]]
         (64, LinearTile(32, 256, 4, splits=4)),
     ),
 }
+# Where a weight has less elements than that and nobody looked for its tile, cuBLAS is ahead from a few rows on.
+_LARGE = 8 << 20
+_FEW_ROWS = 4
 # A GPU has about so many multiprocessors; fewer programs leave memory idle.
 _FULL = 128
 # What stages of loads may take of the 227 KiB of shared memory that a program can have on a Hopper GPU.
@@ -81,6 +84,8 @@ def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int 
         if rows <= most:
             return tile
     if rows > MAX_ROWS or size < 512:
+        return None
+    if rows > _FEW_ROWS and columns * size * (2 if gated else 1) < _LARGE:
         return None
     width = 128 if columns >= 64 * _FULL else 64 if columns >= 64 * _FULL // 2 else 32
     if gated:

@@ -9,17 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quire.engine.models.weights import LinearWeight, QuantizedWeight
 from quire.kernels.linear import SplitSpace, linear, linear_silu_and_mul
-from quire.kernels.linear_tiles import TUNED
-from quire.kernels.silu_and_mul import silu_and_mul
-
-# Where a weight has less elements than that and nobody looked for its tile, cuBLAS is ahead from a few rows on.
-_LARGE = 8 << 20
-_FEW_ROWS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,22 +25,11 @@ class GpuLinear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [T, K] of the weight's type → [T, N] of it."""
-        if not self._is_skinny(x, gated=False):
-            return F.linear(x, self.weight, self.bias)
         return linear(x, self.weight, self.bias, self.space, dependent=True)
 
     def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) · up of [gate | up] = x Wᵀ: [T, N / 2]."""
-        if not self._is_skinny(x, gated=True):
-            return silu_and_mul(F.linear(x, self.weight, self.bias))
+        """silu(gate) · up of [gate | up] = x Wᵀ: [T, N / 2]; for layers without a bias."""
         return linear_silu_and_mul(x, self.weight, self.space, dependent=True)
-
-    def _is_skinny(self, x: Tensor, *, gated: bool) -> bool:
-        if self.space is None:
-            return False
-        rows, size = self.weight.shape
-        tuned = (rows // 2 if gated else rows, size, gated) in TUNED
-        return tuned or x.shape[0] <= _FEW_ROWS or rows * size >= _LARGE
 
 
 @dataclass(frozen=True, slots=True)
