@@ -6,6 +6,7 @@ input. Everything else that a step needs is a few numbers per sequence. They and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,12 +16,16 @@ from torch import Tensor
 
 from quire.engine.device_batch import WorkColumns
 from quire.engine.models.gpu_decoder import MIN_SHARED_PAGES, MIN_SHARING
-from quire.engine.plan import StepPlan
-from quire.engine.sampling_state import SamplingState
+from quire.engine.plan import Admission, StepPlan
+from quire.engine.sampling_state import NO_TOKEN, SamplingState
 from quire.engine.sequence import pages_for
+from quire.kernels.adjust import Adjust, Adjustments
 from quire.kernels.sample import SamplingParameters
-from quire.service.request import MAX_BAD_WORD_TOKENS
+from quire.service.errors import InternalError
+from quire.service.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
 
+# Tokens that end a sequence: what a request may name, and more than any model has of its own.
+_MAX_ENDS = MAX_STOP_TOKENS + 128
 # Changes that fit the buffer for a step's inputs; a prompt that joins brings one for each token.
 _CHANGES = 16384
 
@@ -68,21 +73,42 @@ class GpuBatch:
         self.sampling = SamplingState(max_num_seqs, MAX_BAD_WORD_TOKENS)
         self._row, self._pages = max_model_len + 1, pages_for(max_model_len)
         # One block of memory, so that all kinds of changes are one scatter; what has 64 bits comes first.
-        widths = [2, 1, 1, 1, 1, self._row, self._pages]
-        self.memory = torch.zeros(max_num_seqs * sum(widths), dtype=torch.int32, device=device)
-        parts = torch.split(self.memory, [max_num_seqs * width for width in widths])
+        self._widths = {
+            "seed": 2, "temperature": 1, "top_p": 1, "min_p": 1, "top_k": 1, "num_logprobs": 1, "flags": 1,
+            "num_prompt_tokens": 1, "repetition_penalty": 1, "presence_penalty": 1, "frequency_penalty": 1,
+            "min_tokens": 1, "end_tokens": _MAX_ENDS, "bias_tokens": MAX_LOGIT_BIAS, "bias_values": MAX_LOGIT_BIAS,
+            "bad_words": MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS, "token_ids": self._row, "block_tables": self._pages,
+        }  # fmt: skip
+        sizes = [max_num_seqs * width for width in self._widths.values()]
+        self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
+        parts = dict(zip(self._widths, torch.split(self.memory, sizes), strict=True))
+        reals = {name: part.view(torch.float32) for name, part in parts.items()}
         self.parameters = SamplingParameters(
-            seed=parts[0].view(torch.int64),
-            temperature=parts[1].view(torch.float32),
-            top_p=parts[2].view(torch.float32),
-            min_p=parts[3].view(torch.float32),
-            top_k=parts[4],
+            seed=parts["seed"].view(torch.int64),
+            temperature=reals["temperature"],
+            top_p=reals["top_p"],
+            min_p=reals["min_p"],
+            top_k=parts["top_k"],
         )
-        self.token_ids = parts[5].view(max_num_seqs, self._row)
-        self.block_tables = parts[6].view(max_num_seqs, self._pages)
+        self.adjustments = Adjustments(
+            flags=parts["flags"],
+            num_prompt_tokens=parts["num_prompt_tokens"],
+            repetition_penalty=reals["repetition_penalty"],
+            presence_penalty=reals["presence_penalty"],
+            frequency_penalty=reals["frequency_penalty"],
+            bias_tokens=parts["bias_tokens"].view(max_num_seqs, MAX_LOGIT_BIAS),
+            bias_values=reals["bias_values"].view(max_num_seqs, MAX_LOGIT_BIAS),
+            bad_words=parts["bad_words"].view(max_num_seqs, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS),
+            end_tokens=parts["end_tokens"].view(max_num_seqs, _MAX_ENDS),
+            min_tokens=parts["min_tokens"],
+        )
+        # How many of the most likely tokens to report, -1 where nothing is to be reported.
+        self.num_logprobs = parts["num_logprobs"]
+        self.token_ids = parts["token_ids"].view(max_num_seqs, self._row)
+        self.block_tables = parts["block_tables"].view(max_num_seqs, self._pages)
         # Each slot's last page of those that sequences must share to be a group.
         self._shared_pages = np.full(max_num_seqs, -1)
-        self._starts = [max_num_seqs * sum(widths[:index]) for index in range(len(widths))]
+        self._starts = dict(zip(self._widths, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         self._device = device
         words = Columns.words(self.size)
         self._inputs = torch.zeros(words + 3 * _CHANGES, dtype=torch.int32, device=device)
@@ -116,28 +142,24 @@ class GpuBatch:
 
     def _changes(self, plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Where in `memory` the plan puts which numbers."""
-        seeds, temperatures, top_ps, min_ps, top_ks, tokens, tables = self._starts
         starts: list[int] = []
         counts: list[int] = []
         values: list[int] = []
+
+        def put(name: str, slot: int, numbers: Sequence[int], first: int = 0) -> None:
+            starts.append(self._starts[name] + slot * self._widths[name] + first)
+            counts.append(len(numbers))
+            values.extend(numbers)
+
         for admission in plan.admissions:
             self.sampling.admit(admission)
             self._shared_pages[admission.slot] = -1
-            slot, sampling = admission.slot, admission.sampling
-            reals = np.array([sampling.temperature, sampling.top_p, sampling.min_p], dtype=np.float32)
-            seed = np.array([sampling.seed], dtype=np.uint64)
-            starts += [seeds + 2 * slot, temperatures + slot, top_ps + slot, min_ps + slot, top_ks + slot]
-            counts += [2, 1, 1, 1, 1]
-            values += [*seed.view(np.int32).tolist(), *reals.view(np.int32).tolist(), sampling.top_k]
-            starts.append(tokens + slot * self._row)
-            counts.append(len(admission.token_ids))
-            values += admission.token_ids
+            for name, numbers in _numbers(admission).items():
+                put(name, admission.slot, numbers)
         for grant in plan.grants:
             if grant.first < MIN_SHARED_PAGES <= grant.first + len(grant.pages):
                 self._shared_pages[grant.slot] = grant.pages[MIN_SHARED_PAGES - 1 - grant.first]
-            starts.append(tables + grant.slot * self._pages + grant.first)
-            counts.append(len(grant.pages))
-            values += grant.pages
+            put("block_tables", grant.slot, grant.pages, grant.first)
         lengths = np.array(counts, dtype=np.int64)
         offsets = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return np.repeat(np.array(starts, dtype=np.int64), lengths) + offsets, np.array(values, dtype=np.int32)
@@ -162,6 +184,64 @@ class GpuBatch:
     def _share_prefixes(self, work: WorkColumns) -> bool:
         pages = self._shared_pages[work.slots]
         return bool((np.bincount(pages[pages >= 0]) >= MIN_SHARING).any())
+
+
+def _numbers(admission: Admission) -> dict[str, Sequence[int]]:
+    """What a sequence brings to its slot, by field. Fields that its flags leave out keep what they had."""
+    sampling, flags = admission.sampling, flags_of(admission)
+    numbers: dict[str, Sequence[int]] = {
+        "seed": np.array([sampling.seed], np.uint64).view(np.int32).tolist(),
+        "temperature": _bits(sampling.temperature),
+        "top_p": _bits(sampling.top_p),
+        "min_p": _bits(sampling.min_p),
+        "top_k": [sampling.top_k],
+        "num_logprobs": [-1 if admission.logprobs is None else admission.logprobs],
+        "flags": [int(flags)],
+        "token_ids": admission.token_ids,
+    }
+    if flags:
+        numbers["num_prompt_tokens"] = [admission.num_prompt_tokens]
+    if flags & Adjust.PENALTIES:
+        numbers["repetition_penalty"] = _bits(sampling.repetition_penalty)
+        numbers["presence_penalty"] = _bits(sampling.presence_penalty)
+        numbers["frequency_penalty"] = _bits(sampling.frequency_penalty)
+    if flags & Adjust.BIAS:
+        numbers["bias_tokens"] = _padded([token for token, _ in sampling.logit_bias], MAX_LOGIT_BIAS, 0)
+        numbers["bias_values"] = _padded(_bits(*(bias for _, bias in sampling.logit_bias)), MAX_LOGIT_BIAS, 0)
+    if flags & Adjust.BAD_WORDS:
+        words: list[int] = []
+        for word in sampling.bad_words:
+            words += [NO_TOKEN] * (MAX_BAD_WORD_TOKENS - len(word)) + list(word)
+        numbers["bad_words"] = _padded(words, MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS, NO_TOKEN)
+    if flags & Adjust.MIN_TOKENS:
+        numbers["min_tokens"] = [admission.min_tokens]
+        numbers["end_tokens"] = _padded(list(admission.end_token_ids), _MAX_ENDS, NO_TOKEN)
+    return numbers
+
+
+def flags_of(admission: Admission) -> Adjust:
+    """What the logits of a sequence undergo before its draws."""
+    sampling, flags = admission.sampling, Adjust(0)
+    if (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty) != (0, 0, 1):
+        flags |= Adjust.PENALTIES
+    if sampling.logit_bias:
+        flags |= Adjust.BIAS
+    if sampling.bad_words:
+        flags |= Adjust.BAD_WORDS
+    if admission.min_tokens:
+        flags |= Adjust.MIN_TOKENS
+    return flags
+
+
+def _bits(*reals: float) -> list[int]:
+    bits: list[int] = np.array(reals, dtype=np.float32).view(np.int32).tolist()
+    return bits
+
+
+def _padded(numbers: list[int], width: int, fill: int) -> list[int]:
+    if len(numbers) > width:
+        raise InternalError(f"a slot holds {width} numbers of a kind, and {len(numbers)} were admitted")
+    return numbers + [fill] * (width - len(numbers))
 
 
 def _put(column: Tensor, values: npt.NDArray[np.generic], padding: int = 0) -> None:

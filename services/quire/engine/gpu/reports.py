@@ -17,20 +17,16 @@ _ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class TokenReport:
-    """On drawn tokens: one for each of `items`, indexes into the step's work."""
+    """On drawn tokens: one for each of `items`, indexes into the step's work. `found` may be longer than that."""
 
     items: list[int]
     num_top: list[int]
+    rows: list[int]  # of `found`
     found: Found
-
-    @classmethod
-    def of(cls, logits: Tensor, token_ids: Tensor, num_top: list[int], items: list[int]) -> TokenReport:
-        """logits: float32 [R, V], as the model gave them; token_ids: int [R]."""
-        return cls(items, num_top, _find(logits, token_ids, max(num_top)))
 
     def read(self) -> list[TokenLogprobs]:
         """In the order of `items`; to be called when the step is done."""
-        return self.found.read(self.num_top)
+        return Found(*(values[self.rows] for values in self.found)).read(self.num_top)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,27 +13,30 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.adjust import adjust_logits
 from quire.engine.gpu.batch import GpuBatch, StagedStep
-from quire.engine.gpu.drawing import draw_tokens
+from quire.engine.gpu.drawing import adjust, draw_tokens, report_tokens
 from quire.engine.gpu.graphs import Graphs, batch_sizes, token_sizes
 from quire.engine.gpu.reports import PromptReport, TokenReport
+from quire.engine.logprobs import Found
 from quire.engine.models.gpu_decoder import GpuDecoder, GpuStep
 from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import DeviceInfo, StepMasks
+from quire.kernels.adjust import new_scratch
 from quire.kernels.attention_worklist import AttentionLimits
+from quire.kernels.logprobs import new_logprobs
 from quire.kernels.step_inputs import StepInputs, prepare_inputs
 from quire.kernels.token_mask import apply_token_mask_triton
 from quire.service.errors import InternalError
 from quire.service.pages import PAGE_SIZE
-from quire.service.request import TokenLogprobs
+from quire.service.request import MAX_LOGPROBS, TokenLogprobs
 
 # Larger steps take longer to run than to launch kernel by kernel, and are rarely of a size seen before.
 _LARGEST_GRAPH = 2048
+# Rows whose histories are counted side by side, each in as many numbers as the vocabulary has tokens.
+_ADJUSTED_AT_ONCE = 64
 
 
 @dataclass(slots=True)
@@ -107,6 +110,10 @@ class GpuRunner:
         self._drawn = torch.zeros(batch.size, dtype=torch.int64, device=device)
         self._results = [torch.zeros(batch.size, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
         self._turn = 0
+        self._scratch = new_scratch(min(batch.size, _ADJUSTED_AT_ONCE), vocab_size, device)
+        most = min(MAX_LOGPROBS, vocab_size)
+        self._reports = new_logprobs(batch.size, most, device)
+        self._found = [self._new_found(batch.size, most) for _ in self._results]
         words = -(-vocab_size // 32)
         self._masks = torch.zeros(max_num_seqs, words, dtype=torch.int32, device=device)
         self._mask_rows = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
@@ -145,7 +152,7 @@ class GpuRunner:
         for grouped in (False, True):
             wanted += [(grouped, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
             wanted += [(grouped, size, partial(self._run_mixed, size, grouped)) for size in self._token_sizes.all]
-        wanted += [(False, size, partial(self._run_draw, size, 0)) for size in self._batch_sizes.all]
+        wanted += [(False, size, partial(self._run_draw, size, 0, False, False)) for size in self._batch_sizes.all]
         return [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
 
     def _synchronize(self) -> None:
@@ -158,7 +165,7 @@ class GpuRunner:
             self._batch.clear_inputs()
             size = min(max_num_batched_tokens, len(self._inputs.token_ids))
             self._hidden_states(size, min(size, self._max_num_seqs), size, min(size, self._max_num_seqs))
-            self._draw_rows(self._max_num_seqs, 0)
+            self._draw_rows(self._max_num_seqs, 0, False, False)
         self._synchronize()
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -183,8 +190,9 @@ class GpuRunner:
         seqs = min(size, self._max_num_seqs)
         self._graphs.run(("mixed", size, grouped), partial(self._forward_padded, size, seqs, size, seqs, grouped))
 
-    def _run_draw(self, size: int, num_masks: int) -> None:
-        self._graphs.run(("draw", size, num_masks), partial(self._draw_rows, size, num_masks))
+    def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool) -> None:
+        kind = (size, num_masks, adjusted, reported)
+        self._graphs.run(("draw", *kind), partial(self._draw_rows, *kind))
 
     def _forward_padded(
         self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None, grouped: bool
@@ -222,51 +230,47 @@ class GpuRunner:
             staged, count = step.staged, len(step.staged.drawing)
             if count:
                 num_masks = self._send_masks(staged, masks) if masks is not None and masks.work else 0
-                if self._is_plain(staged) and self._pads and (size := self._batch_sizes(count)) is not None:
-                    masked = self._batch_sizes(num_masks) or 0 if num_masks else 0
-                    self._run_draw(size, masked)
-                else:
-                    self._draw_with_all(step, num_masks)
+                state, slots = self._batch.sampling, staged.work.slots[staged.drawing]
+                adjusted = state.penalizes[slots] | state.biases[slots]
+                adjusted |= state.forbids_ends[slots] | state.forbids_words[slots]
+                reported = state.num_logprobs[slots] >= 0
+                size = self._batch_sizes(count) if self._pads else count
+                self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()))
             self._send_back(step)
         step.drawn = True
 
-    def _is_plain(self, staged: StagedStep) -> bool:
-        state, slots = self._batch.sampling, staged.work.slots[staged.drawing]
-        adjusted = state.penalizes[slots] | state.biases[slots] | state.forbids_ends[slots] | state.forbids_words[slots]
-        special = adjusted | (state.num_logprobs[slots] >= 0)
-        return not special.any()
-
-    def _draw_rows(self, num_rows: int, num_masks: int) -> None:
-        logits = self._model.logits(self._hidden[:num_rows])
+    def _draw_rows(self, num_rows: int, num_masks: int, adjusted: bool, reported: bool) -> None:
+        """`adjusted`: some want penalties, bias or bans. `reported`: some want log-probabilities."""
+        logits, drawn = self._model.logits(self._hidden[:num_rows]), self._drawn[:num_rows]
+        as_given = logits.clone() if reported and (adjusted or num_masks) else logits
+        if adjusted:
+            adjust(logits, self._batch, self._scratch)
         if num_masks:
             apply_token_mask_triton(logits, self._mask_rows[:num_masks], self._masks[:num_masks])
-        draw_tokens(logits, self._batch, self._drawn[:num_rows])
-
-    def _draw_with_all(self, step: GpuPendingStep, num_masks: int) -> None:
-        """Also what only few ask for: penalties, bias, bans and log-probabilities."""
-        staged, state = step.staged, self._batch.sampling
-        count, slots = len(staged.drawing), staged.work.slots[staged.drawing]
-        logits = self._model.logits(self._hidden[:count])
-        reported = np.flatnonzero(state.num_logprobs[slots] >= 0)
-        as_given = logits[self._upload(reported)]
-        adjust_logits(logits, state, self._batch.token_ids, slots, torch.from_numpy(staged.work.ends[staged.drawing]))
-        if num_masks:
-            apply_token_mask_triton(logits, self._mask_rows[:num_masks], self._masks[:num_masks])
-        draw_tokens(logits, self._batch, self._drawn[:count])
-        if reported.size:
-            chosen = self._drawn[self._upload(reported)].clamp_min(0)
-            step.logprobs = TokenReport.of(
-                as_given, chosen, state.num_logprobs[slots[reported]].tolist(), staged.drawing[reported].tolist()
-            )
+        draw_tokens(logits, self._batch, drawn)
+        if reported:
+            report_tokens(as_given, self._batch, drawn, self._reports)
 
     def _send_back(self, step: GpuPendingStep) -> None:
         count = len(step.staged.drawing)
         self._turn = (self._turn + 1) % len(self._results)
         step.token_ids = self._results[self._turn]
         step.token_ids[:count].copy_(self._drawn[:count], non_blocking=True)
+        self._send_reports(step)
         if self._stream is not None:
             step.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             step.done.record(self._stream)
+
+    def _send_reports(self, step: GpuPendingStep) -> None:
+        drawing, state = step.staged.drawing, self._batch.sampling
+        num_top = state.num_logprobs[step.staged.work.slots[drawing]]
+        rows = np.flatnonzero(num_top >= 0)
+        if rows.size:
+            found, there = self._found[self._turn], self._reports
+            columns = (there.chosen, there.ranks, there.top_tokens, there.top_logprobs)
+            for values, column in zip(found, columns, strict=True):
+                values[: len(drawing)].copy_(column[: len(drawing)], non_blocking=True)
+            step.logprobs = TokenReport(drawing[rows].tolist(), num_top[rows].tolist(), rows.tolist(), found)
 
     def _send_masks(self, staged: StagedStep, masks: StepMasks) -> int:
         """Copies masks beside the forward pass; returns how many."""
@@ -290,8 +294,14 @@ class GpuRunner:
     def _pinned(self, values: Tensor) -> Tensor:
         return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
 
-    def _upload(self, indexes: npt.NDArray[np.int64]) -> Tensor:
-        return torch.from_numpy(indexes).to(self._device)
+    def _new_found(self, num_rows: int, most: int) -> Found:
+        """On the host, for what `_reports` has."""
+        return Found(
+            torch.zeros(num_rows, pin_memory=self._pads),
+            torch.zeros(num_rows, dtype=torch.int32, pin_memory=self._pads),
+            torch.zeros(num_rows, most, dtype=torch.int32, pin_memory=self._pads),
+            torch.zeros(num_rows, most, pin_memory=self._pads),
+        )
 
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
