@@ -28,10 +28,13 @@ import torch  # noqa: E402
 import quire.kernels.linear  # noqa: E402
 from quire.engine.config import CoreConfig, Device, LoadFormat  # noqa: E402
 from quire.engine.core import EngineCore  # noqa: E402
+from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
 from quire.engine.loading import load_core  # noqa: E402
 from quire.engine.models.gpu_linear import GpuLinears  # noqa: E402
+from quire.engine.plan import StepPlan  # noqa: E402
 from quire.kernels.linear_tiles import LinearTile  # noqa: E402
-from quire.service.request import Request, SamplingParams, StopConditions  # noqa: E402
+from quire.service.pages import PAGE_SIZE  # noqa: E402
+from quire.service.request import Constraint, Request, SamplingParams, StopConditions  # noqa: E402
 
 MODELS = {
     "llama-8b": {
@@ -81,6 +84,33 @@ class HostWait:
         self.seconds += time.perf_counter() - began
 
 
+class StepGaps:
+    """How long the GPU has nothing to do between two steps: from one's last operation to the next one's first."""
+
+    def __init__(self, runner: GpuRunner) -> None:
+        self._runner = runner
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._launch = runner.launch
+        runner.launch = self._timed  # type: ignore[method-assign]
+
+    def share(self) -> float:
+        """Of the time from the first step's begin to the last one's end; stops measuring."""
+        self._runner.launch = self._launch  # type: ignore[method-assign]
+        torch.cuda.synchronize()
+        if len(self._events) < 2:
+            return 0.0
+        idle = sum(before[1].elapsed_time(after[0]) for before, after in pairwise(self._events))
+        return idle / self._events[0][0].elapsed_time(self._events[-1][1])
+
+    def _timed(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
+        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        events[0].record(self._runner._stream)
+        step = self._launch(plan, masked=masked)
+        events[1].record(self._runner._stream)
+        self._events.append(events)
+        return step
+
+
 @dataclass(frozen=True)
 class Step:
     """What a step took, in seconds, and did."""
@@ -127,8 +157,9 @@ def shared_prefix(count: int, prefix: int, suffix: int, output: int, seed: int) 
     return [(start + [draw.randrange(10, 100000) for _ in range(suffix)], output) for _ in range(count)]
 
 
+# The first prompt of `eight` is that of `one`, and so in the cache: the runs before them are alike in that, too.
 WORKLOADS = [
-    Workload("one", lambda: fixed(1, 128, 256, 1), lambda: fixed(1, 128, 16, 21)),
+    Workload("one", lambda: fixed(1, 128, 256, 1), lambda: fixed(1, 128, 16, 22)),
     Workload("eight", lambda: fixed(8, 128, 256, 1), lambda: fixed(8, 128, 16, 22)),
     Workload("sixtyfour", lambda: fixed(64, 512, 256, 5), lambda: fixed(64, 512, 16, 23)),
     Workload("prefill", lambda: fixed(16, 2048, 1, 6), lambda: fixed(16, 2048, 1, 26)),
@@ -139,13 +170,16 @@ WORKLOADS = [
 ]
 
 
-def run(core: EngineCore, work: Work, first_key: int, trace: list[Step] | None = None) -> dict[str, float]:
+def run(
+    core: EngineCore, work: Work, first_key: int, trace: list[Step] | None = None, constraint: Constraint | None = None
+) -> dict[str, float]:
     """Submits everything at once and steps until it is done; `trace` gets every step."""
     waited = HostWait()
     began = time.perf_counter()
     for index, (prompt, output) in enumerate(work):
-        key, stop = first_key + index, StopConditions(output, ignore_eos=True)
-        core.submit(key, Request(str(key), "m", tuple(prompt), SamplingParams(temperature=0.0), stop))
+        key, stop = first_key + index, StopConditions(output, ignore_eos=constraint is None)
+        request = Request(str(key), "m", tuple(prompt), SamplingParams(temperature=0.0), stop, constraint=constraint)
+        core.submit(key, request)
     tokens = steps = 0
     last, preempted = began, core.scheduler.num_preemptions
     while core.has_work:
@@ -168,6 +202,35 @@ def run(core: EngineCore, work: Work, first_key: int, trace: list[Step] | None =
         "host_busy": round(1 - waited.seconds / seconds, 3),
         "preemptions": core.scheduler.num_preemptions - preempted,
     }  # fmt: skip
+
+
+def waste(core: EngineCore, work: Work, first_key: int) -> float:
+    """The share of slots in granted pages that hold no token, over all steps."""
+    for index, (prompt, output) in enumerate(work):
+        stop = StopConditions(output, ignore_eos=True)
+        core.submit(first_key + index, Request("w", "m", tuple(prompt), SamplingParams(temperature=0.0), stop))
+    granted = used = 0
+    while core.has_work:
+        core.step()
+        running = [sequence for sequence in core.scheduler if sequence.block_table]
+        granted += sum(len(sequence.block_table) * PAGE_SIZE for sequence in running)
+        used += sum(sequence.num_computed for sequence in running)
+    return 1 - used / granted
+
+
+def compare_caching(core: EngineCore, first_key: int, rounds: int) -> dict[str, list[float]]:
+    """Seconds for 256 requests whose prompts share nothing, with prefix caching and without, in turns.
+
+    The run before them captures graphs.
+    """
+    config, found = core.scheduler.config, dict[str, list[float]](on=[], off=[])
+    run(core, mixed(256, 499, 200, 300), first_key - 1000)
+    for turn in range(2 * rounds):
+        name = "off" if turn % 4 in (1, 2) else "on"
+        core.scheduler.config = replace(config, enable_prefix_caching=name == "on")
+        found[name].append(run(core, mixed(256, 500 + turn, 200, 300), first_key + 1000 * turn)["s"])
+    core.scheduler.config = config
+    return found
 
 
 def profile(core: EngineCore, work: Work, first_key: int, skip: int, steps: int) -> None:
@@ -239,6 +302,11 @@ def main() -> None:
     parser.add_argument("--no-prepare", action="store_true", help="graphs are captured when a workload wants them")
     parser.add_argument("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
     parser.add_argument("--profile", default="", help="workload whose steady steps are profiled")
+    parser.add_argument("--gaps", action="store_true", help="the GPU's idle time between steps")
+    parser.add_argument("--waste", action="store_true", help="slots of granted pages without a token, on mixed1024")
+    parser.add_argument(
+        "--caching", type=int, default=0, metavar="ROUNDS", help="prefix caching without hits, on and off"
+    )
     parser.add_argument("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where figures go as JSON")
     arguments = parser.parse_args()
@@ -258,7 +326,9 @@ def main() -> None:
             ),
             lambda *_: None,
         )  # fmt: skip
-    core = loaded.core
+    core, runner = loaded.core, loaded.core._runner
+    if not isinstance(runner, GpuRunner):
+        parser.error("there is no GPU")
     ready = time.perf_counter()
     run(core, fixed(1, 8, 1, 9), 0)
     start = {
@@ -284,7 +354,11 @@ def main() -> None:
             run(core, workload.warm(), key)
             key += 10000
         trace: list[Step] | None = [] if arguments.trace else None
-        figures[workload.name] = run(core, workload.make(), key, trace)
+        gaps = StepGaps(runner) if arguments.gaps else None
+        found = run(core, workload.make(), key, trace)
+        if gaps is not None:
+            found["idle between steps"] = round(gaps.share(), 5)
+        figures[workload.name] = found
         key += 10000
         print(workload.name, json.dumps(figures[workload.name]), flush=True)
         if trace:
@@ -294,6 +368,13 @@ def main() -> None:
         work = next(workload for workload in WORKLOADS if workload.name == name).make()
         profile(core, [(prompt[::-1], output) for prompt, output in work], key, arguments.skip, 20)
         key += 10000
+    if arguments.waste:
+        figures["waste"] = round(waste(core, mixed(1024, 4), key), 4)
+        print("KV waste on mixed1024", figures["waste"], flush=True)
+        key += 10000
+    if arguments.caching:
+        figures["caching"] = compare_caching(core, key + 1000, arguments.caching)
+        print("prefix caching, s", figures["caching"], flush=True)
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(figures, indent=1))
 
