@@ -39,8 +39,8 @@ from quire.service.errors import ConfigError, InvalidRequestError, ModelError, Q
         ({"speculative_config": 8}, "speculative_config is 8: give a dict"),
         ({"speculative_config": {"metod": "suffix"}}, "no argument 'metod': did you mean method?"),
         ({"speculative_config": {"method": "sufix"}}, "method is 'sufix': did you mean suffix?"),
-        ({"speculative_config": {"num_speculative_tokens": 4}}, "method is None: choose suffix"),
-        ({"speculative_config": {"method": "suffix", "model": "x"}}, "model is 'x', which is not supported: drafts"),
+        ({"speculative_config": {"num_speculative_tokens": 4}}, "method is None: choose suffix or eagle3 or eagle"),
+        ({"speculative_config": {"method": "suffix", "model": "x"}}, "method is suffix and model is 'x': drafts come"),
         (
             {"speculative_config": {"method": "suffix", "num_speculative_tokens": 0}},
             r"^num_speculative_tokens is 0: it must lie in \[1, 64\]",
@@ -56,7 +56,7 @@ def test_llm_says_what_is_wrong(checkpoint: Path, arguments: dict[str, object], 
     with pytest.raises(QuireError, match=words) as caught:
         LLM(checkpoint, **arguments)  # type: ignore[arg-type]
     inner = arguments.get("speculative_config")
-    fields = {*inner, "speculative_config.method"} if isinstance(inner, dict) else set()
+    fields = {*inner, "speculative_config.method", "speculative_config.model"} if isinstance(inner, dict) else set()
     assert caught.value.field in {*arguments, "kv_cache_bytes", *fields}
     if "no argument" in words:
         assert isinstance(caught.value, TypeError)

@@ -89,6 +89,7 @@ def _parser() -> Parser:
         help="auto: verify what is expected to follow, as far as it makes the batch faster (default: the engine's)",
     )  # fmt: skip
     add("--num-speculative-tokens", type=int, metavar="N", help="per request and step, at most (default: the engine's)")
+    add("--speculative-model", metavar="FOLDER", help="an EAGLE head for the model (default: none)")
     add("--host", default=default.host, help="where HTTP and gRPC listen (default: %(default)s)")
     add("--port", type=int, default=default.port, help="of HTTP; 0 picks a free one (default: %(default)s)")
     add("--grpc-port", type=int, metavar="PORT", help="of the public gRPC service; 0 picks a free one (default: off)")

@@ -58,6 +58,8 @@ class ServeConfig:
     # For the engines: off or auto, and how many drafts per request and step.
     speculation: str | None = None
     num_speculative_tokens: int | None = None
+    # The folder of an EAGLE head.
+    speculative_model: str | None = None
 
     @property
     def tls(self) -> TlsFiles | None:
@@ -180,6 +182,7 @@ def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> Ch
         "--dtype": config.dtype,
         "--speculation": config.speculation,
         "--num-speculative-tokens": config.num_speculative_tokens,
+        "--speculative-model": config.speculative_model,
         "--max-model-len": config.max_model_len,
         "--max-num-seqs": config.max_num_seqs,
         "--num-pages": config.num_pages,

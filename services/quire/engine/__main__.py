@@ -59,6 +59,7 @@ def _config(arguments: argparse.Namespace) -> EngineConfig:
             sidecar=arguments.sidecar,
             speculation=Speculation(arguments.speculation),
             num_speculative_tokens=arguments.num_speculative_tokens,
+            speculative_model=arguments.speculative_model,
         ),
     )
 
@@ -114,6 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--num-speculative-tokens", type=int, default=core.num_speculative_tokens, metavar="N",
         help="drafts per request and step, at most (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--speculative-model", default=core.speculative_model, metavar="FOLDER",
+        help="an EAGLE head for the model, as SafeAILab's EAGLE or speculators write it (default: none)",
     )  # fmt: skip
     add("--threads", type=int, default=core.threads, help="threads for the model; 0: one per core")
     add_tls_flags(add, "routers")

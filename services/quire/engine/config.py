@@ -55,7 +55,7 @@ class CoreConfig:
     `max_model_len` 0 is the model's own; `num_pages` 0 is as many as `kv_cache_bytes` hold, and that 0 is 2 GiB on a
     CPU, and on a GPU what `gpu_memory_utilization` of its memory leaves. `max_num_seqs`, `max_num_batched_tokens`
     and `max_mixed_tokens` None are the device's. `enforce_eager`: no CUDA graphs. `num_speculative_tokens` at
-    most are drafted for a sequence and step.
+    most are drafted for a sequence and step; `speculative_model` is the folder of an EAGLE head for it, or empty.
     """
 
     model: str = ""
@@ -77,6 +77,7 @@ class CoreConfig:
     sidecar_deadline_s: float = 10.0
     speculation: Speculation = Speculation.OFF
     num_speculative_tokens: int = 8
+    speculative_model: str = ""
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_pages", "threads"):
@@ -92,6 +93,11 @@ class CoreConfig:
                 f"--num-speculative-tokens is {self.num_speculative_tokens}: it must lie in "
                 f"[1, {MAX_SPECULATIVE_TOKENS}]",
                 field="num_speculative_tokens",
+            )
+        if self.speculative_model and self.speculation is Speculation.OFF:
+            raise ConfigError(
+                f"--speculative-model is {self.speculative_model} and --speculation is off: set it to auto",
+                field="speculation",
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -27,6 +28,8 @@ from quire.engine.runner import Runner
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.sequence import pages_for
 from quire.engine.speculation.drafts import DraftSource
+from quire.engine.speculation.eagle.drafter import EagleDrafter
+from quire.engine.speculation.eagle.head import load_eagle
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.checkpoint.locate import Checkpoint, locate
 from quire.service.errors import ConfigError
@@ -80,7 +83,8 @@ def load_core(
         make_drafts = partial(_sidecar_drafts, config)
     speculator = None
     if speculation is not None:
-        speculator = Speculator(make_drafts() if make_drafts is not None else None, speculation)
+        source = make_drafts() if make_drafts is not None else None
+        speculator = Speculator(source, speculation, on_device=bool(config.speculative_model))
     core = EngineCore(
         loaded.runner, scheduler, masks, loaded.model.vocab_size, run_ahead=gpu is not None, speculator=speculator
     )
@@ -118,7 +122,11 @@ def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfi
     num_pages = _num_pages(
         config.num_pages or num_bytes // model.kv_page_bytes, limits, max_model_len, model.kv_page_bytes
     )
-    runner = CpuRunner(model, num_pages, limits.max_num_seqs, max_model_len, dtype.value)
+    drafter = None
+    if config.speculative_model:
+        head = load_eagle(Path(config.speculative_model), model, dtype)
+        drafter = EagleDrafter(head, limits.max_num_seqs)
+    runner = CpuRunner(model, num_pages, limits.max_num_seqs, max_model_len, dtype.value, drafter)
     return _Loaded(runner, model.config, num_pages, max_model_len, weights_at)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -46,12 +47,12 @@ _UNSUPPORTED: Unsupported = {
     "runner": ((None, "auto", "generate"), "models generate text only: leave it out"),
     "task": ((None, "auto", "generate"), "models generate text only: leave it out"),
 }
-_SPECULATION = ("method", "num_speculative_tokens")
-_METHODS = ("suffix",)
+_SPECULATION = ("method", "model", "num_speculative_tokens")
+_EAGLE = ("eagle3", "eagle")
+_METHODS = ("suffix", *_EAGLE)
 _NO_TREE = "the longest match decides: leave it out"
-_NO_MODEL = "drafts come from what was said before: leave it out"
+_NO_MODEL = "a head runs as its model does: leave it out"
 _SPECULATION_UNSUPPORTED: Unsupported = {
-    "model": ((None,), _NO_MODEL),
     "draft_tensor_parallel_size": ((None,), _NO_MODEL),
     "quantization": ((None,), _NO_MODEL),
     "max_model_len": ((None,), _NO_MODEL),
@@ -115,6 +116,12 @@ def speculation(config: object) -> dict[str, Any]:
         advice = f"did you mean {close[0]}?" if close else f"choose {' or '.join(_METHODS)}"
         raise ArgumentError(f"{field}'s method is {method!r}: {advice}", field=f"{field}.method")
     settings: dict[str, Any] = {"speculation": Speculation.AUTO}
+    model = config.get("model")
+    if (model is None) == (method in _EAGLE):
+        advice = "give the folder of a head" if model is None else "drafts come from what was said before: leave it out"
+        raise ArgumentError(f"{field}'s method is {method} and model is {model!r}: {advice}", field=f"{field}.model")
+    if model is not None:
+        settings["speculative_model"] = os.fspath(model)
     if (num_tokens := config.get("num_speculative_tokens")) is not None:
         check_number("num_speculative_tokens", num_tokens, whole=True)
         settings["num_speculative_tokens"] = num_tokens

@@ -52,7 +52,8 @@ class LLM:
     kv_cache_memory_bytes is the same; num_pages says it in pages.
     enforce_eager: no CUDA graphs. load_format: "dummy" makes random weights for a folder without any.
     speculative_config: {"method": "suffix"} verifies several tokens a step where text repeats what was said before; the
-    outputs are the same. "num_speculative_tokens" is how many at most (8).
+    outputs are the same. "num_speculative_tokens" is how many at most (8). {"method": "eagle3", "model": folder} drafts
+    with an EAGLE head instead ("eagle": of EAGLE-1 or 2).
     seed: for outputs whose params have none; None is a random one. threads: of the model, None is torch's choice.
 
     Raises ModelError if the model can't be found or run, ConfigError for a wrong value, ArgumentError for a wrong name.
@@ -192,7 +193,8 @@ class LLM:
             self._masks = LazyMasks(self._text)
             return self._masks
 
-        loaded = load_core(config, lambda *_: None, make_masks, SuffixDrafts)
+        make_drafts = None if config.speculative_model else SuffixDrafts
+        loaded = load_core(config, lambda *_: None, make_masks, make_drafts)
         self._core: EngineCore = loaded.core
         self._model = loaded.ready.model
         self._max_model_len = loaded.ready.max_model_len

@@ -14,7 +14,7 @@ from quire.engine.models.decoder import Decoder
 from quire.engine.models.dummy import DummyWeights
 from quire.engine.models.gpu_decoder import GpuDecoder
 from quire.engine.models.layer import Layer, LayerLoader
-from quire.engine.models.model import Model, ModelDtype
+from quire.engine.models.model import ModelDtype
 from quire.engine.models.safetensors import FolderWeights
 from quire.engine.models.settings import Settings
 from quire.engine.models.weights import Weights
@@ -41,7 +41,7 @@ FAMILIES = {
 }
 
 
-def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress: Progress) -> Model:
+def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress: Progress) -> Decoder:
     """The model at `path`, its weights in memory. `progress` is called with 0 to 1 and what is being done.
 
     Raises ModelError if the architecture is not supported, a setting can't be served, or a tensor is missing, left over
