@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
@@ -106,6 +110,29 @@ def test_from_dialogues_to_numbers(tiny: Path, dialogues: Path, tmp_path: Path, 
     assert ElementTree.fromstring(plot.read_text()).tag.endswith("svg")
 
 
+def test_ctrl_c_loses_nothing(tiny: Path, dialogues: Path, tmp_path: Path) -> None:
+    """Whoever stops a training wants to go on later, or to use what there is."""
+    head = tmp_path / "head"
+    command = [sys.executable, "-m", "quire.cli.main", "speculate", "train", str(tiny), str(dialogues), "-o", str(head)]
+    command += ["--epochs", "1000000", "--draft-vocab-size", "200"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONUNBUFFERED": "1"}
+    ) as process:
+        assert process.stdout is not None
+        assert "8 dialogues" in process.stdout.readline()
+        # It says so before its first step: from then on Ctrl-C is heeded between two of them.
+        process.send_signal(signal.SIGINT)
+        assert f"stopped; the same command goes on with what is in {head}" in process.stdout.read()
+        assert process.wait(60) == 130
+    assert (head / "training.pt").is_file() and not (head / "config.json").exists()
+    assert main([*command[3:], "--max-minutes", "0.0001"]) == 0
+    assert (head / "config.json").is_file() and not (head / "training.pt").exists()
+    assert main(command[3:]) == 2
+    more = [*command[3:8], str(tmp_path / "more"), "--start", str(head), "--epochs", "1", "--steps", "2"]
+    assert main(more) == 0
+    assert json.loads((tmp_path / "more" / "config.json").read_text())["draft_vocab_size"] == 200
+
+
 def test_prompts_that_are_wrong(tiny: Path, tmp_path: Path, capsys: Output) -> None:
     """The line at fault is named: a file has hundreds."""
     prompts = tmp_path / "prompts.txt"
@@ -118,7 +145,7 @@ def test_prompts_that_are_wrong(tiny: Path, tmp_path: Path, capsys: Output) -> N
 @pytest.mark.slow
 def test_dialogues_of_a_trained_model(tmp_path: Path) -> None:
     """The model writes both sides; a part that is missing is written again as it was, and no other is touched."""
-    config = DataConfig(dialogues=8, turns=1, user_tokens=48, answer_tokens=12, part_size=4, seed=3)
+    config = DataConfig(dialogues=6, turns=1, user_tokens=32, answer_tokens=8, part_size=3, seed=3)
     folder, text = DialogueFolder(tmp_path), load_text(locate())
     folder.begin({"seed": 3})
     told: list[int] = []
@@ -136,7 +163,7 @@ def test_dialogues_of_a_trained_model(tmp_path: Path) -> None:
     assert found
     for dialogue in found:
         ((begin, end),) = dialogue.spans
-        assert end == len(dialogue.token_ids) and 0 < end - begin <= 12
+        assert end == len(dialogue.token_ids) and 0 < end - begin <= 8
         asked = text.tokenizer.decode(dialogue.token_ids[:begin], skip_special_tokens=False)
         assert asked.endswith("<|im_end|>\n<|im_start|>assistant\n")
         assert len(asked.split("<|im_start|>user\n")[1]) > len("<|im_end|>\n<|im_start|>assistant\n")

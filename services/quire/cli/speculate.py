@@ -196,8 +196,8 @@ def _train(arguments: Any) -> int:
     target = _target(checkpoint)
     start = load_draft_model(Path(arguments.start), target) if arguments.start else None
     trainer = Trainer(target, dialogues, config, output, checkpoint.name, start)
-    print(f"{len(dialogues)} dialogues; draft tokens are {percent(trainer.coverage)} of what was written")
     with DeferredInterrupt() as interrupt, _progress("training") as progress:
+        print(f"{len(dialogues)} dialogues; draft tokens are {percent(trainer.coverage)} of what was written")
         task = progress.add_task("", total=1.0)
 
         def report(now: TrainProgress) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.rope import Rope
-from quire.engine.speculation.eagle.checkpoint import write_eagle3
+from quire.engine.speculation.eagle.checkpoint import CONFIG_FILE, write_eagle3
 from quire.engine.speculation.eagle.config import EagleConfig, EagleKind, default_taps
 from quire.service.errors import ConfigError
 from quire.speculate.batches import Batch, batches, most_written, share_of
@@ -85,7 +85,7 @@ def head_config(target: ModelConfig, draft_vocab_size: int) -> EagleConfig:
 class Trainer:
     """Trains a head for `target` into the folder `output`; `start` is one to go on from, with its draft tokens.
 
-    Raises ConfigError if the folder holds another training.
+    Raises ConfigError if the folder holds another training, or a head.
     """
 
     def __init__(
@@ -242,6 +242,8 @@ class Trainer:
     def _load(self) -> None:
         file = self._output / STATE_FILE
         if not file.is_file():
+            if (self._output / CONFIG_FILE).is_file():
+                raise ConfigError(f"{self._output} holds a head already: name another folder", field="output")
             return
         state = torch.load(file, map_location=self._target.device, weights_only=True)
         for name, value in self._settings().items():
