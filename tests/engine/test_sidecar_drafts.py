@@ -75,6 +75,26 @@ def test_a_sidecar_that_was_started_again_is_told_everything(tmp_path: Path) -> 
         drafts.close()
 
 
+def test_an_answer_that_is_late_helps_a_later_step(sidecar: SidecarProcess) -> None:
+    """On a busy machine all answers are late, and there would be no drafts although all of them were made."""
+    drafts = SidecarDrafts(sidecar.address, 0.0)
+    eventually(lambda: drafts._stream is not None)
+    text = [*TEXT, *TEXT[:3]]
+    ask(drafts, 1, text)
+    assert drafts._stream is not None
+    newest = drafts._stream.newest
+    eventually(lambda: 1 in newest)
+    text.append(TEXT[3])
+    assert ask(drafts, 1, text)[:2] == tuple(TEXT[4:6])
+    # What it says of another text than the one that came is of no use, and of one that has ended of none to keep.
+    text.append(99)
+    assert ask(drafts, 1, text) == ()
+    ask(drafts, 2, [1], [1])
+    eventually(lambda: drafts._stream is not None and not drafts._stream.unanswered)
+    assert 1 not in newest
+    drafts.close()
+
+
 def test_a_sidecar_that_hangs_costs_little_and_is_not_flooded(tmp_path: Path) -> None:
     """Every step would take as long as the patience, and the engine's memory would fill with what nobody takes."""
     with SidecarProcess(tmp_path) as sidecar:

@@ -39,7 +39,7 @@ _CPU_KV_CACHE_BYTES = 2 << 30
 # What the masks of drafts may take of the memory that is shared with the sidecar.
 _DRAFT_MASK_BYTES = 32 << 20
 # How long a step waits for drafts, in seconds: a tenth of what one takes here.
-_CPU_DRAFT_PATIENCE_S = 0.002
+_CPU_DRAFT_PATIENCE_S = 0.005
 
 Progress = Callable[[float, str], None]
 MakeMasks = Callable[[ModelConfig], MaskSource]
@@ -175,13 +175,13 @@ def _num_pages(num_pages: int, limits: SchedulerConfig, max_model_len: int, page
 
 
 def _speculation(config: CoreConfig, *, on_gpu: bool) -> SpeculationConfig | None:
-    if config.speculation is Speculation.OFF:
-        return None
-    if on_gpu:
+    if on_gpu and config.speculative_model:
         raise ConfigError(
-            "--speculation is auto and drafts are verified on a CPU only: set it to off, or --device to cpu",
-            field="speculation",
+            "--speculative-model is set and drafts are verified on a CPU only: leave it out, or set --device to cpu",
+            field="speculative_model",
         )
+    if on_gpu or config.speculation is Speculation.OFF:
+        return None
     return SpeculationConfig(config.num_speculative_tokens)
 
 

@@ -1,8 +1,9 @@
-"""Draft tokens from the sidecar, if they are there in time: a step is never worth waiting long for them.
+"""Draft tokens from the sidecar, as far as they are there in time: a step is never worth waiting long for them.
 
 The core's thread calls `begin` and `wait`; one thread beside it keeps a stream to the sidecar open and hears its
 answers. What the sidecar was told is known per stream, so one that was started again is told everything once more.
-While it is away, hangs or is slow there are no drafts, and nothing else.
+While it is away or hangs there are no drafts, and nothing else. An answer that comes too late for its step is of use to
+a later one, if the sequence went on as it says.
 """
 
 from __future__ import annotations
@@ -37,15 +38,27 @@ _REFUSED = (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.UNIMPLEMENTED, grp
 class _Ticket:
     """Drafts on their way: see quire.engine.speculation.drafts.DraftTicket."""
 
-    step: int
+    requests: Sequence[DraftRequest]
     patience_s: float
+    # Of each sequence the newest answer, shared with the others of a stream: what was drafted after how many tokens.
+    newest: dict[int, tuple[int, tuple[int, ...]]]
+    counts: dict[int, int] = field(init=False)
     asked_at: float = field(default_factory=time.perf_counter)
     done: threading.Event = field(default_factory=threading.Event)
-    drafts: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.counts = {request.sequence: len(request.token_ids) for request in self.requests}
 
     def wait(self) -> Mapping[int, tuple[int, ...]]:
-        """Those that came in time: after this there are none."""
-        return self.drafts if self.done.wait(self.patience_s) else {}
+        """Those that came in time, and what is left of older ones."""
+        self.done.wait(self.patience_s)
+        found = {}
+        for request in self.requests:
+            count, drafts = self.newest.get(request.sequence, (0, ()))
+            new = tuple(request.token_ids[count:])
+            if len(new) < len(drafts) and drafts[: len(new)] == new:
+                found[request.sequence] = drafts[len(new) :]
+        return found
 
 
 class SidecarDrafts:
@@ -68,8 +81,8 @@ class SidecarDrafts:
         with self._lock:
             self._step += 1
             patience_s = 0.0 if self._usual_s > self._patience_s else min(self._patience_s, _SLOWER * self._usual_s)
-            ticket = _Ticket(self._step, patience_s)
-            if self._stream is None or not self._stream.ask(ticket, requests, released):
+            ticket = _Ticket(requests, patience_s, {} if self._stream is None else self._stream.newest)
+            if self._stream is None or not self._stream.ask(self._step, ticket, released):
                 ticket.done.set()
         return ticket
 
@@ -93,15 +106,13 @@ class SidecarDrafts:
             stream.end()
 
     def _hear(self, stream: _Stream, response: drafting_pb2.DraftResponse) -> None:
-        drafts = {draft.sequence: tuple(draft.token_ids) for draft in response.drafts}
         with self._lock:
-            ticket = stream.unanswered.pop(response.step, None)
+            ticket = stream.answered(response)
             if ticket is None:
                 return
             # A sidecar that stood still for seconds says nothing of how long answers take.
             took = min(time.perf_counter() - ticket.asked_at, _SLOWER * self._patience_s)
             self._usual_s += _NEWEST * (took - self._usual_s)
-        ticket.drafts = drafts
         ticket.done.set()
 
     def _lost(self, error: Exception) -> float:
@@ -119,6 +130,7 @@ class _Stream:
 
     def __init__(self) -> None:
         self.unanswered: dict[int, _Ticket] = {}
+        self.newest: dict[int, tuple[int, tuple[int, ...]]] = {}
         self._told: dict[int, int] = {}
         self._released: list[int] = []
         self._outgoing: queue.SimpleQueue[drafting_pb2.DraftRequest | None] = queue.SimpleQueue()
@@ -127,14 +139,17 @@ class _Stream:
         """What gRPC sends, until `end`."""
         return iter(self._outgoing.get, None)
 
-    def ask(self, ticket: _Ticket, requests: Sequence[DraftRequest], released: Sequence[int]) -> bool:
+    def ask(self, step: int, ticket: _Ticket, released: Sequence[int]) -> bool:
         """Asks, and tells what the sidecar does not know yet; False if it has enough to answer."""
-        self._released += [sequence for sequence in released if self._told.pop(sequence, None) is not None]
+        for sequence in released:
+            self.newest.pop(sequence, None)
+            if self._told.pop(sequence, None) is not None:
+                self._released.append(sequence)
         if len(self.unanswered) >= _IN_FLIGHT:
             return False
-        message = drafting_pb2.DraftRequest(step=ticket.step, released=self._released)
+        message = drafting_pb2.DraftRequest(step=step, released=self._released)
         self._released = []
-        for request in requests:
+        for request in ticket.requests:
             row = message.rows.add(sequence=request.sequence, num_tokens=request.num_tokens)
             told = self._told.get(request.sequence)
             if told is None:
@@ -143,9 +158,19 @@ class _Stream:
                 told = 0
             row.token_ids.extend(request.token_ids[told:])
             self._told[request.sequence] = len(request.token_ids)
-        self.unanswered[ticket.step] = ticket
+        self.unanswered[step] = ticket
         self._outgoing.put(message)
         return True
+
+    def answered(self, response: drafting_pb2.DraftResponse) -> _Ticket | None:
+        """Takes an answer in; returns whose it is."""
+        ticket = self.unanswered.pop(response.step, None)
+        if ticket is not None:
+            for draft in response.drafts:
+                # Not those of one that has ended meanwhile: nobody would take them away.
+                if draft.sequence in self._told and draft.sequence in ticket.counts:
+                    self.newest[draft.sequence] = ticket.counts[draft.sequence], tuple(draft.token_ids)
+        return ticket
 
     def end(self) -> None:
         """Ends the outgoing messages; nobody waits for answers any more."""
