@@ -82,9 +82,9 @@ def test_a_service_is_its_own() -> None:
     store.put(POD, thing("p", 2))
     assert store.children(DEMO) == ()
     assert [each["metadata"]["name"] for each in store.pods(DEMO)] == ["p"]
-    assert store.get(SERVICE, DEMO) is not None
+    assert store.service(DEMO) is not None
     store.hear(SERVICE, service, is_gone=True)
-    assert store.get(SERVICE, DEMO) is None
+    assert store.service(DEMO) is None
 
 
 def test_a_label_that_changes_moves_the_object() -> None:

@@ -300,7 +300,11 @@ def _add_node(api: Api) -> None:
 def _start(stack: ExitStack, folder: Path, name: str, *arguments: str) -> subprocess.Popen[bytes]:
     program = Path(os.environ["KUBEBUILDER_ASSETS"]) / name
     log = stack.enter_context((folder / f"{name}.log").open("ab"))
-    process = subprocess.Popen([str(program), *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+    # They would spend a quarter of a small machine's time on collecting garbage.
+    environment = {**os.environ, "GOGC": "400"}
+    process = subprocess.Popen(
+        [str(program), *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
+    )
     stack.callback(end, process)
     return process
 

@@ -71,8 +71,8 @@ class OperatorProcess:
 
     @property
     def memory_mb(self) -> float:
-        """The memory that it has now, shared libraries included."""
-        (line,) = [each for each in self._proc("status").splitlines() if each.startswith("VmRSS")]
+        """The most memory that it has had, shared libraries included."""
+        (line,) = [each for each in self._proc("status").splitlines() if each.startswith("VmHWM")]
         return int(line.split()[1]) / 1000
 
     @property

@@ -7,7 +7,7 @@ connections, credentials and their renewal.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from kubernetes.aio import client
@@ -21,9 +21,10 @@ ApiException = client.ApiException
 # A request that takes longer has lost its connection without a word.
 _ANSWER_SECONDS = 20.0
 
-# Objects of one answer, so that none is too large.
-_PAGE = 500
+# Objects of one answer: what an operator must hold at a time.
+_PAGE = 100
 
+_METADATA = "application/json;as=PartialObjectMetadataList;v=v1;g=meta.k8s.io"
 _APPLY = "application/apply-patch+yaml"
 
 
@@ -52,16 +53,26 @@ class Cluster:
                 return None
             raise
 
-    async def list_all(self, kind: Kind, selector: str = "") -> tuple[list[Manifest], int]:
-        """Objects of all namespaces with the labels that `selector` asks for, and the version at which they are so."""
-        found: list[Manifest] = []
+    async def pages(self, kind: Kind, selector: str = "") -> AsyncIterator[tuple[list[Manifest], int]]:
+        """Objects of all namespaces with the labels that `selector` asks for, some at a time, and their version.
+
+        They are so, all together, at that version of the cluster.
+        """
         query = {"labelSelector": selector, "limit": str(_PAGE)}
         while True:
             page = await self._request("GET", kind.everywhere, query)
-            found += page["items"]
+            yield page["items"], int(page["metadata"]["resourceVersion"])
             if not (more := page["metadata"].get("continue")):
-                return found, int(page["metadata"]["resourceVersion"])
+                return
             query["continue"] = more
+
+    async def list_metadata(self, kind: Kind, namespace: str, selector: str) -> list[Manifest]:
+        """Who the objects of a namespace are that have the labels that `selector` asks for, and no more of them."""
+        found = await self._request(
+            "GET", kind.path(namespace), {"labelSelector": selector}, accept=f"{_METADATA},application/json"
+        )
+        # An empty list of metadata is null.
+        return list(found["items"] or ())
 
     async def apply(self, kind: Kind, manifest: Manifest, *, subresource: str = "") -> Manifest:
         """Server-side apply: fields that are asked for become so, whoever wrote them last."""
@@ -99,12 +110,13 @@ class Cluster:
         body: Manifest | None = None,
         *,
         content_type: str = "application/json",
+        accept: str = "application/json",
     ) -> Manifest:
         request = await self._api.param_serialize(
             method,
             path,
             query_params=list((query or {}).items()),
-            header_params={"Accept": "application/json", "Content-Type": content_type},
+            header_params={"Accept": accept, "Content-Type": content_type},
             body=body,
             auth_settings=["BearerToken"],
         )

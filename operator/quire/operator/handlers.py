@@ -41,17 +41,26 @@ class Watching:
         for key in await fill(self._cluster, self._store):
             self._concern(key)
         listing = asyncio.create_task(self._listing.run())
-        try:
-            await kopf.operator(
+        watching = asyncio.ensure_future(
+            kopf.operator(
                 registry=self._registry(stop), settings=_settings(), clusterwide=True, standalone=True, stop_flag=stop
             )
+        )
+        try:
+            await asyncio.wait((watching, self._queue.failed), return_when=asyncio.FIRST_COMPLETED)
+            # A service that nobody looks at any more must not go unnoticed: this process ends, and its successor looks.
+            stop.set()
+            await watching
+            if self._queue.failed.done():
+                self._queue.failed.result()
         finally:
+            watching.cancel()
             listing.cancel()
             await self._close()
 
     def _concern(self, key: Key) -> None:
         """Something about the service may have changed; it may be gone."""
-        if self._store.get(SERVICE, key) is None:
+        if self._store.service(key) is None:
             self._queue.remove(key)
             self._scaler.forget(key)
         else:

@@ -14,8 +14,9 @@ import aiohttp
 from quire.operator import names
 from quire.operator.cluster import ApiException, Cluster
 from quire.operator.kinds import CHILDREN, POD, SERVICE, Kind
+from quire.operator.resources.metadata import Manifest
 from quire.operator.spec import Key
-from quire.operator.store import Store
+from quire.operator.store import Store, slim
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +31,12 @@ async def fill(cluster: Cluster, store: Store, kinds: Iterable[Kind] = (SERVICE,
     """Lists all objects of these kinds into the store; returns the services about which there was news."""
     news: set[Key] = set()
     for kind in kinds:
-        found, version = await cluster.list_all(kind, SELECTOR if kind in LABELLED else "")
-        news |= store.replace(kind, found, version)
+        found: list[Manifest] = []
+        at = 0
+        async for page, version in cluster.pages(kind, SELECTOR if kind in LABELLED else ""):
+            found += [slim(kind, each) for each in page]
+            at = version
+        news |= store.replace(kind, found, at)
     return news
 
 

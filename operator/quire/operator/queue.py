@@ -34,12 +34,15 @@ class WakeQueue:
         self._metrics = metrics
         self._wakes: dict[Key, asyncio.Event] = {}
         self._tasks: dict[Key, asyncio.Task[None]] = {}
+        # Has the exception of a look that no other try would put right, which is a bug.
+        self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def wake(self, key: Key) -> None:
         """The service is new, or something about it may have changed."""
         if key not in self._wakes:
             self._wakes[key] = asyncio.Event()
             self._tasks[key] = asyncio.create_task(self._keep(key, self._wakes[key]))
+            self._tasks[key].add_done_callback(self._ended)
             self._metrics.services.set(len(self._wakes))
         self._wakes[key].set()
 
@@ -56,6 +59,10 @@ class WakeQueue:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) and not self.failed.done():
+            self.failed.set_exception(error)
 
     async def _keep(self, key: Key, wake: asyncio.Event) -> None:
         retry, wait = _FIRST_RETRY, None

@@ -23,6 +23,7 @@ from quire.operator.spec import InferenceService, Key, parse
 from quire.operator.status import invalid_status, plain, status_of
 from quire.operator.status_types import Status
 from quire.operator.store import Store
+from quire.operator.strangers import Strangers
 from quire.service.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,14 @@ class Reconciler:
     ) -> None:
         self._cluster = cluster
         self._store = store
+        self._strangers = Strangers(cluster, store)
         self._config = config
         self._follow = follow
         self._now = now
 
     async def reconcile(self, key: Key) -> float | None:
         """Returns after how many seconds to look again; None: when something changes."""
-        document = self._store.get(SERVICE, key)
+        document = self._store.service(key)
         if document is None or document["metadata"].get("deletionTimestamp"):
             # The garbage collector takes what it owns.
             return None
@@ -118,14 +120,12 @@ class Reconciler:
 
     async def _apply(self, service: InferenceService, observed: Observed, child: Manifest) -> None:
         kind = CHILD_OF[child["kind"]]
-        if observed.child(*key_of(child)) is None:
-            # Without the service's labels nobody told of it; apply would take over whatever has the name.
-            there = await self._cluster.get(kind, service.namespace, child["metadata"]["name"])
-            if there is not None and not _belongs_to(there, service):
-                raise ApiException(
-                    status=422,
-                    reason="one of this name is there already and not the service's: delete it, or rename the service",
-                )
+        is_new = observed.child(*key_of(child)) is None
+        if is_new and await self._strangers.are_in_the_way(service, kind, child):
+            raise ApiException(
+                status=422,
+                reason="one of this name is there already and not the service's: delete it, or rename the service",
+            )
         self._store.put(kind, await self._cluster.apply(kind, child))
 
     async def _announce(self, event: Manifest) -> None:
@@ -156,10 +156,3 @@ class Reconciler:
             # Deleted meanwhile.
             if error.status != 404:
                 raise
-
-
-def _belongs_to(there: Manifest, service: InferenceService) -> bool:
-    return any(
-        owner["kind"] == names.KIND and owner["name"] == service.name
-        for owner in there["metadata"].get("ownerReferences", ())
-    )

@@ -29,9 +29,13 @@ class Store:
         self._gone: dict[Kind, dict[_Name, int]] = {}
         self._listed: dict[Kind, int] = {}
 
-    def get(self, kind: Kind, key: Key) -> Manifest | None:
+    def service(self, key: Key) -> Manifest | None:
+        """The service itself, None if there is none."""
+        return self.find(SERVICE, key.namespace, key.name)
+
+    def find(self, kind: Kind, namespace: str, name: str) -> Manifest | None:
         """The object, None if there is none."""
-        return self._objects.get(kind, {}).get((key.namespace, key.name))
+        return self._objects.get(kind, {}).get((namespace, name))
 
     def children(self, key: Key) -> tuple[Manifest, ...]:
         """What has the service's label, pods aside."""
@@ -49,7 +53,7 @@ class Store:
         if version <= (self._last_gone(kind, name) if there is None else _version(there)):
             return False
         self._drop(kind, name)
-        kept = _slim(kind, found)
+        kept = slim(kind, found)
         self._objects.setdefault(kind, {})[name] = kept
         if owner := _service(kind, found):
             self._of_service.setdefault(owner, {})[kind, name[1]] = kept
@@ -115,10 +119,10 @@ def _service(kind: Kind, found: Manifest) -> Key | None:
     return Key(found["metadata"]["namespace"], name) if name else None
 
 
-def _slim(kind: Kind, found: Manifest) -> Manifest:
+def slim(kind: Kind, found: Manifest) -> Manifest:
     """What anybody here looks at; items of a list don't say what they are, these do."""
     metadata = {name: value for name, value in found["metadata"].items() if name != "managedFields"}
     kept = {**found, "apiVersion": kind.api_version, "kind": kind.name, "metadata": metadata}
     if kind == POD:
-        del kept["spec"]
+        kept.pop("spec", None)
     return kept
