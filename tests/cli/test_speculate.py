@@ -14,6 +14,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from families import one_thread
 from tiny_checkpoint import tiny_checkpoint
 
 from quire.cli import speculate
@@ -149,7 +150,7 @@ def test_dialogues_of_a_trained_model(tmp_path: Path) -> None:
     folder, text = DialogueFolder(tmp_path), load_text(locate())
     folder.begin({"seed": 3})
     told: list[int] = []
-    with LLM(dtype="float32", max_model_len=512) as llm:
+    with one_thread(), LLM(dtype="float32", max_model_len=512) as llm:
         writer = DialogueWriter(llm, text, config)
         write_dialogues(writer, folder, config, lambda part, _: told.append(part))
         files = sorted(tmp_path.glob("part-*.jsonl"))

@@ -175,6 +175,7 @@ def _data(arguments: Any) -> int:
 
 
 def _train(arguments: Any) -> int:
+    from quire.engine.speculation.eagle.checkpoint import config_file
     from quire.llm.interrupts import DeferredInterrupt
     from quire.speculate.dialogues import DialogueFolder
     from quire.speculate.draft_model import load_draft_model
@@ -193,6 +194,8 @@ def _train(arguments: Any) -> int:
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
     checkpoint, dialogues = _locate(arguments.target), list(DialogueFolder(Path(arguments.data)).read())
     output = Path(arguments.output)
+    if arguments.start:
+        config_file(Path(arguments.start))
     target = _target(checkpoint)
     start = load_draft_model(Path(arguments.start), target) if arguments.start else None
     trainer = Trainer(target, dialogues, config, output, checkpoint.name, start)
@@ -216,6 +219,7 @@ def _train(arguments: Any) -> int:
 
 
 def _eval(arguments: Any) -> int:
+    from quire.engine.speculation.eagle.checkpoint import config_file
     from quire.speculate.draft_model import load_draft_model
     from quire.speculate.evaluate import chain_acceptance, total
     from quire.speculate.plot import acceptance_svg
@@ -225,6 +229,8 @@ def _eval(arguments: Any) -> int:
     at_least("--output-len", arguments.output_len, 2)
     checkpoint = _locate(arguments.target)
     prompts = read_prompts(Path(arguments.prompts) if arguments.prompts else None)
+    # Before the model is loaded, which takes its time.
+    config_file(Path(arguments.head))
     target = _target(checkpoint)
     model = load_draft_model(Path(arguments.head), target)
     dialogues = _answers(checkpoint, prompts, arguments.output_len)

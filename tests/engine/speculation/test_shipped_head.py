@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import one_thread
 
 from quire.engine.models.model import ModelDtype
 from quire.engine.speculation.eagle.head import load_eagle
@@ -52,7 +53,7 @@ def test_it_drafts_for_the_embedded_model(head: Path) -> None:
     target = FrozenTarget(checkpoint, torch.device("cpu"), torch.float32)
     ids = load_eagle(head, target, ModelDtype.BFLOAT16).target_ids.tolist()
     assert ids == sorted(set(ids))
-    with LLM(max_model_len=512, max_num_seqs=8) as llm:
+    with one_thread(), LLM(max_model_len=512, max_num_seqs=8) as llm:
         outputs = llm.chat(
             [[{"role": "user", "content": prompt}] for prompt in PROMPTS["json"][:4]],
             SamplingParams(temperature=0, max_tokens=32),

@@ -103,11 +103,17 @@ class EagleCheckpoint:
     weights: EagleWeights
 
 
+def config_file(path: Path) -> Path:
+    """The configuration of the head in the folder `path`; raises ModelError if there is none."""
+    file = path / CONFIG_FILE
+    if not file.is_file():
+        raise ModelError(f"{path} holds no {CONFIG_FILE}: name the folder of an EAGLE head", field="speculative_model")
+    return file
+
+
 def open_eagle(path: Path, target: ModelConfig) -> EagleCheckpoint:
     """Opens the head in the folder `path`; raises ModelError that says what is wrong with it."""
-    if not (path / CONFIG_FILE).is_file():
-        raise ModelError(f"{path} holds no {CONFIG_FILE}: name the folder of an EAGLE head", field="speculative_model")
-    file = path / CONFIG_FILE
+    file = config_file(path)
     tensors = _named(_read_tensors(path))
     config = read_eagle_config(file, read_json_object(file), tensors, target)
     return EagleCheckpoint(config, EagleWeights(path, tensors))
@@ -118,8 +124,8 @@ def write_eagle3(
 ) -> None:
     """Writes an EAGLE-3 head to the folder `path` in speculators' layout, which vLLM loads too.
 
-    `tensors` have that layout's names and no mapping; `target_ids` int64 [draft_vocab_size],
-    ascending. `verifier` is what the target is called. Raises ConfigError if the folder can't be written.
+    `tensors` have that layout's names and no mapping; `target_ids` int64 [draft_vocab_size], ascending. `verifier` is
+    what the target is called. Raises ConfigError if the folder can't be written.
     """
     if config.kind is not EagleKind.EAGLE3:
         raise ConfigError("only EAGLE-3 heads are written", field="speculative_model")
