@@ -1,4 +1,4 @@
-"""What a head is evaluated on, unless somebody names prompts of their own. None of it is in any training data."""
+"""What a head is evaluated on, unless somebody names prompts of their own. They are not put into training data."""
 
 from __future__ import annotations
 
