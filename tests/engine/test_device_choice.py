@@ -57,12 +57,12 @@ def test_wrong_values(given: dict[str, float], words: str) -> None:
         CoreConfig(**given)  # type: ignore[arg-type]
 
 
-def test_speculation_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_head_on_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """It would be asked for and not happen, and nobody would know why nothing is faster."""
     tiny_model(tmp_path, "llama")
     monkeypatch.setattr("quire.engine.loading.choose_gpu", lambda _: torch.device("cuda"))
-    config = CoreConfig(model=str(tmp_path), speculation=Speculation.AUTO)
-    with pytest.raises(ConfigError, match="--speculation is auto and drafts are verified on a CPU only: set it to off"):
+    config = CoreConfig(model=str(tmp_path), speculation=Speculation.AUTO, speculative_model="head")
+    with pytest.raises(ConfigError, match="--speculative-model is set and drafts are verified on a CPU only: leave it"):
         load_core(config, lambda *_: None)
 
 

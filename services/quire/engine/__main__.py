@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
         help="keep pages of ended requests for prompts that begin alike",
     )  # fmt: skip
     add(
-        "--speculation", default=core.speculation.value, choices=[speculation.value for speculation in Speculation],
+        "--speculation", default=Speculation.AUTO.value, choices=[speculation.value for speculation in Speculation],
         help="auto: verify what the sidecar and grammars expect to follow, as far as it makes the batch faster "
         "(default: %(default)s)",
     )  # fmt: skip

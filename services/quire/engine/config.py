@@ -42,7 +42,8 @@ class Dtype(Enum):
 
 
 class Speculation(Enum):
-    """Whether tokens are drafted and verified. AUTO: as many as make the batch faster, by what is measured."""
+    """Whether tokens are drafted and verified. AUTO: as many as make the batch faster by measurement; none on a GPU for
+    now."""
 
     OFF = "off"
     AUTO = "auto"

@@ -265,7 +265,9 @@ class EngineCore:
         errors = step.masks.batch.errors if step.masks is not None else {}
         results = step.masks.batch.results if step.masks is not None else {}
         if self._speculator is not None and schedule.plan.work:
-            self._speculator.observe_step(sum(work.num_tokens for work in schedule.plan.work), seconds)
+            num_computed = sum(work.num_tokens for work in schedule.plan.work)
+            num_places = max(work.num_wanted for work in schedule.plan.work)
+            self._speculator.observe_step(num_computed, seconds, num_places, result.draft_seconds)
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:

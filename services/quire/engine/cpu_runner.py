@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -102,8 +103,10 @@ class CpuRunner:
         verified = draws.verified
         kept = dict(zip(draws.items[verified].tolist(), accepted[verified].tolist(), strict=True))
         logprobs = self._report(draws, accepted, drawn, reported, as_given) if reported.size else {}
+        began = time.perf_counter()
         drafts = self._draft(work, draws, accepted, token_ids, taps) if taps is not None else {}
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs, kept, drafts)
+        seconds = time.perf_counter() - began
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs, kept, drafts, seconds)
 
     def _taps(self, plan: StepPlan, work: WorkColumns) -> HiddenTaps | None:
         if self._drafter is None:

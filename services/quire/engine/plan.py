@@ -80,7 +80,8 @@ class StepPlan:
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """`token_ids[i]` is the last token that work i drew, -1 if it drew none or its logits were not finite. The first
-    `accepted[i]` of its drafts come before it; works without drafts are not in there. `drafts[i]` may come after it.
+    `accepted[i]` of its drafts come before it; works without drafts are not in there. `drafts[i]` may come after it; to
+    make all of them, one place after another, took `draft_seconds`.
 
     `logprobs[i]` reports on the tokens that were drawn and count, `prompt_logprobs[i]` on work i's prompt tokens, where
     that was asked for.
@@ -91,3 +92,4 @@ class StepResult:
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     accepted: dict[int, int] = field(default_factory=dict)
     drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    draft_seconds: float = 0.0

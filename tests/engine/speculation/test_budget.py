@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 from draft_oracle import Oracle
 from hypothesis import given
 from hypothesis import strategies as st
-from page_machine import EOS, VOCAB_SIZE, PageMachine, run_alone
+from page_machine import EOS, VOCAB_SIZE, Launched, PageMachine, next_token, run_alone
 
 import quire.engine.core
 from quire.engine.core import EngineCore
 from quire.engine.page_pool import PagePool
-from quire.engine.plan import StepPlan
+from quire.engine.plan import StepPlan, StepResult
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.speculation.budget import Offer, choose
 from quire.engine.speculation.cost import StepCost
@@ -38,20 +38,53 @@ class Clock:
         return self.now
 
 
+@dataclass
+class Head:
+    """A drafter on the device: its passes take `seconds`, and its drafts are right or wrong."""
+
+    seconds: float
+    right: bool
+
+    def drafts(self, tokens: list[int], count: int) -> tuple[int, ...]:
+        found: list[int] = []
+        for _ in range(count):
+            token = next_token([*tokens, *found])
+            found.append(token if self.right else (token + 1) % VOCAB_SIZE)
+        return tuple(found)
+
+
 class TimedMachine(PageMachine):
     """Its steps take the time that `seconds` says for their number of tokens."""
 
-    def __init__(self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int) -> None:
+    def __init__(
+        self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int, head: Head | None = None
+    ) -> None:
         super().__init__(PAGES, max_num_seqs, MAX_MODEL_LEN)
+        self.head = head
         self.clock, self.seconds = clock, seconds
         self.steps: list[int] = []
 
-    def launch(self, plan: StepPlan, *, masked: bool):  # type: ignore[no-untyped-def]
+    def launch(self, plan: StepPlan, *, masked: bool) -> Launched:
         num_tokens = sum(work.num_tokens for work in plan.work)
         self.steps.append(num_tokens)
         # Machines are not exact: a hundredth more or less.
         self.clock.now += self.seconds(num_tokens) * (1 + (len(self.steps) * 7 % 5 - 2) / 200)
-        return super().launch(plan, masked=masked)
+        launched = super().launch(plan, masked=masked)
+        if self.head is not None and launched.result is not None:
+            launched.result = self.draft(plan, launched.result, self.head)
+        return launched
+
+    def draft(self, plan: StepPlan, result: StepResult, head: Head) -> StepResult:
+        """As a head on the device drafts: a pass for each place, of all sequences that want it."""
+        places = max(work.num_wanted for work in plan.work)
+        drafts = {}
+        for index, work in enumerate(plan.work):
+            if work.num_wanted:
+                length = work.start + work.num_tokens - work.num_drafts + result.accepted.get(index, 0)
+                seen = self.seen(work.slot, length)
+                drafts[index] = head.drafts([*seen, result.token_ids[index]], work.num_wanted)
+        self.clock.now += places * head.seconds
+        return replace(result, drafts=drafts, draft_seconds=places * head.seconds)
 
 
 def simulate(
@@ -60,11 +93,12 @@ def simulate(
     quality: float | None,
     num_seqs: int,
     num_tokens: int = 400,
+    head: Head | None = None,
 ) -> tuple[float, TimedMachine, Oracle, EngineCore]:
     """The time that `num_seqs` requests of `num_tokens` output tokens take; without drafts if `quality` is None."""
     clock = Clock()
     monkeypatch.setattr(quire.engine.core, "time", clock)
-    machine = TimedMachine(clock, seconds, num_seqs)
+    machine = TimedMachine(clock, seconds, num_seqs, head)
     requests = [
         Request(
             str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0), StopConditions(num_tokens, ignore_eos=True)
@@ -74,6 +108,8 @@ def simulate(
     outputs = [run_alone(request, MAX_MODEL_LEN)[0] for request in requests]
     oracle = Oracle(lambda key: [*requests[key].prompt_token_ids, *outputs[key]], quality or 0.0, VOCAB_SIZE)
     speculator = Speculator(oracle, SpeculationConfig(4)) if quality is not None else None
+    if head is not None:
+        speculator = Speculator(None, SpeculationConfig(4), on_device=True)
     config = SchedulerConfig(num_seqs, 512, MAX_MODEL_LEN)
     scheduler = Scheduler(config, PagePool(PAGES), frozenset({EOS}))
     core = EngineCore(machine, scheduler, None, VOCAB_SIZE, speculator=speculator)
@@ -143,6 +179,35 @@ def test_speculation_comes_back_when_drafts_become_good(monkeypatch: pytest.Monk
         core.step()
     tokens = sum(len(sequence.token_ids) for sequence in core.scheduler) - before
     assert tokens >= 10 * num_seqs * 4
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4, 8])
+@pytest.mark.parametrize("cost", COSTS)
+def test_a_head_that_is_always_wrong_costs_at_most_three_percent(
+    monkeypatch: pytest.MonkeyPatch, cost: str, num_seqs: int
+) -> None:
+    """Its passes cost, too, whether or not anybody verifies what they drafted."""
+    _, machine, _, core = simulate(monkeypatch, COSTS[cost], None, num_seqs)
+    without = finish(core, machine)
+    head = Head(0.08 * COSTS[cost](num_seqs), right=False)
+    _, machine, _, core = simulate(monkeypatch, COSTS[cost], None, num_seqs, head=head)
+    assert finish(core, machine) <= 1.03 * without
+
+
+@pytest.mark.parametrize("num_seqs", [1, 4])
+def test_a_head_comes_back_when_it_is_right(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
+    """Within 50 steps, though it is asked seldom."""
+    head = Head(0.0005, right=False)
+    _, _, _, core = simulate(monkeypatch, COSTS["a GPU's"], None, num_seqs, num_tokens=700, head=head)
+    for _ in range(150):
+        core.step()
+    head.right = True
+    for _ in range(50):
+        core.step()
+    before = sum(len(sequence.token_ids) for sequence in core.scheduler)
+    for _ in range(10):
+        core.step()
+    assert sum(len(sequence.token_ids) for sequence in core.scheduler) - before >= 10 * num_seqs * 3
 
 
 @given(

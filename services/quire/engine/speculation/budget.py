@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.cost import PassCost, StepCost
 
 # Drafts must be expected to win so much: less is within what can be measured.
 _WORTH = 1.01
@@ -44,3 +44,20 @@ def choose(offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: Ste
         return [0] * len(offers)
     chosen: list[int] = np.bincount(owners[order[:best]], minlength=len(offers)).tolist()
     return chosen
+
+
+def choose_places(
+    rates: Sequence[float], most: int, num_decodes: int, num_tokens: int, cost: StepCost, passes: PassCost
+) -> int:
+    """For how many places the device is to make drafts, of all sequences with these rates together.
+
+    `num_decodes` and `num_tokens` as in `choose`. A place costs a pass, whether or not its drafts are verified then.
+    """
+    if not rates or not most or not cost.knows(num_tokens):
+        return 0
+    gains = np.array(rates)[:, None] ** np.arange(1, most + 1)
+    expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
+    places = np.arange(most + 1)
+    speed = expected / (cost.seconds(num_tokens + len(rates) * places) + places * passes.seconds)
+    best = int(np.argmax(speed))
+    return best if speed[best] >= _WORTH * speed[0] else 0

@@ -21,6 +21,20 @@ _FIRST, _TRUSTED = 3, 128
 _LONGEST = 2.0
 
 
+class PassCost:
+    """Seconds of one pass of a drafter on the device, which drafts one token for each sequence; 0 until it is known."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def record(self, num_passes: int, seconds: float) -> None:
+        """So many passes took so long."""
+        one = seconds / num_passes
+        if self.seconds:
+            one = self.seconds + _OWN * (min(one, _LONGEST * self.seconds) - self.seconds)
+        self.seconds = one
+
+
 class StepCost:
     """Seconds by number of tokens, a curve through what was measured."""
 

@@ -13,13 +13,20 @@ from dataclasses import dataclass, field
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence
 from quire.engine.speculation.acceptance import Rates
-from quire.engine.speculation.budget import Offer, choose
-from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.budget import Offer, choose, choose_places
+from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
 from quire.service.errors import ConfigError
 
 # After an offer that was wrong from its first token on, its sequence waits for twice as many tokens as the time before.
 _LONGEST_PAUSE = 16
+
+# Where drafts of the device are not worth their passes, it still makes one in so many of as many steps, to see whether
+# they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step.
+_PROBES, _PROBED = 4, 40
+
+# What the device is to draft for a prompt's end before it is known what that is worth.
+_FIRST_PLACES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,8 @@ class _Prospect:
     pauses: dict[Drafter, int] = field(default_factory=dict)
     last_pauses: dict[Drafter, int] = field(default_factory=dict)
     verifying: Drafter | None = None
+    # Steps since the device's drafts were last worth their passes.
+    num_idle: int = 0
 
     def best(self) -> Drafter | None:
         """Whose offer is most likely to be right."""
@@ -92,6 +101,8 @@ class Speculator:
         self._on_device = on_device and config.num_tokens > 0
         self._config = config
         self._cost = StepCost() if cost is None else cost
+        self._passes = PassCost()
+        self._num_places = min(config.num_tokens, _FIRST_PLACES) if self._on_device else 0
         self._rates = Rates.of_all()
         self._prospects: dict[int, _Prospect] = {}
         self._released: list[int] = []
@@ -104,7 +115,7 @@ class Speculator:
     @property
     def num_wanted(self) -> int:
         """How many drafts to ask the device for when a prompt is done."""
-        return self._config.num_tokens if self._on_device else 0
+        return self._num_places
 
     def wants(self, scheduler: Scheduler) -> bool:
         """Whether `propose` may have something for the next step."""
@@ -112,7 +123,7 @@ class Speculator:
             (prospect := self._prospects.get(sequence.key)) is None
             or prospect.offers
             or (self._source is not None and not prospect.pauses.get(Drafter.SUFFIX))
-            or (self._on_device and not prospect.pauses.get(Drafter.EAGLE))
+            or self._on_device
             for sequence in scheduler.running
             if sequence.num_pending == 1 and not sequence.awaits_last_token
         )
@@ -130,22 +141,41 @@ class Speculator:
         for sequence in decodes:
             prospect = self._prospect(sequence)
             sequence.drafts = ()
-            sequence.num_wanted = self._num_wanted(prospect, self._config.num_tokens)
             prospect.verifying = drafter = prospect.best()
             if drafter is not None:
                 limit = self._config.num_forced if drafter is Drafter.FORCED else self._config.num_tokens
                 tokens = prospect.offers[drafter][:limit]
                 offers.append(Offer(len(tokens), prospect.rates[drafter]))
-                takers.append((sequence, prospect, tokens))
+                takers.append((sequence, tokens))
         chosen = choose(offers, len(decodes), num_tokens, self._cost)
-        for (sequence, prospect, tokens), count in zip(takers, chosen, strict=True):
+        for (sequence, tokens), count in zip(takers, chosen, strict=True):
             sequence.drafts = tokens[:count]
-            # One more than is worth it now, to see when more is.
-            sequence.num_wanted = self._num_wanted(prospect, count + 1)
+        if self._on_device:
+            self._want(decodes, num_tokens)
 
-    def observe_step(self, num_tokens: int, seconds: float) -> None:
-        """A step computed so many tokens in so long."""
-        self._cost.record(num_tokens, seconds)
+    def _want(self, decodes: list[Sequence], num_tokens: int) -> None:
+        """Sets how many drafts the device is to make of what follows each sequence's next token."""
+        takers = []
+        for sequence in decodes:
+            prospect = self._prospect(sequence)
+            sequence.num_wanted = 0
+            # Not where another drafter's are there and better.
+            if prospect.verifying in (None, Drafter.EAGLE) or not sequence.drafts:
+                takers.append((sequence, prospect))
+        rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
+        self._num_places = places = choose_places(
+            rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
+        )
+        for sequence, prospect in takers:
+            prospect.num_idle = 0 if places else prospect.num_idle + 1
+            sequence.num_wanted = places or int(prospect.num_idle % _PROBED < _PROBES)
+
+    def observe_step(self, num_tokens: int, seconds: float, num_places: int, draft_seconds: float) -> None:
+        """A step computed so many tokens in so long, of which the device spent `draft_seconds` on drafts for so many
+        places."""
+        self._cost.record(num_tokens, seconds - draft_seconds)
+        if num_places:
+            self._passes.record(num_places, draft_seconds)
 
     def observe(
         self,
@@ -192,11 +222,6 @@ class Speculator:
             prospect.last_pauses[drafter] = 0
         elif wrong:
             prospect.leave_alone(drafter)
-
-    def _num_wanted(self, prospect: _Prospect, most: int) -> int:
-        if not self._on_device or prospect.pauses.get(Drafter.EAGLE):
-            return 0
-        return min(most, self._config.num_tokens)
 
     def forget(self, key: int) -> None:
         """A sequence has ended."""
