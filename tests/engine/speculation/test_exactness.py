@@ -8,11 +8,9 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from draft_oracle import Oracle
+from draft_oracle import FreeSteps, Oracle
 from families import one_thread
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -26,7 +24,6 @@ from quire.engine.models.model import Model, ModelDtype
 from quire.engine.models.registry import load_model
 from quire.engine.page_pool import PagePool
 from quire.engine.scheduler import Scheduler, SchedulerConfig
-from quire.engine.speculation.cost import StepCost
 from quire.engine.speculation.drafts import DraftRequest
 from quire.engine.speculation.eagle.drafter import EagleDrafter
 from quire.engine.speculation.eagle.head import load_eagle
@@ -60,16 +57,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         for kind in ("eagle3", "eagle"):
             heads[kind] = write_head(tiny_eagle(model.config, kind), tmp_path_factory.mktemp(kind), "safeail")
         yield Target(model, theirs, heads)
-
-
-class FreeSteps(StepCost):
-    """As if tokens cost nothing, so that whatever may be right is verified."""
-
-    def knows(self, num_tokens: int) -> bool:
-        return True
-
-    def seconds(self, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        return np.ones(len(num_tokens))
 
 
 @dataclass(frozen=True)
