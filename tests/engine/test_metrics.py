@@ -10,18 +10,23 @@ from pathlib import Path
 import httpx
 import pytest
 from engine_process import engine, prompt_of, request
-from prometheus_client import Metric
+from prometheus_client import Metric, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from served import free_port
 from session_client import DEADLINE, SessionClient
 from tiny_models import tiny_llama
 
 from quire.engine.config import EngineConfig
+from quire.engine.messages import Load, Stepped
 from quire.engine.metrics import EngineMetrics
+from quire.engine.speculation.drafts import Drafter
+from quire.engine.speculation.speculator import SpeculationStats
+from quire.engine.stats import EngineStats
 from quire.service.errors import ConfigError
 from quire.service.request import StopConditions
 
 PAGES = 900
+DRAFTS = ("drafted", "verified_draft", "accepted_draft")
 
 
 async def scrape(port: int) -> str:
@@ -123,3 +128,27 @@ def test_a_port_that_is_taken_or_none_is_said() -> None:
         EngineMetrics("two").serve(port)
     with pytest.raises(ConfigError, match="--metrics-port is 70000: give a port from 1 to 65535"):
         EngineConfig("unix:x", metrics_port=70000)
+
+
+def test_speculation_is_told_by_drafter_and_place() -> None:
+    """Whether drafts are worth their while, and how many of them, can't be seen from tokens per second."""
+    metrics, stats = EngineMetrics("engine-0"), EngineStats()
+    names = {family.name for family in metrics.registry.collect()}
+    assert not any("draft" in name for name in names)
+    stats.speculation = SpeculationStats()
+    stats.speculation.drafted["suffix"] += 9
+    stats.speculation.record(Drafter.SUFFIX, 3, 1)
+    stats.speculation.record(Drafter.SUFFIX, 2, 2)
+    metrics.record(Stepped((), (), (), Load(1, 0, 0, 10, 9, 0, 0, stats)))
+    text = generate_latest(metrics.registry).decode()
+    families = list(text_string_to_metric_families(text))
+    check_exposition(text, families)
+    now = samples_of(families)
+    counted = [now[f"quire_engine_{name}_tokens_total{{drafter=suffix}}"] for name in DRAFTS]
+    assert counted == [9, 5, 3]
+    assert now["quire_engine_verified_draft_tokens_total{drafter=forced}"] == 0
+    places = [
+        [now[f"quire_engine_{name}_tokens_by_position_total{{position={place}}}"] for place in (1, 2)]
+        for name in DRAFTS[1:]
+    ]
+    assert places == [[2, 2], [2, 1]]
