@@ -48,8 +48,20 @@ def speculating(receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenAI]:
+    """The same without: one token a step."""
+    log = tmp_path_factory.mktemp("plain") / "log"
+    with serve(log, "--speculation", "off", "--dtype", "float32") as served:
+        yield client_of(served)
+
+
+@pytest.fixture(scope="module")
 def quick(speculating: Served) -> OpenAI:
-    return OpenAI(base_url=f"{speculating.url}/v1", api_key="none", max_retries=0, timeout=120)
+    return client_of(speculating)
+
+
+def client_of(served: Served) -> OpenAI:
+    return OpenAI(base_url=f"{served.url}/v1", api_key="none", max_retries=0, timeout=120)
 
 
 def predicted(usage: CompletionUsage | None) -> tuple[int, int]:
@@ -61,7 +73,7 @@ def predicted(usage: CompletionUsage | None) -> tuple[int, int]:
     return details.accepted_prediction_tokens, details.rejected_prediction_tokens
 
 
-def test_what_repeats_comes_in_fewer_steps(client: OpenAI, quick: OpenAI, receiver: OtlpReceiver) -> None:
+def test_what_repeats_comes_in_fewer_steps(plain: OpenAI, quick: OpenAI, receiver: OtlpReceiver) -> None:
     """The answer must be the one without drafts, token for token, and the client must see what they did for it."""
     trace_id = secrets.token_hex(16)
     expected, found = (
@@ -69,7 +81,7 @@ def test_what_repeats_comes_in_fewer_steps(client: OpenAI, quick: OpenAI, receiv
             model=MODEL, prompt=REPEATED, max_tokens=100, temperature=0,
             extra_headers={"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"} if one is quick else {},
         )
-        for one in (client, quick)
+        for one in (plain, quick)
     )  # fmt: skip
     assert found.choices[0].text == expected.choices[0].text
     assert predicted(expected.usage) == (0, 0)
@@ -80,7 +92,7 @@ def test_what_repeats_comes_in_fewer_steps(client: OpenAI, quick: OpenAI, receiv
     assert engine.attributes.get("quire.speculation.rejected_drafts", 0) == rejected
 
 
-def test_what_a_grammar_forces_is_not_waited_for(client: OpenAI, quick: OpenAI) -> None:
+def test_what_a_grammar_forces_is_not_waited_for(plain: OpenAI, quick: OpenAI) -> None:
     """The names of a JSON object's fields cost a step a token, although nothing else may follow."""
     form = {"type": "json_schema", "json_schema": {"name": "order", "schema": SCHEMA}}
     expected, found = (
@@ -88,7 +100,7 @@ def test_what_a_grammar_forces_is_not_waited_for(client: OpenAI, quick: OpenAI) 
             model=MODEL, messages=[{"role": "user", "content": "Make up an order."}], max_tokens=100, temperature=0,
             response_format=form,  # type: ignore[call-overload]
         )
-        for one in (client, quick)
+        for one in (plain, quick)
     )  # fmt: skip
     assert found.choices[0].message.content == expected.choices[0].message.content
     assert json.loads(found.choices[0].message.content).keys() == SCHEMA["properties"].keys()  # type: ignore[attr-defined]
@@ -115,10 +127,10 @@ def test_it_is_in_the_usage_over_grpc_and_in_quire_top(speculating: Served) -> N
     assert "of drafts right (" in shown and "tokens drawn a step" in shown
 
 
-def test_a_sidecar_that_dies_changes_nothing(speculating: Served, client: OpenAI, quick: OpenAI) -> None:
+def test_a_sidecar_that_dies_changes_nothing(speculating: Served, plain: OpenAI, quick: OpenAI) -> None:
     """Drafts come from beside the engine: without them the answer is slower, and nothing else."""
     prompt = f"# Shapes\n{REPEATED}"
-    expected = client.completions.create(model=MODEL, prompt=prompt, max_tokens=150, temperature=0)
+    expected = plain.completions.create(model=MODEL, prompt=prompt, max_tokens=150, temperature=0)
     stream = quick.completions.create(model=MODEL, prompt=prompt, max_tokens=150, temperature=0, stream=True)
     text = next(stream).choices[0].text
     os.kill(speculating.pid_of("quire.sidecar"), signal.SIGKILL)
