@@ -15,9 +15,9 @@ triton_testing.need_triton()
 
 from attention_batches import PAGE_SIZE, make_batch, small_tiles  # noqa: E402
 
+from quire.kernels.attention_new_tokens import attend_new_tokens_triton  # noqa: E402
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape  # noqa: E402
 from quire.kernels.paged_attention_triton import (  # noqa: E402
-    attend_new_tokens_triton,
     paged_attention_triton,
     plan_attention_triton,
 )

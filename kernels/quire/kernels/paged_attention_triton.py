@@ -123,7 +123,7 @@ def paged_attention_triton(
     off. Rows of no sequence are left as they were allocated.
     """
     shape = plan.shape
-    _check_layout(queries, key_pages, value_pages, shape)
+    check_layout(queries, key_pages, value_pages, shape)
     if scale is None:
         scale = shape.head_size**-0.5
     if scale <= 0:
@@ -131,57 +131,23 @@ def paged_attention_triton(
     out = torch.empty_like(queries)
     prefixes = plan.prefixes
     if prefixes is not None:
-        _launch(prefixes.work, queries, key_pages, value_pages, prefixes.out, plan, scale, soft_cap, True, 1)
+        launch_attention(prefixes.work, queries, key_pages, value_pages, prefixes.out, plan, scale, soft_cap, True, 1)
     for index, work in enumerate(plan.lists):
         merge = 0 if prefixes is None else 2
-        _launch(work, queries, key_pages, value_pages, out, plan, scale, soft_cap, index > 0, merge)
-    return out
-
-
-def attend_new_tokens_triton(
-    qkv: Tensor,
-    table: Tensor,
-    norm: HeadNorm | None,
-    key_pages: Tensor,
-    value_pages: Tensor,
-    plan: TritonAttentionPlan,
-    scale: float | None = None,
-    soft_cap: float = 0.0,
-) -> Tensor:
-    """`rotary_and_write`, then `paged_attention_triton`, in one launch, for sequences of one query each.
-
-    qkv [T, heads + 2 kv_heads, D]: queries, keys, values, row i of the sequence whose query it is; table from
-    `rotary_table`; otherwise as those two. The plan must be one for decodes alone, without groups.
-    """
-    shape = plan.shape
-    if plan.prefixes is not None or len(plan.lists) != 1:
-        raise ValueError("only a plan for one query of each sequence, and without groups, attends to new tokens")
-    if qkv.shape[1:] != (shape.num_heads + 2 * shape.num_kv_heads, shape.head_size) or qkv.stride()[1:] != (
-        shape.head_size,
-        1,
-    ):
-        raise ValueError(f"qkv must be [T, heads + 2 kv_heads, D] of {shape}, a token's heads contiguous")
-    if table.shape[1:] != (2, 1, shape.head_size) or not table.is_contiguous():
-        raise ValueError(f"table must be contiguous, [positions, 2, 1, {shape.head_size}]: it is {list(table.shape)}")
-    size = (qkv.shape[0], shape.num_heads, shape.head_size)
-    out = torch.empty(size, dtype=key_pages.dtype, device=qkv.device)
-    _check_layout(out, key_pages, value_pages, shape)
-    scale = shape.head_size**-0.5 if scale is None else scale
-    new = _NewTokens(qkv, table, norm)
-    _launch(plan.lists[0], out, key_pages, value_pages, out, plan, scale, soft_cap, False, 0, new)
+        launch_attention(work, queries, key_pages, value_pages, out, plan, scale, soft_cap, index > 0, merge)
     return out
 
 
 @dataclass(frozen=True, slots=True)
-class _NewTokens:
-    """What a launch turns and writes itself."""
+class NewTokens:
+    """What a launch turns and writes itself: see `quire.kernels.attention_new_tokens`."""
 
-    qkv: Tensor
-    table: Tensor
+    qkv: Tensor  # [T, heads + 2 kv_heads, D]
+    table: Tensor  # float32 [positions, 2, 1, D]
     norm: HeadNorm | None
 
 
-def _launch(
+def launch_attention(
     work: WorkList,
     queries: Tensor,
     key_pages: Tensor,
@@ -192,8 +158,9 @@ def _launch(
     soft_cap: float,
     bulk: bool,
     prefix: int,
-    new: _NewTokens | None = None,
+    new: NewTokens | None = None,
 ) -> None:
+    """Launches one list's work; `bulk` and `prefix` are the kernel's."""
     shape, tile, prefixes = plan.shape, work.tile, plan.prefixes
     block_size = max(16, next_power_of_2(shape.head_size))
     combine_rows = min(4, next_power_of_2(shape.group))
@@ -243,7 +210,8 @@ def _launch(
     )
 
 
-def _check_layout(queries: Tensor, key_pages: Tensor, value_pages: Tensor, shape: AttentionShape) -> None:
+def check_layout(queries: Tensor, key_pages: Tensor, value_pages: Tensor, shape: AttentionShape) -> None:
+    """Raises ValueError where the kernel would read other elements than were meant."""
     if queries.shape[1:] != (shape.num_heads, shape.head_size):
         raise ValueError(f"queries must be [T, {shape.num_heads}, {shape.head_size}], and are {list(queries.shape)}")
     pages = (shape.num_kv_heads, key_pages.shape[2], shape.head_size)

@@ -21,10 +21,10 @@ from quire.engine.models.layer import Attention, Layer, LayerLoader
 from quire.engine.models.linear import Linear
 from quire.engine.models.model import ModelDtype
 from quire.engine.models.weights import Weights
+from quire.kernels.attention_new_tokens import attend_new_tokens_triton
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
 from quire.kernels.paged_attention_triton import (
     TritonAttentionPlan,
-    attend_new_tokens_triton,
     paged_attention_triton,
     plan_attention_triton,
 )
