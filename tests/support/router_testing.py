@@ -49,6 +49,7 @@ async def assert_whole(stream: Stream, request: Request, reason: FinishReason = 
     assert finished == Finished(reason)
     assert stream.terminal_events == 1
     assert stream.token_ids == output_of(request.prompt_token_ids, request.stop.max_tokens)
+    assert stream.rejected_drafts == len(stream.token_ids)
 
 
 @asynccontextmanager

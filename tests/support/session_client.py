@@ -25,6 +25,7 @@ class Stream:
     finished: Finished | None = None
     starts: int = 0
     terminal_events: int = 0
+    rejected_drafts: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def until_tokens(self, count: int) -> None:
@@ -103,6 +104,8 @@ class SessionClient:
         update = update_from_proto(message)
         stream = self.streams[update.key]
         stream.token_ids.extend(update.token_ids)
+        if update.drafts is not None:
+            stream.rejected_drafts += update.drafts.rejected
         if update.started is not None:
             stream.starts += 1
             stream.started = stream.started or update.started
