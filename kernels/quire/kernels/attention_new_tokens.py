@@ -1,6 +1,6 @@
 """A few decodes' rotary positions, page writes and attention in one launch, where a launch costs as much as its work.
 
-Whoever has the last part of a sequence's context begins with the new token's key and value, which it writes into their
+Whoever has the part with a sequence's end begins with the new token's key and value, which it writes into their
 page; so nobody reads what another program of the same launch writes.
 """
 

@@ -266,8 +266,8 @@ def _attend_kernel(
     """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's.
 
     PREFIX 1: the queries are those that `rows_ptr` names, which all see all keys; see `store_rows`. NEW: `queries_ptr`
-    has queries, keys and values as the product made them, and whoever has a sequence's last part begins with its new
-    token's key and value, which it writes into their page.
+    has queries, keys and values as the product made them, and whoever has the part with a sequence's end begins with its
+    new token's key and value, which it writes into their page.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -314,7 +314,8 @@ def _attend_kernel(
         v = tl.load(key_ptrs[:, None] + NUM_KV_HEADS * HEAD_SIZE + element[None, :], mask=inside, other=0.0).to(pool)
         scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         scores = cap_scores(scores, scale, soft_cap) if SOFT_CAP else scores * scale
-        if part == parts - 1:
+        # Not always the last part: behind a window there may be one without a key.
+        if (begin <= position) & (position < end):
             best = scores
             weight += 1.0
             acc = v.to(tl.float32)
