@@ -266,7 +266,7 @@ def _attend_kernel(
     """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's.
 
     PREFIX 1: the queries are those that `rows_ptr` names, which all see all keys; see `store_rows`. NEW: `queries_ptr`
-    has queries, keys and values as the product made them, and whoever has the part with a sequence's end begins with its
+    has queries, keys and values as the product made them, and who has the part with a sequence's end begins with its
     new token's key and value, which it writes into their page.
     """
     kv_head = tl.program_id(0)
