@@ -20,7 +20,7 @@ from torch import Tensor
 
 from quire.engine.core import EngineCore
 from quire.engine.cpu_runner import CpuRunner
-from quire.engine.models.model import ForwardBatch, KVCache
+from quire.engine.models.model import ForwardBatch, HiddenTaps, KVCache
 from quire.engine.page_pool import PagePool
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.service.request import Request, SamplingParams, StopConditions
@@ -37,7 +37,7 @@ class NoModel:
     def new_kv_cache(self, num_pages: int) -> KVCache:
         return KVCache(())
 
-    def forward(self, batch: ForwardBatch, cache: KVCache) -> Tensor:
+    def forward(self, batch: ForwardBatch, cache: KVCache, taps: HiddenTaps | None = None) -> Tensor:
         return self.logits[: batch.logit_rows.shape[0]]
 
 
