@@ -281,15 +281,15 @@ class EngineCore:
             else:
                 between.append(now - sequence.last_token_at)
             sequence.last_token_at = now
-            drafts, accepted = sequence.drafts, result.accepted.get(index, 0)
-            tokens = (*drafts[:accepted], result.token_ids[index])
-            grammar = results.get(sequence.key)
-            if work.num_drafts:
-                if grammar is not None:
-                    # Behind what the grammar allows nothing was masked.
-                    tokens = tokens[: grammar.num_drafts + 1]
-                self.scheduler.accept(sequence, len(tokens) - 1)
+            tokens: tuple[int, ...] = (result.token_ids[index],)
             if self._speculator is not None:
+                grammar = results.get(sequence.key)
+                if work.num_drafts:
+                    tokens = (*sequence.drafts[: result.accepted[index]], *tokens)
+                    if grammar is not None:
+                        # Behind what the grammar allows nothing was masked.
+                        tokens = tokens[: grammar.num_drafts + 1]
+                    self.scheduler.accept(sequence, len(tokens) - 1)
                 forced = grammar.forced if grammar is not None else None
                 self._speculator.observe(sequence, work.num_drafts, tokens, forced, result.drafts.get(index))
             error = errors.get(sequence.key)
@@ -305,25 +305,24 @@ class EngineCore:
         num_drafts: int,
     ) -> int:
         """Adds what a step drew after it had verified `num_drafts` drafts; returns how many tokens count."""
-        finished = Finished(FinishReason.ERROR, error) if error is not None else None
-        count = 0
-        while finished is None and count < len(token_ids):
-            if token_ids[count] < 0:
+        count, reason, drafts = 0, None, None
+        for token_id in token_ids if error is None else ():
+            if token_id < 0:
                 error = InternalError("the model's logits are not finite: its weights or this input are broken")
-                finished = Finished(FinishReason.ERROR, error)
                 break
-            self.scheduler.append(sequence, token_ids[count])
+            self.scheduler.append(sequence, token_id)
             count += 1
-            reason = sequence.finish_reason()
-            finished = Finished(reason) if reason is not None else None
-        drafts = None
+            if (reason := sequence.finish_reason()) is not None:
+                break
         if num_drafts:
             accepted = min(count, len(token_ids) - 1)
             drafts = VerifiedDrafts(accepted, num_drafts - accepted)
-        if finished is None:
-            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs, None, drafts))
+        if error is not None:
+            self._finish(sequence, Finished(FinishReason.ERROR, error), token_ids[:count], logprobs[:count], drafts)
+        elif reason is not None:
+            self._finish(sequence, Finished(reason), token_ids[:count], logprobs[:count], drafts)
         else:
-            self._finish(sequence, finished, token_ids[:count], logprobs[:count], drafts)
+            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs, None, drafts))
         return count
 
     def _end_expired(self) -> None:

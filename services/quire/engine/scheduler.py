@@ -432,10 +432,10 @@ class _Step:
         """A sequence in the batch computes `num_tokens`."""
         self.budget -= num_tokens
         start = sequence.num_computed
-        sample = start + num_tokens == sequence.num_tokens + len(sequence.drafts)
+        drafts = sequence.drafts
+        sample = start + num_tokens == sequence.num_tokens + len(drafts)
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
-        drafts = sequence.drafts
         wanted = sequence.num_wanted if sample else 0
         self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted)
         if drafts:
