@@ -20,7 +20,8 @@ _EXAMPLES = """examples:
   python -m quire.router --listen [::]:9000 --engines dns:engines.models.svc:9100
       an engine at each address that the name has, looked up again and again
   python -m quire.router --listen [::]:9000 --engines kubernetes:models/engines:grpc
-      an engine in each ready pod of the Service `engines` in the namespace `models`, at its port `grpc`
+      an engine in each ready pod of the Service `engines` in the namespace `models`, at its port `grpc`;
+      kubernetes:models/engines+canary:grpc are those of two Services
 
 Spans are exported if OTEL_EXPORTER_OTLP_ENDPOINT is set.
 """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Protocol
 
+from quire.router.canary import Canary
 from quire.router.cost import EngineView
 from quire.router.flight import Flight
 from quire.router.index import CacheReplica, PagesInProgress, PrefixIndex
@@ -68,7 +69,8 @@ class Endpoint:
 
     `name` and `model` are the engine's own, known since its first welcome. `flights` are the requests that it holds,
     by the key they have on its session; keys are never used twice, not even on another session. `withdrawn` says that
-    it is not among the router's engines any more; it is `unused` once it has nothing in flight, too.
+    it is not among the router's engines any more; it is `unused` once it has nothing in flight, too. `canary` says that
+    it is on trial.
     """
 
     def __init__(self, address: str, index: PrefixIndex) -> None:
@@ -80,6 +82,7 @@ class Endpoint:
         self.flights: dict[int, Flight] = {}
         self.view = EngineView()
         self.withdrawn = False
+        self.canary: Canary | None = None
         self.unused = asyncio.Event()
         self._session: EngineSession | None = None
         self._draining = False
@@ -104,6 +107,11 @@ class Endpoint:
     def prefill_tokens_per_second(self) -> float:
         """As it has learned, 0 before that."""
         return self._load.prefill_tokens_per_second
+
+    @property
+    def revision(self) -> str:
+        """Which engines on trial it belongs to, empty if to none."""
+        return self.canary.revision if self.canary else ""
 
     @property
     def state(self) -> str:

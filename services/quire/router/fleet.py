@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from quire.router.canary import Split
 from quire.router.cost import (
     FIRST_GUESS_OUTPUT_TOKENS,
     FIRST_GUESS_PREFILL_TOKENS_PER_SECOND,
@@ -41,6 +42,7 @@ class Fleet:
         self._expectations = Expectations()
         self._output_tokens = FIRST_GUESS_OUTPUT_TOKENS
         self._turn = 0
+        self._split = Split()
 
     @property
     def ready(self) -> bool:
@@ -76,13 +78,15 @@ class Fleet:
         """The engine with the smallest expected time to first token; None if none is ready.
 
         `keys` are the index's keys of the prompt's pages, `num_tokens` its length. Engines in `avoid` are chosen if
-        there is no other. Ties go to the engine that has to compute least, so that a burst with one new prefix gathers
-        where it is being computed, then to the one with the fewest requests in flight, then in turn.
+        there is no other. Where some are on trial, it is first settled whether the request goes to one of them. Ties
+        go to the engine that has to compute least, so that a burst with one new prefix gathers where it is being
+        computed, then to the one with the fewest requests in flight, then in turn.
         """
         ready = self.ready_for(model)
         candidates = [endpoint for endpoint in ready if endpoint not in avoid] or ready
         if not candidates:
             return None
+        candidates = self._split.side(candidates, moved=bool(avoid))
         # The engine computes at least the last token, so a page that ends with it saves this request nothing.
         keys = keys[: (num_tokens - 1) // PAGE_SIZE]
         matches = self.index.match(keys)

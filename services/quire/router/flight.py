@@ -37,6 +37,8 @@ class Flight:
     first_token_at: float | None = None
     # Of the engine that had it last, once one had.
     engine: str = ""
+    # Of the engine that has it; empty is none on trial.
+    revision: str | None = None
     cached_tokens: int = 0
     started: bool = False
     cancelled: bool = False

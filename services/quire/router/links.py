@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 
 from quire.router.core import Router
-from quire.router.discovery import Discovery
+from quire.router.discovery import Addresses, Discovery
 from quire.router.endpoint import Endpoint
 from quire.router.link import EngineLink
 from quire.router.metrics import RouterMetrics
@@ -36,16 +36,18 @@ class EngineLinks:
             async for addresses in self._discovery.addresses():
                 self._follow(addresses, tasks)
 
-    def _follow(self, addresses: frozenset[str], tasks: asyncio.TaskGroup) -> None:
+    def _follow(self, addresses: Addresses, tasks: asyncio.TaskGroup) -> None:
         for address, endpoint in self._endpoints.items():
             if address not in addresses and not endpoint.withdrawn:
                 logger.info("engine withdrawn", extra={"engine": endpoint.name, "in_flight": len(endpoint.flights)})
                 self._router.withdraw_engine(endpoint)
             elif address in addresses and endpoint.withdrawn:
                 self._router.restore_engine(endpoint)
-        for address in sorted(addresses - self._endpoints.keys()):
+        for address in sorted(addresses.keys() - self._endpoints.keys()):
             endpoint = self._endpoints[address] = self._router.add_engine(address)
             tasks.create_task(self._keep(endpoint), name=f"engine {address}")
+        for address, canary in addresses.items():
+            self._endpoints[address].canary = canary
 
     async def _keep(self, endpoint: Endpoint) -> None:
         while not endpoint.withdrawn:

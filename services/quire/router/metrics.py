@@ -38,6 +38,12 @@ class RouterMetrics:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self._requests = self._counter("requests", "Requests that ended.", "reason", "code")
+        self._attempts = self._counter(
+            "attempts",
+            "Requests that engines ended or lost. revision: of those on trial, else empty; outcome: ok, failed.",
+            "revision",
+            "outcome",
+        )
         # By engine, and forgotten with it.
         self._of_engines: list[Counter] = []
         self._prompt_tokens = self._engine_counter("prompt_tokens", "Prompt tokens of requests that engines started.")
@@ -109,6 +115,10 @@ class RouterMetrics:
         """A request ended."""
         code = finished.error.code.value if finished.error else ""
         self._requests.labels(finished.reason.value, code).inc()
+
+    def left_engine(self, revision: str, *, failed: bool) -> None:
+        """An engine has ended a request, or lost it."""
+        self._attempts.labels(revision, "failed" if failed else "ok").inc()
 
     def lost(self, endpoint: Endpoint, *, stalled: bool) -> None:
         """The session with an engine is over."""

@@ -10,10 +10,13 @@ from quire.router.endpoint import Endpoint
 from quire.router.fleet import Choice
 from quire.router.flight import Flight
 from quire.router.metrics import RouterMetrics
-from quire.service.errors import QuireError
+from quire.service.errors import ErrorCode, QuireError
 from quire.service.logs import facts_of
 from quire.service.request import Finished, Request, Started
 from quire.service.tracing import parent_context
+
+# Errors that say something against the engine, or how it was started; others are the request's own.
+_ENGINES_FAULT = frozenset((ErrorCode.INTERNAL, ErrorCode.UNAVAILABLE, ErrorCode.RESOURCE_EXHAUSTED))
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class RequestObserver:
         if flight.held_at is not None:
             self._metrics.held(now - flight.held_at)
         flight.engine = choice.endpoint.name
+        flight.revision = choice.endpoint.revision
         flight.span.set_attributes(
             {
                 "quire.engine": choice.endpoint.name,
@@ -70,6 +74,7 @@ class RequestObserver:
     def moved(self, flight: Flight, endpoint: Endpoint, error: QuireError) -> None:
         """A request leaves an engine for another."""
         self._metrics.moved(endpoint, streaming=bool(flight.tokens))
+        self._left(flight, failed=True)
         flight.span.add_event("moved", {"quire.engine": endpoint.name, "error.type": error.code.value})
         facts = {"request_id": flight.request.request_id, "engine": endpoint.name, "tokens": len(flight.tokens)}
         logger.debug("request moves on: %s", error.message, extra=facts)
@@ -77,6 +82,7 @@ class RequestObserver:
     def ended(self, flight: Flight, finished: Finished, now: float) -> None:
         """A request has had its terminal event, or nobody waits for it any more."""
         self._metrics.finished(finished)
+        self._left(flight, failed=finished.error is not None and finished.error.code in _ENGINES_FAULT)
         _end_span(flight, finished)
         request = flight.request
         facts: dict[str, object] = {
@@ -96,6 +102,11 @@ class RequestObserver:
         if finished.error is not None:
             facts |= facts_of(finished.error)
         logger.info("request", extra=facts)
+
+    def _left(self, flight: Flight, *, failed: bool) -> None:
+        if flight.revision is not None:
+            self._metrics.left_engine(flight.revision, failed=failed)
+            flight.revision = None
 
 
 def _end_span(flight: Flight, finished: Finished) -> None:

@@ -6,18 +6,22 @@ takes requests is what it says itself, on its session.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Protocol
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol, TypeAlias
 
+from quire.router.canary import Canary
 from quire.service.errors import ConfigError
 
 DNS, KUBERNETES = "dns:", "kubernetes:"
+
+# Engines' gRPC addresses, and those that are on trial.
+Addresses: TypeAlias = Mapping[str, Canary | None]
 
 
 class Discovery(Protocol):
     """A source of engines' gRPC addresses."""
 
-    def addresses(self) -> AsyncIterator[frozenset[str]]:
+    def addresses(self) -> AsyncIterator[Addresses]:
         """All addresses: at once, and again whenever they have changed. A source that fails keeps those it had."""
 
 
@@ -40,11 +44,11 @@ async def discovery_of(engines: Sequence[str], *, resolve_interval: float) -> Di
         # Only who asks for it needs the package.
         from quire.router.discovery.endpoint_slices import EndpointSlices
 
-        namespace, _, service = first.removeprefix(KUBERNETES).rpartition("/")
-        service, _, port_name = service.partition(":")
-        if not service:
+        namespace, _, services = first.removeprefix(KUBERNETES).rpartition("/")
+        services, _, port_name = services.partition(":")
+        if not all(services.split("+")):
             raise ConfigError(f"--engines is {first}: give a Service as {KUBERNETES}NAMESPACE/SERVICE:PORT")
-        return await EndpointSlices.here(service, namespace=namespace, port=port_name)
+        return await EndpointSlices.here(services.split("+"), namespace=namespace, port=port_name)
     return StaticAddresses(engines)
 
 

@@ -7,6 +7,8 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 
+from quire.router.discovery import Addresses
+
 Resolve = Callable[[str, int], Awaitable[frozenset[str]]]
 
 logger = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ class DnsNames:
         self._interval = interval
         self._resolve = resolve
 
-    async def addresses(self) -> AsyncIterator[frozenset[str]]:
+    async def addresses(self) -> AsyncIterator[Addresses]:
         """What the name means, whenever that has changed."""
         known: frozenset[str] | None = None
         failure = ""
@@ -49,5 +51,5 @@ class DnsNames:
                 failure = ""
                 if found != known:
                     known = found
-                    yield found
+                    yield dict.fromkeys(found)
             await asyncio.sleep(self._interval)

@@ -1,5 +1,6 @@
-"""Engines by the EndpointSlices of a Service in Kubernetes: a pod comes and goes within moments of its probe.
+"""Engines by the EndpointSlices of Services in Kubernetes: a pod comes and goes within moments of its probe.
 
+A slice has its Service's labels. Two of them say that its engines are on trial (see `canary`).
 Needs the package `kubernetes` and the rights to get, list and watch endpointslices.discovery.k8s.io in the namespace.
 """
 
@@ -8,11 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
+from quire.router.canary import Canary
+from quire.router.discovery import Addresses
 from quire.service.errors import ConfigError
 
 try:
@@ -32,25 +35,34 @@ _ANSWER_SECONDS = 10.0
 
 _FIRST_RETRY, _LAST_RETRY = 0.2, 10.0
 
+_REVISION, _PERCENT = "quire.dev/revision", "quire.dev/canary-percent"
+
 _Slice = Mapping[str, Any]
 
 logger = logging.getLogger(__name__)
 
 
-def addresses_of(slices: Iterable[_Slice], port: str) -> frozenset[str]:
+def addresses_of(slices: Iterable[_Slice], port: str) -> Addresses:
     """The addresses of ready endpoints in EndpointSlices, as the API's JSON has them.
 
     `port` is a port's name or number; empty means the only one. A slice without such a port has no addresses.
     """
-    found = set()
+    found = {}
     for each in slices:
         number = _port_of(each, port)
         for endpoint in each.get("endpoints") or ():
             # Not known means ready, as the API has it.
             if number is not None and endpoint.get("conditions", {}).get("ready") is not False:
                 host = endpoint["addresses"][0]
-                found.add(f"[{host}]:{number}" if each["addressType"] == "IPv6" else f"{host}:{number}")
-    return frozenset(found)
+                address = f"[{host}]:{number}" if each["addressType"] == "IPv6" else f"{host}:{number}"
+                found[address] = _canary(each["metadata"].get("labels") or {})
+    return found
+
+
+def _canary(labels: Mapping[str, str]) -> Canary | None:
+    percent = labels.get(_PERCENT, "")
+    # Whatever else stands there is nobody's wish to try an engine out.
+    return Canary(labels.get(_REVISION, ""), min(int(percent), 100)) if percent.isdecimal() else None
 
 
 def _port_of(each: _Slice, wanted: str) -> int | None:
@@ -60,16 +72,18 @@ def _port_of(each: _Slice, wanted: str) -> int | None:
 
 
 class EndpointSlices:
-    """Watches the slices of one Service. `port` is a port's name or number; empty means the only one."""
+    """Watches the slices of these Services. `port` is a port's name or number; empty means the only one."""
 
-    def __init__(self, configuration: client.Configuration, service: str, *, namespace: str, port: str = "") -> None:
+    def __init__(
+        self, configuration: client.Configuration, services: Sequence[str], *, namespace: str, port: str = ""
+    ) -> None:
         self._configuration = configuration
-        self._selector = f"kubernetes.io/service-name={service}"
+        self._selector = f"kubernetes.io/service-name in ({','.join(services)})"
         self._namespace = namespace
         self._port = port
 
     @classmethod
-    async def here(cls, service: str, *, namespace: str = "", port: str = "") -> EndpointSlices:
+    async def here(cls, services: Sequence[str], *, namespace: str = "", port: str = "") -> EndpointSlices:
         """As the pod's service account, or by the kubeconfig of who runs the router; `namespace` empty is the pod's.
 
         Raises ConfigError if neither account nor namespace is known.
@@ -87,11 +101,11 @@ class EndpointSlices:
                 f"--engines names a Service, but the Kubernetes API is not known here ({error}): run in a pod with a "
                 "service account, or set KUBECONFIG"
             ) from error
-        return cls(configuration, service, namespace=namespace or _own_namespace(), port=port)
+        return cls(configuration, services, namespace=namespace or _own_namespace(), port=port)
 
-    async def addresses(self) -> AsyncIterator[frozenset[str]]:
-        """Those of the Service's ready pods, whenever they have changed."""
-        known: frozenset[str] | None = None
+    async def addresses(self) -> AsyncIterator[Addresses]:
+        """Those of the Services' ready pods, whenever they have changed."""
+        known: Addresses | None = None
         delay, failure = _FIRST_RETRY, ""
         async with client.ApiClient(self._configuration) as api:
             while True:
@@ -110,7 +124,7 @@ class EndpointSlices:
                 await asyncio.sleep(delay)
                 delay = min(delay * 2, _LAST_RETRY)
 
-    async def _follow(self, api: client.DiscoveryV1Api) -> AsyncGenerator[frozenset[str], None]:
+    async def _follow(self, api: client.DiscoveryV1Api) -> AsyncGenerator[Addresses, None]:
         """Lists and watches until the watch ends."""
         what: dict[str, Any] = {"namespace": self._namespace, "label_selector": self._selector}
         listed = await api.list_namespaced_endpoint_slice(**what, _request_timeout=_ANSWER_SECONDS)

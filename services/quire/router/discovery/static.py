@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable
 
+from quire.router.discovery import Addresses
+
 
 class StaticAddresses:
     """These and no others."""
 
     def __init__(self, addresses: Iterable[str]) -> None:
-        self._addresses = frozenset(addresses)
+        self._addresses: Addresses = dict.fromkeys(addresses)
 
-    async def addresses(self) -> AsyncIterator[frozenset[str]]:
+    async def addresses(self) -> AsyncIterator[Addresses]:
         """All of them, once."""
         yield self._addresses
