@@ -42,8 +42,7 @@ class Dtype(Enum):
 
 
 class Speculation(Enum):
-    """Whether tokens are drafted and verified. AUTO: as many as make the batch faster by measurement; none on a GPU for
-    now."""
+    """Whether tokens are drafted and verified. AUTO: as many as make the batch faster by measurement."""
 
     OFF = "off"
     AUTO = "auto"

@@ -71,8 +71,7 @@ class CpuRunner:
         draws = Draws.of(work)
         if work.score.any():
             prompt_logprobs = self._score(work, logits)
-            ends = np.cumsum(_num_logits(work))[draws.items]
-            logits = logits[torch.from_numpy(np.repeat(ends - draws.counts, draws.counts) + draws.behind)]
+            logits = logits[torch.from_numpy(draws.rows_behind(np.cumsum(_num_logits(work))))]
         step = _CpuStep(partial(self._draw, work, draws, taps, logits, prompt_logprobs))
         if not masked:
             step.draw(None)
@@ -100,12 +99,11 @@ class CpuRunner:
         drawn = self._sample(draws, logits, masks)
         accepted = self._batch.accept(draws, drawn)
         token_ids[draws.items] = drawn[draws.firsts + accepted]
-        verified = draws.verified
-        kept = dict(zip(draws.items[verified].tolist(), accepted[verified].tolist(), strict=True))
         logprobs = self._report(draws, accepted, drawn, reported, as_given) if reported.size else {}
         began = time.perf_counter()
         drafts = self._draft(work, draws, accepted, token_ids, taps) if taps is not None else {}
         seconds = time.perf_counter() - began
+        kept = draws.kept(accepted)
         return StepResult(tuple(token_ids.tolist()), logprobs, prompt_logprobs, kept, drafts, seconds)
 
     def _taps(self, plan: StepPlan, work: WorkColumns) -> HiddenTaps | None:
@@ -159,15 +157,11 @@ class CpuRunner:
     ) -> dict[int, tuple[TokenLogprobs, ...]]:
         """What is to be reported of the drawn tokens that count, for each item that wants it; `logits` are those of the
         rows `reported`."""
-        counts = np.repeat(accepted, draws.counts)[reported] >= draws.behind[reported]
+        counts = draws.counting(reported, accepted)
         rows = reported[counts]
-        items = np.repeat(draws.items, draws.counts)[rows].tolist()
         num_top = self._batch.sampling.num_logprobs[draws.slots[rows]].tolist()
         tokens = torch.from_numpy(drawn[rows]).clamp_min(0)
-        found: dict[int, tuple[TokenLogprobs, ...]] = {}
-        for item, one in zip(items, report(logits[torch.from_numpy(counts)], tokens, num_top), strict=True):
-            found[item] = (*found.get(item, ()), one)
-        return found
+        return draws.by_item(rows, report(logits[torch.from_numpy(counts)], tokens, num_top))
 
     def _score(self, work: WorkColumns, logits: Tensor) -> dict[int, tuple[TokenLogprobs, ...]]:
         """What is to be reported of prompts: row r of an item's logits is about the token at start + r + 1."""

@@ -9,18 +9,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from quire.engine.models.model import ForwardBatch
-from quire.engine.plan import StepPlan, Work
+from quire.engine.plan import Drafts, StepPlan, Work
 from quire.engine.sampler import SamplingRows
 from quire.engine.sampling_state import SamplingState
 from quire.engine.sequence import pages_for
 from quire.service.pages import PAGE_SIZE
 from quire.service.request import MAX_BAD_WORD_TOKENS
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,21 @@ class Draws:
         """Which of `items` have drafts."""
         return np.flatnonzero(self.counts > 1)
 
+    def rows_behind(self, ends: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
+        """Of each draw, the row of a table that has one for each draw, or more, of each item of the step's work, in
+        front of that item's end in `ends`."""
+        rows: npt.NDArray[np.int64] = np.repeat(ends[self.items] - self.counts, self.counts) + self.behind
+        return rows
+
+    def drafted(self, drafts: Sequence[Drafts]) -> npt.NDArray[np.int64]:
+        """The draft that each draw stands in front of, -1 where there is none; `drafts` are the plan's."""
+        token_ids = np.full(len(self), -1)
+        if drafts:
+            by_slot = {one.slot: one.token_ids for one in drafts}
+            found = [by_slot[slot] for slot in self.slots[self.firsts[self.verified]].tolist()]
+            token_ids[self.behind < np.repeat(self.counts - 1, self.counts)] = list(chain.from_iterable(found))
+        return token_ids
+
     def accepted(self, drawn: npt.NDArray[np.int64], drafted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many of each item's drafts are as drawn, int64 [items], by the tokens drawn and drafted for each row;
         there is no draft for an item's last row."""
@@ -90,6 +108,23 @@ class Draws:
         wrong[self.firsts + self.counts - 1] = True
         counted: npt.NDArray[np.int64] = np.minimum.reduceat(np.where(wrong, self.behind, len(self)), self.firsts)
         return counted
+
+    def kept(self, accepted: npt.NDArray[np.int64]) -> dict[int, int]:
+        """By item of the step's work: how many of its drafts are as drawn, where there are any."""
+        verified = self.verified
+        return dict(zip(self.items[verified].tolist(), accepted[verified].tolist(), strict=True))
+
+    def counting(self, rows: npt.NDArray[np.int64], accepted: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Whether what each of these rows draws counts: all drafts of its item before it are as drawn."""
+        counts: npt.NDArray[np.bool_] = np.repeat(accepted, self.counts)[rows] >= self.behind[rows]
+        return counts
+
+    def by_item(self, rows: npt.NDArray[np.int64], found: Sequence[_T]) -> dict[int, tuple[_T, ...]]:
+        """What was found of each of these rows, which ascend, by item of the step's work."""
+        items: dict[int, tuple[_T, ...]] = {}
+        for item, one in zip(np.repeat(self.items, self.counts)[rows].tolist(), found, strict=True):
+            items[item] = (*items.get(item, ()), one)
+        return items
 
     def rows_of(self, indexes: Sequence[int]) -> npt.NDArray[np.int64]:
         """All rows of these items of the step's work, which must draw, in the order that is given."""

@@ -38,8 +38,10 @@ _CPU_KV_CACHE_BYTES = 2 << 30
 
 # What the masks of drafts may take of the memory that is shared with the sidecar.
 _DRAFT_MASK_BYTES = 32 << 20
-# How long a step waits for drafts, in seconds: a tenth of what one takes here.
-_CPU_DRAFT_PATIENCE_S = 0.005
+# Of a step on a GPU: each takes a row of logits.
+_GPU_DRAFT_TOKENS = 1024
+# How long a step waits for drafts, in seconds: a tenth of what one takes on a CPU, and on a GPU.
+_CPU_DRAFT_PATIENCE_S, _GPU_DRAFT_PATIENCE_S = 0.005, 0.001
 
 Progress = Callable[[float, str], None]
 MakeMasks = Callable[[ModelConfig], MaskSource]
@@ -69,18 +71,21 @@ def load_core(
     gpu = choose_gpu(config.device)
     speculation = _speculation(config, on_gpu=gpu is not None)
     limits = config.batch_limits(on_gpu=gpu is not None)
+    if speculation is not None and gpu is not None:
+        limits = replace(limits, max_draft_tokens=_most_drafts(limits, speculation, _GPU_DRAFT_TOKENS))
     load = _load_cpu if gpu is None else partial(_load_gpu, gpu)
     loaded = load(config, checkpoint, limits, progress)
     pool = PagePool(loaded.num_pages)
     limits = replace(limits, max_model_len=loaded.max_model_len)
     if speculation is not None and config.sidecar:
-        limits = replace(limits, max_draft_tokens=_max_draft_tokens(limits, speculation, loaded.model.vocab_size))
+        limits = replace(limits, max_draft_tokens=_maskable_drafts(limits, speculation, loaded.model.vocab_size))
     scheduler = Scheduler(limits, pool, frozenset(loaded.model.eos_token_ids))
     if make_masks is None and config.sidecar:
         make_masks = partial(_sidecar_masks, config, limits.max_num_seqs + (limits.max_draft_tokens or 0))
     masks = make_masks(loaded.model) if make_masks is not None else None
     if make_drafts is None and config.sidecar:
-        make_drafts = partial(_sidecar_drafts, config)
+        patience_s = _CPU_DRAFT_PATIENCE_S if gpu is None else _GPU_DRAFT_PATIENCE_S
+        make_drafts = partial(_sidecar_drafts, config, patience_s)
     speculator = None
     if speculation is not None:
         source = make_drafts() if make_drafts is not None else None
@@ -148,6 +153,7 @@ def _load_gpu(
         limits.max_num_batched_tokens,
         max_model_len,
         graphs=not config.enforce_eager,
+        max_draft_tokens=limits.max_draft_tokens or 0,
     )
     return _Loaded(runner, model.config, num_pages, max_model_len, weights_at)
 
@@ -180,23 +186,28 @@ def _speculation(config: CoreConfig, *, on_gpu: bool) -> SpeculationConfig | Non
             "--speculative-model is set and drafts are verified on a CPU only: leave it out, or set --device to cpu",
             field="speculative_model",
         )
-    if on_gpu or config.speculation is Speculation.OFF:
+    if config.speculation is Speculation.OFF:
         return None
     return SpeculationConfig(config.num_speculative_tokens)
 
 
-def _max_draft_tokens(limits: SchedulerConfig, speculation: SpeculationConfig, vocab_size: int) -> int:
-    """Drafts of a step: each takes a row of masks, twice as there may be two steps in flight."""
+def _most_drafts(limits: SchedulerConfig, speculation: SpeculationConfig, most: int) -> int:
+    """Drafts of a step: those of a full batch, or `most`."""
+    wanted = limits.max_num_seqs * max(speculation.num_tokens, speculation.num_forced)
+    return min(wanted, most if limits.max_draft_tokens is None else min(most, limits.max_draft_tokens))
+
+
+def _maskable_drafts(limits: SchedulerConfig, speculation: SpeculationConfig, vocab_size: int) -> int:
+    """Each draft takes a row of masks, twice as there may be two steps in flight."""
     row_bytes = 4 * -(-vocab_size // 32)
-    most = limits.max_num_seqs * max(speculation.num_tokens, speculation.num_forced)
-    return min(most, _DRAFT_MASK_BYTES // (2 * row_bytes))
+    return _most_drafts(limits, speculation, _DRAFT_MASK_BYTES // (2 * row_bytes))
 
 
-def _sidecar_drafts(config: CoreConfig) -> DraftSource:
+def _sidecar_drafts(config: CoreConfig, patience_s: float) -> DraftSource:
     # As below.
     from quire.engine.sidecar_drafts import SidecarDrafts
 
-    return SidecarDrafts(config.sidecar, _CPU_DRAFT_PATIENCE_S)
+    return SidecarDrafts(config.sidecar, patience_s)
 
 
 def _sidecar_masks(config: CoreConfig, max_rows: int, model: ModelConfig) -> MaskSource:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from draft_oracle import FreeSteps, Oracle
+from drafted_requests import drafted_requests, run, same_outputs
 from families import one_thread
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
@@ -29,7 +30,7 @@ from quire.engine.speculation.eagle.drafter import EagleDrafter
 from quire.engine.speculation.eagle.head import load_eagle
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.checkpoint.locate import CheckpointFormat
-from quire.service.request import Request, SamplingParams, StopConditions, TokenLogprobs
+from quire.service.request import Request, SamplingParams, StopConditions
 
 VOCAB_SIZE = 120
 MAX_MODEL_LEN = 64
@@ -59,67 +60,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         yield Target(model, theirs, heads)
 
 
-@dataclass(frozen=True)
-class Output:
-    """What one request got."""
-
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    reason: str
-
-
-def run(core: EngineCore, requests: list[Request], arrivals: list[int]) -> list[Output]:
-    """Request i is submitted before step `arrivals[i]`."""
-    tokens: dict[int, list[int]] = {key: [] for key in range(len(requests))}
-    logprobs: dict[int, list[TokenLogprobs]] = {key: [] for key in tokens}
-    reasons: dict[int, str] = {}
-    number = 0
-    while len(reasons) < len(requests):
-        for key, request in enumerate(requests):
-            if arrivals[key] == number:
-                core.submit(key, request)
-        for update in core.step():
-            tokens[update.key] += update.token_ids
-            logprobs[update.key] += update.logprobs
-            if update.finished is not None:
-                reasons[update.key] = update.finished.reason.value
-        number += 1
-    assert core.scheduler.pool.available == core.scheduler.pool.num_pages
-    return [Output(tuple(tokens[key]), tuple(logprobs[key]), reasons[key]) for key in tokens]
-
-
-SAMPLING = st.builds(
-    SamplingParams,
-    temperature=st.sampled_from([0.0, 0.0, 0.7, 1.5]),
-    top_p=st.sampled_from([1.0, 0.8]),
-    top_k=st.sampled_from([0, 5]),
-    seed=st.integers(0, 2**64 - 1),
-    presence_penalty=st.sampled_from([0.0, 0.0, 1.0]),
-    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3]),
-    bad_words=st.sampled_from([(), (), ((4, 5), (7,))]),
-)
-PROMPTS = st.lists(st.integers(3, VOCAB_SIZE - 1), min_size=1, max_size=30).map(tuple)
-
-
-@st.composite
-def requests(draw: st.DrawFn) -> Request:
-    """Anything that changes which token is drawn, or when an output ends."""
-    max_tokens = draw(st.integers(1, 24))
-    stop = StopConditions(
-        max_tokens,
-        draw(st.sampled_from([(), (9,)])),
-        min_tokens=draw(st.integers(0, max_tokens)),
-        ignore_eos=draw(st.booleans()),
-    )
-    return Request("r", "m", draw(PROMPTS), draw(SAMPLING), stop, logprobs=draw(st.sampled_from([None, 0, 2])))
-
-
 @given(data=st.data())
 @settings(deadline=None, max_examples=150)
 def test_no_drafter_changes_an_output(target: Target, data: st.DataObject) -> None:
     """A draft that is kept where another token would have been drawn, a page or a penalty that counts a draft that is
     not kept: each would change the rest of the output."""
-    wanted = data.draw(st.lists(requests(), min_size=1, max_size=5), label="requests")
+    wanted = data.draw(st.lists(drafted_requests(VOCAB_SIZE), min_size=1, max_size=5), label="requests")
     arrivals = [data.draw(st.integers(0, 12), label="arrival") for _ in wanted]
     max_num_seqs = data.draw(st.integers(1, 4), label="sequences")
     num_pages = data.draw(st.integers(4, 12), label="pages")
@@ -143,11 +89,7 @@ def test_no_drafter_changes_an_output(target: Target, data: st.DataObject) -> No
     speculator = Speculator(source, SpeculationConfig(num_drafts), on_device=on_device, cost=FreeSteps())
     found = run(core(speculator, drafter), wanted, arrivals)
     event(f"{kind}: drafts kept: {sum(speculator.stats.accepted.values()) > 0}")
-    for one, other in zip(found, expected, strict=True):
-        assert (one.token_ids, one.reason) == (other.token_ids, other.reason)
-        assert len(one.logprobs) == len(other.logprobs)
-        for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
-            assert mine.rank == theirs.rank and math.isclose(mine.logprob, theirs.logprob, abs_tol=1e-4)
+    same_outputs(found, expected)
 
 
 class Likely(Oracle):

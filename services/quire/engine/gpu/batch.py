@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.device_batch import WorkColumns
+from quire.engine.device_batch import Draws, WorkColumns
 from quire.engine.models.gpu_decoder import MIN_SHARED_PAGES, MIN_SHARING
 from quire.engine.plan import Admission, StepPlan
 from quire.engine.sampling_state import NO_TOKEN, SamplingState
@@ -32,7 +32,7 @@ _CHANGES = 16384
 
 @dataclass(frozen=True, slots=True)
 class Columns:
-    """Views of a step's numbers, in a buffer of the host or of the device; S = N = max_num_seqs, rounded up to even."""
+    """Views of a step's numbers, in a buffer of the host or of the device; S and N are the batch's."""
 
     query_start: Tensor  # int32 [S + 1]
     slots: Tensor  # int32 [S]
@@ -43,15 +43,16 @@ class Columns:
     positions: Tensor  # int32 [N], of the token to be drawn in its sequence
 
     @classmethod
-    def of(cls, buffer: Tensor, size: int) -> Columns:
-        """Of the first `words(size)` words of an int32 buffer."""
-        parts = torch.split(buffer[: cls.words(size)], [size + 2] + [size] * 6)
-        return cls(parts[0][: size + 1], *parts[1:])
+    def of(cls, buffer: Tensor, num_seqs: int, num_draws: int) -> Columns:
+        """Of the first `words` words of an int32 buffer."""
+        sizes = [num_seqs + 2] + [num_seqs] * 3 + [num_draws] * 3
+        parts = torch.split(buffer[: sum(sizes)], sizes)
+        return cls(parts[0][: num_seqs + 1], *parts[1:])
 
     @staticmethod
-    def words(size: int) -> int:
-        """How long the buffer must be: an even number for an even size."""
-        return 7 * size + 2
+    def words(num_seqs: int, num_draws: int) -> int:
+        """How long the buffer must be: an even number for even sizes."""
+        return 4 * num_seqs + 2 + 3 * num_draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,16 +61,21 @@ class StagedStep:
 
     work: WorkColumns
     num_tokens: int
-    drawing: npt.NDArray[np.int64]  # indexes of the work that draws a token, in its order
-    decodes_only: bool  # every sequence computes one token and draws the next
+    draws: Draws
+    drafted: npt.NDArray[np.int64]  # the draft that each draw stands in front of, -1 where there is none
+    draws_only: bool  # every row draws a token: decodes and verifications, no prompts
     grouped: bool  # some sequences share a long prefix
 
 
 class GpuBatch:
-    """Slots for `max_num_seqs` sequences of up to `max_model_len` tokens; works on any device."""
+    """Slots for `max_num_seqs` sequences of up to `max_model_len` tokens; works on any device.
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, device: torch.device) -> None:
-        self.size = max_num_seqs + max_num_seqs % 2
+    A step draws up to `num_draws` tokens: one for each sequence and one for each of up to `max_draft_tokens` drafts.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, device: torch.device, max_draft_tokens: int = 0) -> None:
+        self.num_seqs = max_num_seqs + max_num_seqs % 2
+        self.num_draws = self.num_seqs + max_draft_tokens + max_draft_tokens % 2
         self.sampling = SamplingState(max_num_seqs, MAX_BAD_WORD_TOKENS)
         self._row, self._pages = max_model_len + 1, pages_for(max_model_len)
         # One block of memory, so that all kinds of changes are one scatter; what has 64 bits comes first.
@@ -110,9 +116,9 @@ class GpuBatch:
         self._shared_pages = np.full(max_num_seqs, -1)
         self._starts = dict(zip(self._widths, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         self._device = device
-        words = Columns.words(self.size)
-        self._inputs = torch.zeros(words + 3 * _CHANGES, dtype=torch.int32, device=device)
-        self.columns = Columns.of(self._inputs, self.size)
+        self._words = Columns.words(self.num_seqs, self.num_draws)
+        self._inputs = torch.zeros(self._words + 3 * _CHANGES, dtype=torch.int32, device=device)
+        self.columns = Columns.of(self._inputs, self.num_seqs, self.num_draws)
 
     def clear_inputs(self) -> None:
         """Makes the next step one of padding only."""
@@ -124,12 +130,12 @@ class GpuBatch:
         """Sends a plan to the device: its changes are made and `columns` filled in the order of launches."""
         work = WorkColumns.of(plan.work)
         places, values = self._changes(plan)
-        words, fits = Columns.words(self.size), len(places) <= _CHANGES
+        words, fits = self._words, len(places) <= _CHANGES
         buffer = torch.empty(words + 3 * len(places), dtype=torch.int32, pin_memory=self._device.type == "cuda")
         changes = buffer[words:].numpy()
         changes[: 2 * len(places)].view(np.int64)[:] = places
         changes[2 * len(places) :] = values
-        staged = self._fill(Columns.of(buffer, self.size), work)
+        staged = self._fill(Columns.of(buffer, self.num_seqs, self.num_draws), work, plan)
         if fits:
             self._inputs[: len(buffer)].copy_(buffer, non_blocking=True)
             arrived = self._inputs[words : len(buffer)]
@@ -160,12 +166,14 @@ class GpuBatch:
             if grant.first < MIN_SHARED_PAGES <= grant.first + len(grant.pages):
                 self._shared_pages[grant.slot] = grant.pages[MIN_SHARED_PAGES - 1 - grant.first]
             put("block_tables", grant.slot, grant.pages, grant.first)
+        for drafts in plan.drafts:
+            put("token_ids", drafts.slot, drafts.token_ids, drafts.position)
         lengths = np.array(counts, dtype=np.int64)
         offsets = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return np.repeat(np.array(starts, dtype=np.int64), lengths) + offsets, np.array(values, dtype=np.int32)
 
-    def _fill(self, columns: Columns, work: WorkColumns) -> StagedStep:
-        count, ends = len(work), work.ends
+    def _fill(self, columns: Columns, work: WorkColumns, plan: StepPlan) -> StagedStep:
+        count, draws = len(work), Draws.of(work)
         query_start = columns.query_start.numpy()
         query_start[0] = 0
         np.cumsum(work.counts, out=query_start[1 : count + 1])
@@ -173,13 +181,13 @@ class GpuBatch:
         query_start[count + 1 :] = num_tokens
         _put(columns.slots, work.slots)
         _put(columns.starts, work.starts)
-        _put(columns.context_lens, ends)
-        drawing = np.flatnonzero(work.sample)
-        _put(columns.logit_rows, query_start[1 : count + 1][drawing] - 1)
-        _put(columns.drawing_slots, work.slots[drawing], -1)
-        _put(columns.positions, ends[drawing])
-        decodes_only = num_tokens == count == len(drawing) and not work.score.any()
-        return StagedStep(work, num_tokens, drawing, decodes_only, self._share_prefixes(work))
+        _put(columns.context_lens, work.ends)
+        _put(columns.logit_rows, draws.rows_behind(query_start[1 : count + 1]))
+        _put(columns.drawing_slots, draws.slots, -1)
+        _put(columns.positions, draws.positions)
+        draws_only = num_tokens == len(draws) and not work.score.any()
+        drafted = draws.drafted(plan.drafts)
+        return StagedStep(work, num_tokens, draws, drafted, draws_only, self._share_prefixes(work))
 
     def _share_prefixes(self, work: WorkColumns) -> bool:
         pages = self._shared_pages[work.slots]

@@ -33,8 +33,16 @@ def size_pages(config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, m
 
     Raises ConfigError, with the bytes that are missing, if one context does not fit.
     """
-    device = model.device
-    probe = GpuRunner(model, 1, limits.max_num_seqs, limits.max_num_batched_tokens, max_model_len, graphs=False)
+    device, max_draft_tokens = model.device, limits.max_draft_tokens or 0
+    probe = GpuRunner(
+        model,
+        1,
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        max_model_len,
+        graphs=False,
+        max_draft_tokens=max_draft_tokens,
+    )
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     try:
@@ -52,7 +60,9 @@ def size_pages(config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, m
     if config.num_pages:
         return config.num_pages
     free, total = torch.cuda.mem_get_info(device)
-    room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - _RESERVED
+    # Logits in front of drafts, in the graphs' memory, too, and twice where log-probabilities are asked for.
+    draft_bytes = 3 * max_draft_tokens * model.config.vocab_size * torch.float32.itemsize
+    room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - draft_bytes - _RESERVED
     num_bytes = config.kv_cache_bytes or room
     needed = pages_for(max_model_len) * model.kv_page_bytes
     if num_bytes < needed:

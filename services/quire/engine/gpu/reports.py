@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from quire.engine.device_batch import Draws
 from quire.engine.logprobs import Found, find
 from quire.service.request import TokenLogprobs
 
@@ -17,16 +20,18 @@ _ROWS = 256
 
 @dataclass(frozen=True, slots=True)
 class TokenReport:
-    """On drawn tokens: one for each of `items`, indexes into the step's work. `found` may be longer than that."""
+    """On drawn tokens: those of `rows` of the step's draws. `found` has one of each row, and may be longer."""
 
-    items: list[int]
-    num_top: list[int]
-    rows: list[int]  # of `found`
+    rows: npt.NDArray[np.int64]
+    num_top: npt.NDArray[np.int64]  # of each of `rows`
     found: Found
 
-    def read(self) -> list[TokenLogprobs]:
-        """In the order of `items`; to be called when the step is done."""
-        return Found(*(values[self.rows] for values in self.found)).read(self.num_top)
+    def read(self, draws: Draws, accepted: npt.NDArray[np.int64]) -> dict[int, tuple[TokenLogprobs, ...]]:
+        """By item of the step's work, on those that count; to be called when the step is done."""
+        counts = draws.counting(self.rows, accepted)
+        rows = self.rows[counts]
+        one_each = Found(*(values[torch.from_numpy(rows)] for values in self.found)).read(self.num_top[counts].tolist())
+        return draws.by_item(rows, one_each)
 
 
 @dataclass(frozen=True, slots=True)

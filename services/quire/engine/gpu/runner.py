@@ -3,6 +3,10 @@
 `launch` sends the plan and starts both; nothing waits until the core reads the tokens. Where tokens are masked, the
 draw is launched when the masks are there. Everything happens on one stream, in the order of the launches: what a
 step reads of the batch is what the steps before it wrote.
+
+Drafts are rows of a step like others, with a draw in front of each. A draw overwrites the draft that it stands in front
+of, so the host, which sent the drafts, compares. What is drawn behind a wrong one lies behind the sequence's last
+token, where nobody reads before a later step writes.
 """
 
 from __future__ import annotations
@@ -37,6 +41,10 @@ from quire.service.request import MAX_LOGPROBS, TokenLogprobs
 _LARGEST_GRAPH = 2048
 # Rows whose histories are counted side by side, each in as many numbers as the vocabulary has tokens.
 _ADJUSTED_AT_ONCE = 64
+# How many rows of a sequence that verifies drafts attention may take together; more are attended to as prompts are.
+_VERIFIED = (4, 8, 16)
+# What their heads that share a KV head may take of a program's memory, beside the keys and values.
+_VERIFIED_BYTES = 16 << 10
 
 
 @dataclass(slots=True)
@@ -60,13 +68,15 @@ class GpuPendingStep:
             raise InternalError("the step's masks never came")
         if self.done is not None:
             self.done.synchronize()
-        token_ids = np.full(len(self.staged.work), -1)
-        token_ids[self.staged.drawing] = self.token_ids[: len(self.staged.drawing)].numpy()
+        draws, token_ids = self.staged.draws, np.full(len(self.staged.work), -1)
+        drawn = self.token_ids[: len(draws)].numpy()
+        accepted = draws.accepted(drawn, self.staged.drafted)
+        token_ids[draws.items] = drawn[draws.firsts + accepted]
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         if self.logprobs is not None:
-            logprobs = {item: (found,) for item, found in zip(self.logprobs.items, self.logprobs.read(), strict=True)}
+            logprobs = self.logprobs.read(draws, accepted)
         prompts = {report.item: tuple(report.read()) for report in self.prompt_logprobs}
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompts)
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompts, draws.kept(accepted))
 
 
 class GpuRunner:
@@ -84,7 +94,9 @@ class GpuRunner:
         max_model_len: int,
         *,
         graphs: bool = True,
+        max_draft_tokens: int = 0,
     ) -> None:
+        """`max_draft_tokens`: of a step, of all sequences together."""
         device, on_gpu = model.device, model.device.type == "cuda"
         name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
         self.info = DeviceInfo(name, str(model.dtype).removeprefix("torch."), torch.get_num_threads())
@@ -93,11 +105,14 @@ class GpuRunner:
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._graphs = Graphs(self._stream, enabled=graphs and on_gpu)
-        self._batch = batch = GpuBatch(max_num_seqs, max_model_len, device)
+        self._batch = batch = GpuBatch(max_num_seqs, max_model_len, device, max_draft_tokens)
         self._cache = model.new_kv_cache(num_pages)
         self._max_num_seqs = max_num_seqs
+        self._max_num_draws = max_num_seqs + max_draft_tokens
         self._batch_sizes = batch_sizes(max_num_seqs)
+        self._draw_sizes = batch_sizes(self._max_num_draws)
         self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
+        self._verified = _verified_at_once(model) if max_draft_tokens else (1,)
         self._pads = on_gpu
         self._unprepared = self._all_graphs() if graphs and on_gpu else []
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
@@ -106,17 +121,18 @@ class GpuRunner:
             torch.zeros(rows, dtype=torch.int32, device=device),
             torch.zeros(rows, dtype=torch.int64, device=device),
         )
-        self._hidden = torch.zeros(batch.size, model.config.hidden_size, dtype=model.dtype, device=device)
-        self._drawn = torch.zeros(batch.size, dtype=torch.int64, device=device)
-        self._results = [torch.zeros(batch.size, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
+        num_draws = batch.num_draws
+        self._hidden = torch.zeros(num_draws, model.config.hidden_size, dtype=model.dtype, device=device)
+        self._drawn = torch.zeros(num_draws, dtype=torch.int64, device=device)
+        self._results = [torch.zeros(num_draws, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
         self._turn = 0
-        self._scratch = new_scratch(min(batch.size, _ADJUSTED_AT_ONCE), vocab_size, device)
+        self._scratch = new_scratch(min(num_draws, _ADJUSTED_AT_ONCE), vocab_size, device)
         most = min(MAX_LOGPROBS, vocab_size)
-        self._reports = new_logprobs(batch.size, most, device)
-        self._found = [self._new_found(batch.size, most) for _ in self._results]
+        self._reports = new_logprobs(num_draws, most, device)
+        self._found = [self._new_found(num_draws, most) for _ in self._results]
         words = -(-vocab_size // 32)
-        self._masks = torch.zeros(max_num_seqs, words, dtype=torch.int32, device=device)
-        self._mask_rows = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self._masks = torch.zeros(num_draws, words, dtype=torch.int32, device=device)
+        self._mask_rows = torch.zeros(num_draws, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
@@ -148,11 +164,14 @@ class GpuRunner:
 
     def _all_graphs(self) -> list[Callable[[], None]]:
         """What captures each graph that requests without masks may want: rare ones last, small ones first."""
-        wanted: list[tuple[bool, int, Callable[[], None]]] = []
-        for grouped in (False, True):
-            wanted += [(grouped, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
-            wanted += [(grouped, size, partial(self._run_mixed, size, grouped)) for size in self._token_sizes.all]
-        wanted += [(False, size, partial(self._run_draw, size, 0, False, False)) for size in self._batch_sizes.all]
+        wanted: list[tuple[int, int, Callable[[], None]]] = []
+        for grouped, rank in ((False, 0), (True, 2)):
+            wanted += [(rank, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
+            wanted += [(rank, size, partial(self._run_mixed, size, 1, grouped)) for size in self._token_sizes.all]
+        wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
+        for count in self._verified if self._max_num_draws > self._max_num_seqs else ():
+            sizes = [size for size in self._token_sizes.all if size <= self._max_num_draws]
+            wanted += [(1, size, partial(self._run_verifications, size, count, False)) for size in sizes]
         return [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
 
     def _synchronize(self) -> None:
@@ -164,8 +183,9 @@ class GpuRunner:
         with torch.inference_mode(), self._on_stream():
             self._batch.clear_inputs()
             size = min(max_num_batched_tokens, len(self._inputs.token_ids))
-            self._hidden_states(size, min(size, self._max_num_seqs), size, min(size, self._max_num_seqs))
-            self._draw_rows(self._max_num_seqs, 0, False, False)
+            num_seqs, num_draws = min(size, self._max_num_seqs), min(size, self._max_num_draws)
+            self._hidden_states(AttentionLimits(size, num_seqs, size), num_draws)
+            self._draw_rows(self._max_num_draws, 0, False, False)
         self._synchronize()
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -173,40 +193,57 @@ class GpuRunner:
 
     def _forward(self, staged: StagedStep) -> None:
         """Leaves the hidden states of the rows that are drawn in `_hidden`."""
-        count = len(staged.work)
-        if staged.decodes_only and self._pads and (size := self._batch_sizes(count)) is not None:
-            self._run_decodes(size, staged.grouped)
-        elif self._pads and (size := self._token_sizes(staged.num_tokens)) is not None:
-            self._run_mixed(size, staged.grouped)
+        most, verified = int(staged.work.counts.max()), self._verified_at_once(staged)
+        size = self._token_sizes(staged.num_tokens) if self._pads else None
+        decodes = self._batch_sizes(len(staged.work)) if self._pads and staged.draws_only and most == 1 else None
+        if decodes is not None:
+            self._run_decodes(decodes, staged.grouped)
+        elif size is not None and staged.draws_only and most <= verified:
+            self._run_verifications(size, verified, staged.grouped)
+        elif size is not None:
+            self._run_mixed(size, verified, staged.grouped)
         else:
             # All slots, so that kernels that look at all sequences are compiled once.
-            most = int(staged.work.counts.max())
-            self._forward_padded(staged.num_tokens, self._max_num_seqs, most, len(staged.drawing), staged.grouped)
+            limits = AttentionLimits(staged.num_tokens, self._max_num_seqs, most, min(verified, most))
+            self._forward_padded(limits, len(staged.draws), staged.grouped)
+
+    def _verified_at_once(self, staged: StagedStep) -> int:
+        """Of how many rows of a sequence attention reads the keys and values at once, as for one: a decode, or a
+        verification."""
+        most = 1 + int(staged.work.drafts.max())
+        fitting = [count for count in self._verified if count >= most]
+        return 1 if most == 1 else min(fitting, default=self._verified[-1])
 
     def _run_decodes(self, size: int, grouped: bool) -> None:
-        self._graphs.run(("decode", size, grouped), partial(self._forward_padded, size, size, 1, None, grouped))
+        limits = AttentionLimits(size, size, 1)
+        self._graphs.run(("decode", size, grouped), partial(self._forward_padded, limits, None, grouped))
 
-    def _run_mixed(self, size: int, grouped: bool) -> None:
-        seqs = min(size, self._max_num_seqs)
-        self._graphs.run(("mixed", size, grouped), partial(self._forward_padded, size, seqs, size, seqs, grouped))
+    def _run_verifications(self, size: int, verified: int, grouped: bool) -> None:
+        """Of steps in which all rows are drawn from, and no sequence has more than `verified` of them."""
+        limits = AttentionLimits(size, min(size, self._max_num_seqs), min(size, verified), min(size, verified))
+        forward = partial(self._forward_padded, limits, None, grouped)
+        self._graphs.run(("verification", size, verified, grouped), forward)
+
+    def _run_mixed(self, size: int, verified: int, grouped: bool) -> None:
+        limits = AttentionLimits(size, min(size, self._max_num_seqs), size, min(size, verified))
+        forward = partial(self._forward_padded, limits, min(size, self._max_num_draws), grouped)
+        self._graphs.run(("mixed", size, verified, grouped), forward)
 
     def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool) -> None:
         kind = (size, num_masks, adjusted, reported)
         self._graphs.run(("draw", *kind), partial(self._draw_rows, *kind))
 
-    def _forward_padded(
-        self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None, grouped: bool
-    ) -> None:
-        self._keep(self._hidden_states(num_tokens, num_seqs, max_query_len, num_logits, grouped))
+    def _forward_padded(self, limits: AttentionLimits, num_logits: int | None, grouped: bool) -> None:
+        self._keep(self._hidden_states(limits, num_logits, grouped))
 
     def _keep(self, hidden: Tensor) -> None:
+        # A step may be padded to more rows than can be drawn from.
+        hidden = hidden[: len(self._hidden)]
         self._hidden[: len(hidden)].copy_(hidden)
 
-    def _hidden_states(
-        self, num_tokens: int, num_seqs: int, max_query_len: int, num_logits: int | None, grouped: bool = False
-    ) -> Tensor:
+    def _hidden_states(self, limits: AttentionLimits, num_logits: int | None, grouped: bool = False) -> Tensor:
         columns, batch = self._batch.columns, self._batch
-        inputs = self._inputs.rows(num_tokens)
+        inputs, num_seqs = self._inputs.rows(limits.max_tokens), limits.max_seqs
         query_start, slots = columns.query_start[: num_seqs + 1], columns.slots[:num_seqs]
         prepare_inputs(
             query_start, slots, columns.starts[:num_seqs], batch.token_ids, batch.block_tables, PAGE_SIZE, inputs
@@ -220,21 +257,21 @@ class GpuRunner:
             table_rows=slots,
             block_tables=batch.block_tables,
             logit_rows=None if num_logits is None else columns.logit_rows[:num_logits],
-            limits=AttentionLimits(num_tokens, num_seqs, max_query_len),
+            limits=limits,
             grouped=grouped,
         )
         return self._model.forward(step, self._cache)
 
     def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
         with torch.inference_mode(), self._on_stream():
-            staged, count = step.staged, len(step.staged.drawing)
+            staged, count = step.staged, len(step.staged.draws)
             if count:
                 num_masks = self._send_masks(staged, masks) if masks is not None and masks.work else 0
-                state, slots = self._batch.sampling, staged.work.slots[staged.drawing]
+                state, slots = self._batch.sampling, staged.draws.slots
                 adjusted = state.penalizes[slots] | state.biases[slots]
                 adjusted |= state.forbids_ends[slots] | state.forbids_words[slots]
                 reported = state.num_logprobs[slots] >= 0
-                size = self._batch_sizes(count) if self._pads else count
+                size = self._draw_sizes(count) if self._pads else count
                 self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()))
             self._send_back(step)
         step.drawn = True
@@ -252,7 +289,7 @@ class GpuRunner:
             report_tokens(as_given, self._batch, drawn, self._reports)
 
     def _send_back(self, step: GpuPendingStep) -> None:
-        count = len(step.staged.drawing)
+        count = len(step.staged.draws)
         self._turn = (self._turn + 1) % len(self._results)
         step.token_ids = self._results[self._turn]
         step.token_ids[:count].copy_(self._drawn[:count], non_blocking=True)
@@ -262,20 +299,20 @@ class GpuRunner:
             step.done.record(self._stream)
 
     def _send_reports(self, step: GpuPendingStep) -> None:
-        drawing, state = step.staged.drawing, self._batch.sampling
-        num_top = state.num_logprobs[step.staged.work.slots[drawing]]
+        draws = step.staged.draws
+        num_top = self._batch.sampling.num_logprobs[draws.slots]
         rows = np.flatnonzero(num_top >= 0)
         if rows.size:
             found, there = self._found[self._turn], self._reports
             columns = (there.chosen, there.ranks, there.top_tokens, there.top_logprobs)
             for values, column in zip(found, columns, strict=True):
-                values[: len(drawing)].copy_(column[: len(drawing)], non_blocking=True)
-            step.logprobs = TokenReport(drawing[rows].tolist(), num_top[rows].tolist(), rows.tolist(), found)
+                values[: len(draws)].copy_(column[: len(draws)], non_blocking=True)
+            step.logprobs = TokenReport(rows, num_top[rows], found)
 
     def _send_masks(self, staged: StagedStep, masks: StepMasks) -> int:
         """Copies masks beside the forward pass; returns how many."""
-        rows = (np.cumsum(staged.work.sample) - 1)[list(masks.work)].astype(np.int32)
-        size = self._batch_sizes(len(rows)) or len(rows)
+        rows = staged.draws.rows_of(masks.work).astype(np.int32)
+        size = self._draw_sizes(len(rows)) or len(rows)
         padded = np.full(size, -1, dtype=np.int32)
         padded[: len(rows)] = rows
         # Blocks until the masks are there, while the forward pass runs.
@@ -306,7 +343,9 @@ class GpuRunner:
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
         work, state = step.staged.work, self._batch.sampling
-        hidden = self._hidden_states(step.staged.num_tokens, len(work), int(work.counts.max()), None)
+        most, verified = int(work.counts.max()), self._verified_at_once(step.staged)
+        limits = AttentionLimits(step.staged.num_tokens, len(work), most, min(verified, most))
+        hidden = self._hidden_states(limits, None)
         firsts = np.cumsum(work.counts) - work.counts
         for item in np.flatnonzero(work.score).tolist():
             slot, start, first = int(work.slots[item]), int(work.starts[item]), int(firsts[item])
@@ -314,4 +353,10 @@ class GpuRunner:
             targets = self._batch.token_ids[slot, start + 1 : end + 1]
             rows, num_top = hidden[first : first + len(targets)], int(state.num_prompt_logprobs[slot])
             step.prompt_logprobs.append(PromptReport.of(item, rows, targets, num_top, self._model.logits))
-        self._keep(hidden.index_select(0, self._batch.columns.logit_rows[: len(step.staged.drawing)]))
+        self._keep(hidden.index_select(0, self._batch.columns.logit_rows[: len(step.staged.draws)]))
+
+
+def _verified_at_once(model: GpuDecoder) -> tuple[int, ...]:
+    config = model.config
+    row_bytes = config.num_heads // config.num_kv_heads * config.head_size * model.dtype.itemsize
+    return tuple(count for count in _VERIFIED if count * row_bytes <= _VERIFIED_BYTES) or (1,)
