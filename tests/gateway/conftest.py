@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fake_router import Answer, FakeRouter, scripted
 from gateway_testing import ANSWER, MODEL, StartGateway, until_ready
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from raw_client import RawClient
 
 from quire.gateway.config import GatewayConfig
 from quire.gateway.model import ServedModel
@@ -102,3 +104,17 @@ async def http(gateway: Gateway) -> AsyncIterator[httpx.AsyncClient]:
 async def client(gateway: Gateway) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0, timeout=20) as client:
         yield client
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., Awaitable[RawClient]]]:
+    """Connects to a URL, over TLS if a context comes with it; hangs up at the end."""
+    opened: list[RawClient] = []
+
+    async def connect(url: str, context: ssl.SSLContext | None = None) -> RawClient:
+        opened.append(await RawClient.connect(url, context))
+        return opened[-1]
+
+    yield connect
+    for client in opened:
+        client.abort()

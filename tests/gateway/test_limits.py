@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import shlex
-import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
 import httpx
 import pytest
 from fake_router import FakeRouter
-from gateway_testing import MODEL, StartGateway, eventually, until_ready
+from gateway_testing import MODEL, StartGateway, until_ready
+from raw_client import RawClient
 
 from quire.gateway.__main__ import build_config, build_parser
 from quire.gateway.config import GatewayConfig
-from quire.gateway.http_server import HttpServer
 from quire.gateway.server import Gateway
 from quire.service.errors import ConfigError
 from quire.service.grpc_server import channel
@@ -28,7 +26,7 @@ from quire.v1 import inference_pb2, inference_pb2_grpc
 COMPLETION = {"model": MODEL, "prompt": "Hi"}
 
 Start = Callable[..., Any]
-Connect = Callable[[Gateway], Any]
+Connect = Callable[..., Awaitable[RawClient]]
 
 
 @pytest.fixture
@@ -47,156 +45,11 @@ def start(start_gateway: StartGateway, router: FakeRouter) -> Start:
     return start
 
 
-class Raw:
-    """A client on a bare socket, for what no library would do."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader, self.writer = reader, writer
-
-    @classmethod
-    async def connect(cls, gateway: Gateway) -> Raw:
-        # A small window, so that what the kernel takes for a reader that has stopped is little.
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        connection.setblocking(False)
-        port = int(gateway.url.rpartition(":")[2])
-        await asyncio.get_running_loop().sock_connect(connection, ("127.0.0.1", port))
-        return cls(*await asyncio.open_connection(sock=connection, limit=2048))
-
-    async def send(self, data: bytes) -> None:
-        self.writer.write(data)
-        await self.writer.drain()
-
-    async def post(self, body: dict[str, Any], **headers: str) -> None:
-        raw = json.dumps(body).encode()
-        extra = "".join(f"{name.replace('_', '-')}: {value}\r\n" for name, value in headers.items())
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\n{extra}content-length: {len(raw)}\r\n\r\n"
-        await self.send(head.encode() + raw)
-
-    async def rest(self) -> bytes:
-        """All that comes until the other side closes."""
-        try:
-            return await asyncio.wait_for(self.reader.read(-1), 10)
-        except ConnectionResetError:
-            return b""
-
-    async def status(self) -> int:
-        answer = await self.rest()
-        return int(answer.split(b" ", 2)[1]) if answer else 0
-
-
-@pytest.fixture
-async def connect() -> AsyncIterator[Connect]:
-    opened: list[Raw] = []
-
-    async def connect(gateway: Gateway) -> Raw:
-        opened.append(await Raw.connect(gateway))
-        return opened[-1]
-
-    yield connect
-    for raw in opened:
-        raw.writer.close()
-
-
-async def metric(gateway: Gateway, name: str) -> float:
-    async with httpx.AsyncClient() as http:
-        text = (await http.get(f"{gateway.url}/metrics")).text
-    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(name))
-
-
-@pytest.fixture
-def small_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little of what a client does not read is taken by the kernel, which would hold megabytes."""
-    listen = HttpServer._listen
-
-    def listen_small(server: HttpServer) -> socket.socket:
-        listener = listen(server)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-        return listener
-
-    monkeypatch.setattr(HttpServer, "_listen", listen_small)
-
-
-@pytest.mark.usefixtures("small_buffers")
-async def test_reader_that_stalls_is_cut_off(
-    start: Start, router: FakeRouter, connect: Connect, encode: Callable[[str], list[int]]
-) -> None:
-    """Without it clients that stop reading would hold an engine's slot, and the memory of what they don't read."""
-    gateway = await start(write_timeout=0.2)
-    stalled, reading = await connect(gateway), await connect(gateway)
-    await stalled.post(COMPLETION | {"stream": True, "max_tokens": 8000})
-    lost = await router.next()
-    await reading.post(COMPLETION | {"stream": True, "max_tokens": 8000}, connection="close")
-    kept = await router.next()
-    read = asyncio.create_task(reading.rest())
-    tokens = encode(" word") * 8
-    for submission in (lost, kept):
-        submission.send(cached=0)
-    async with asyncio.timeout(20):
-        while not lost.cancelled.is_set():
-            for submission in (lost, kept):
-                submission.send(tokens)
-            # As an engine's steps, so that the one who reads keeps up.
-            await asyncio.sleep(0.005)
-    assert not kept.cancelled.is_set()
-    assert await metric(gateway, 'quire_gateway_stalled_readers_total{api="http"}') == 1
-    kept.send(encode(" end"), finish=FinishReason.STOP)
-    whole = await read
-    assert b"[DONE]" in whole and whole.endswith(b"0\r\n\r\n")
-    # No event can say so, but the cut is no end: the last chunk is missing, too.
-    cut = await stalled.rest()
-    assert b"[DONE]" not in cut and not cut.endswith(b"0\r\n\r\n")
-
-
-@pytest.mark.usefixtures("small_buffers")
-async def test_answer_that_nobody_reads_closes_its_connection(
-    start: Start, router: FakeRouter, connect: Connect, encode: Callable[[str], list[int]]
-) -> None:
-    """Without it an answer that has ended, but is not read to its end, would hold its connection for ever."""
-    gateway = await start(write_timeout=0.2)
-    client = await connect(gateway)
-    await client.post(COMPLETION | {"max_tokens": 8000}, connection="close")
-    # More than the kernel takes, less than makes the transport tell that it is full.
-    (await router.next()).send(encode(" word") * 7990, cached=0, finish=FinishReason.STOP)
-    await eventually(
-        lambda: metric(gateway, 'quire_gateway_stalled_readers_total{api="http"}'), lambda count: count == 1
-    )
-    assert b"finish_reason" not in await client.rest()
-
-
-async def test_stalled_grpc_reader(start: Start, router: FakeRouter, encode: Callable[[str], list[int]]) -> None:
-    """Without it the same reader would only have to come through the other door."""
-    gateway = await start(write_timeout=0.2, grpc_listen="127.0.0.1:0")
-    request = inference_pb2.GenerateStreamRequest(
-        prompt=inference_pb2.Prompt(text="Hi"), options=inference_pb2.GenerationOptions(max_tokens=8000)
-    )
-    async with channel(gateway.grpc_address) as dialed:
-        call = inference_pb2_grpc.InferenceServiceStub(dialed).GenerateStream(request)
-        submission = await router.next()
-        submission.send(cached=0)
-        tokens = encode(" word") * 7000
-        # Never read: gRPC's window fills up.
-        submission.send(tokens)
-        await call.initial_metadata()
-
-        async def feed() -> None:
-            while not submission.cancelled.is_set():
-                submission.send(tokens[:20])
-                await asyncio.sleep(0)
-
-        await asyncio.wait_for(feed(), 20)
-        with pytest.raises(grpc.aio.AioRpcError) as error:
-            async for _ in call:
-                pass
-        assert error.value.code() is grpc.StatusCode.CANCELLED
-    assert await metric(gateway, 'quire_gateway_stalled_readers_total{api="grpc"}') == 1
-
-
 async def test_heads(start: Start, connect: Connect) -> None:
     """Without it a head without an end would fill the memory, in one piece or in many."""
     gateway = await start(max_header_bytes=2048)
     for pieces in (1, 40):
-        client = await connect(gateway)
+        client = await connect(gateway.url)
         head = b"GET /health HTTP/1.1\r\nx: " + b"y" * 4000
         await client.send(head[:100])
         for piece in range(pieces):
@@ -206,10 +59,10 @@ async def test_heads(start: Start, connect: Connect) -> None:
         if pieces == 1 or answer:
             assert answer.startswith(b"HTTP/1.1 431 ")
             assert b"--max-header-bytes" in answer
-    client = await connect(gateway)
+    client = await connect(gateway.url)
     await client.send(b"GET /health HTTP/1.1\r\nconnection: close\r\nx: " + b"y" * 1900 + b"\r\n\r\n")
     assert await client.status() == 200
-    client = await connect(gateway)
+    client = await connect(gateway.url)
     await client.send(b"HELLO\r\n\r\n")
     answer = await client.rest()
     assert answer.startswith(b"HTTP/1.1 400 ") and b"invalid_request_error" in answer
@@ -218,7 +71,7 @@ async def test_heads(start: Start, connect: Connect) -> None:
 async def test_slow_senders(start: Start, connect: Connect) -> None:
     """Without it connections that send a byte now and then would pile up."""
     gateway = await start(read_timeout=0.2)
-    silent, head, body = [await connect(gateway) for _ in range(3)]
+    silent, head, body = [await connect(gateway.url) for _ in range(3)]
     await head.send(b"GET /heal")
     await body.send(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
     assert await silent.rest() == b""

@@ -126,7 +126,8 @@ def _add_access_options(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=default.write_timeout,
         metavar="SECONDS",
-        help="a client that reads nothing for this long is cut off (default: %(default)s)",
+        help="a client that reads nothing for this long gets an error, and is cut off after as long again "
+        "(default: %(default)s)",
     )
     option(
         "--read-timeout",

@@ -3,10 +3,10 @@
 `http_server` gives the class to uvicorn. What is too large or too slow is answered here, in OpenAI's shape, if nothing
 of a request has come to the application yet.
 
-A reader that stalls is cut off without an error event: what it has not read stands before anything that could be said,
-in buffers that are full, and to wait until it reads is what the limit ends. It can tell the cut from an end: the body
-lacks its last chunk, which HTTP clients report as an incomplete answer, and the stream its [DONE]. The application sees
-a client that went away, so its requests are cancelled down to the engine.
+A stream whose reader stalls ends with an error event behind what waits for that reader. The application sees a client
+that went away, so its requests are cancelled down to the engine, and what it had not written is dropped. The reader has
+the same time once more to read what is there; then the connection is cut. A whole answer has no place for an event: it
+is cut at once, which its length tells.
 """
 
 from __future__ import annotations
@@ -21,17 +21,26 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from quire.gateway.errors import SlowRequestError
+from quire.gateway.errors import SlowRequestError, stalled_reader
 from quire.gateway.openai.errors import error_body
+from quire.gateway.openai.responses import error_event
 from quire.service.errors import InvalidRequestError, QuireError
+
+# What waits here for a reader before the writer waits too, and in the kernel without being on its way, in bytes. Small,
+# so that a reader that stalls is noticed early: the kernel alone would take megabytes.
+_HIGH_WATER = 4096
+_UNSENT = 16384
+
+# In write timeouts: until it is noticed here that a reader stalls, told, and given up.
+_KERNEL_PATIENCE = 3
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class ConnectionLimits:
-    """Times in seconds. `read_timeout`: for a request to arrive. `write_timeout`: a reader that takes nothing for so
-    long, while more is waiting than the buffers hold, is cut off. `stalled` is called then."""
+    """Times in seconds. `read_timeout`: for a request to arrive. `write_timeout`: for a reader to take what waits for
+    it; `stalled` is called when one does not."""
 
     max_header_bytes: int
     read_timeout: float
@@ -40,7 +49,7 @@ class ConnectionLimits:
 
 
 class Connection(HttpToolsProtocol):
-    """One client's connection. Memory for what it has not read is bounded by the transport's buffer (64 KiB)."""
+    """One client's connection. What a stream's reader has not read takes the transport's buffer and one event more."""
 
     def __init__(self, *args: Any, limits: ConnectionLimits, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -49,18 +58,21 @@ class Connection(HttpToolsProtocol):
         self._head_bytes = 0
         self._reading: asyncio.TimerHandle | None = None
         self._writing: asyncio.TimerHandle | None = None
+        self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._limit_silence(transport)
+        self._limit_unread(transport)
         self._expect_request()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_reading_timer()
         self._stop_writing_timer()
-        # The kernel's word for a reader that did not read: see _limit_silence.
-        if isinstance(exc, TimeoutError):
+        # The kernel's word for a reader that did not read: see _limit_unread.
+        if isinstance(exc, TimeoutError) and self._lingering is None:
             self._report_stall()
+        if self._lingering is not None:
+            self._lingering.cancel()
         super().connection_lost(exc)
 
     # Reading
@@ -135,13 +147,12 @@ class Connection(HttpToolsProtocol):
     # Writing
 
     def pause_writing(self) -> None:
-        """The transport's buffer is full."""
+        """The transport's buffer is full: nothing is written until the client has read it."""
         super().pause_writing()
-        self._stop_writing_timer()
-        self._writing = self.loop.call_later(self._limits.write_timeout, self._stalled)
+        self._expect_reading()
 
     def resume_writing(self) -> None:
-        """The client has read most of it."""
+        """The client has read it."""
         super().resume_writing()
         self._stop_writing_timer()
 
@@ -151,8 +162,8 @@ class Connection(HttpToolsProtocol):
             # It was answered before all of it was here: what is left must come in time.
             self._expect_request()
         # The rest must go out in time too, or a connection that is to be closed would wait for its reader for ever.
-        if self._writing is None and (waiting := self.transport.get_write_buffer_size()):
-            self._writing = self.loop.call_later(self._limits.write_timeout, self._check_progress, waiting)
+        if self._writing is None:
+            self._expect_reading()
 
     def timeout_keep_alive_handler(self) -> None:
         """No further request came."""
@@ -161,33 +172,52 @@ class Connection(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
-    def _check_progress(self, before: int) -> None:
-        self._writing = None
-        waiting = self.transport.get_write_buffer_size()
-        if waiting >= before:
-            self._stalled()
-        elif waiting:
+    def _expect_reading(self) -> None:
+        self._stop_writing_timer()
+        if waiting := self.transport.get_write_buffer_size():
             self._writing = self.loop.call_later(self._limits.write_timeout, self._check_progress, waiting)
 
-    def _limit_silence(self, transport: asyncio.Transport) -> None:
-        """Has the kernel end a connection that takes nothing for too long.
+    def _check_progress(self, before: int) -> None:
+        self._writing = None
+        # Of a long answer some may be left, as long as the reader takes it by more than drops.
+        if self.transport.get_write_buffer_size() > max(before - _HIGH_WATER, 0):
+            self._stalled()
+        else:
+            self._expect_reading()
+
+    def _limit_unread(self, transport: asyncio.Transport) -> None:
+        """Bounds what waits for the reader, and has the kernel end a connection that takes nothing for too long.
 
         What TLS has passed on waits out of our sight, and so does the end of an answer when the connection is closed.
         """
+        transport.set_write_buffer_limits(high=_HIGH_WATER, low=0)
         connection: socket.socket | None = transport.get_extra_info("socket")
         if connection is not None and hasattr(socket, "TCP_USER_TIMEOUT"):
-            milliseconds = int(self._limits.write_timeout * 1000)
+            milliseconds = int(_KERNEL_PATIENCE * self._limits.write_timeout * 1000)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
 
     def _stalled(self) -> None:
-        self._writing = None
         self._report_stall()
-        self.transport.abort()
+        if self.cycle.chunked_encoding and not self.cycle.response_complete:
+            self._end_stream()
+        else:
+            self.transport.abort()
+
+    def _end_stream(self) -> None:
+        # What uvicorn itself does when a client has gone: the application's next write returns at once, unwritten.
+        self.cycle.disconnected = True
+        self.cycle.message_event.set()
+        self.flow.resume_writing()
+        event = error_event(stalled_reader(self._limits.write_timeout))
+        self.transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
+        self.transport.close()
+        self._lingering = self.loop.call_later(self._limits.write_timeout, self.transport.abort)
 
     def _report_stall(self) -> None:
         self._limits.stalled()
         logger.warning(
-            "a client has stopped reading: its connection is cut",
+            "a client has stopped reading: its answer ends",
             extra={
                 "request_id": (self.scope or {}).get("quire.request_id"),
                 "seconds": self._limits.write_timeout,

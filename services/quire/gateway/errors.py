@@ -5,7 +5,13 @@ They are types of their own because OpenAI's clients tell them apart by status o
 
 from __future__ import annotations
 
-from quire.service.errors import InvalidRequestError, NotFoundError, OverloadedError, UnavailableError
+from quire.service.errors import (
+    CancelledRequestError,
+    InvalidRequestError,
+    NotFoundError,
+    OverloadedError,
+    UnavailableError,
+)
 
 
 class AuthenticationError(InvalidRequestError):
@@ -22,6 +28,10 @@ class BusyError(UnavailableError):
 
 class SlowRequestError(InvalidRequestError):
     """The request did not arrive in time."""
+
+
+class StalledReaderError(CancelledRequestError):
+    """The client does not read its answer."""
 
 
 class BodyTooLargeError(InvalidRequestError):
@@ -42,3 +52,8 @@ class RouteNotFoundError(NotFoundError):
 
 class MethodNotAllowedError(InvalidRequestError):
     """The path exists, the method does not."""
+
+
+def stalled_reader(seconds: float) -> StalledReaderError:
+    """The last that a client hears which has not read for `seconds`."""
+    return StalledReaderError(f"the client has read nothing for {seconds:g} s: read faster, or ask for less at once")

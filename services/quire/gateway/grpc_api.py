@@ -18,13 +18,14 @@ from quire.gateway.access.grpc_access import authorization
 from quire.gateway.answer import Answer
 from quire.gateway.core import Core
 from quire.gateway.deltas import Delta, Scores
+from quire.gateway.errors import stalled_reader
 from quire.gateway.grpc_requests import in_contract_terms, read_options, read_prompt
 from quire.gateway.observation import Observer
 from quire.gateway.output import Generation, Operation
 from quire.gateway.request_id import HEADER as REQUEST_ID_HEADER
 from quire.gateway.request_id import check_request_id
 from quire.gateway.stream import Result, total_usage
-from quire.service.errors import CancelledRequestError, QuireError
+from quire.service.errors import QuireError
 from quire.service.grpc_server import abort
 from quire.service.request import TraceContext
 from quire.v1 import inference_pb2, inference_pb2_grpc
@@ -156,9 +157,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                 await context.write(message)
         except TimeoutError as error:
             self._gate.reader_stalled("grpc")
-            raise CancelledRequestError(
-                f"the client has read nothing for {self._write_timeout:g} s: read faster, or ask for less at once"
-            ) from error
+            raise stalled_reader(self._write_timeout) from error
 
     def _caller(self, context: _Context) -> Caller:
         return self._gate.caller(authorization(context.invocation_metadata()))
@@ -206,7 +205,7 @@ class InferenceServicer(inference_pb2_grpc.InferenceServiceServicer):
                             ends[index] = event
                 seen.finished([ends[index] for index in range(len(ends))], len(ends))
         except QuireError as error:
-            await abort(context, in_contract_terms(error))
+            await abort(context, in_contract_terms(error), linger=self._write_timeout)
         return running
 
 

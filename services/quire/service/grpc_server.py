@@ -169,7 +169,7 @@ class _Streams(grpc.aio.ServerInterceptor):
             del self._methods[task]
             if task.cancel():
                 await asyncio.wait((task,))
-        if task.cancelled():
+        if task.cancelled() and task.cancelling():
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is shutting down")
         task.result()
 
@@ -184,12 +184,22 @@ async def _answer(answers: Any, context: Any) -> None:
             await context.write(answer)
 
 
-async def abort(context: grpc.aio.ServicerContext[Any, Any], error: QuireError) -> NoReturn:
-    """Ends a call with `error`'s status; `quire-field` and `retry-after` (seconds) travel in the trailing metadata."""
+async def abort(
+    context: grpc.aio.ServicerContext[Any, Any], error: QuireError, *, linger: float | None = None
+) -> NoReturn:
+    """Ends a call with `error`'s status; `quire-field` and `retry-after` (seconds) travel in the trailing metadata.
+
+    A status waits until the client has read what was sent before it: for `linger` seconds, then the call is reset.
+    """
     trailing = [("quire-field", error.field)] if error.field else []
     if error.retry_after is not None:
         trailing.append(("retry-after", str(math.ceil(error.retry_after))))
-    await context.abort(STATUS_OF[error.code], error.message, tuple(trailing))
+    try:
+        async with asyncio.timeout(linger):
+            await context.abort(STATUS_OF[error.code], error.message, tuple(trailing))
+    except TimeoutError:
+        # gRPC resets a call that its handler leaves like this.
+        raise asyncio.CancelledError from None
 
 
 def channel(address: str, credentials: grpc.ChannelCredentials | None = None, *, name: str = "") -> grpc.aio.Channel:

@@ -15,6 +15,7 @@ from quire.gateway.errors import (
     RateLimitError,
     RouteNotFoundError,
     SlowRequestError,
+    StalledReaderError,
 )
 from quire.service.errors import (
     CancelledRequestError,
@@ -51,6 +52,8 @@ SHAPES: dict[type[QuireError], ErrorShape] = {
     RateLimitError: ErrorShape(429, "rate_limit_error", "rate_limit_exceeded"),
     DeadlineExceededError: ErrorShape(504, "server_error", "deadline_exceeded"),
     UnavailableError: ErrorShape(503, "server_error", "unavailable"),
+    # Only an event of a stream has this one.
+    StalledReaderError: ErrorShape(408, "invalid_request_error", "reader_stalled"),
     # The client went away: nobody reads this status, but logs and proxies know it by nginx's number.
     CancelledRequestError: ErrorShape(499, "server_error", "cancelled"),
     InternalError: ErrorShape(500, "server_error", "internal"),
