@@ -24,14 +24,16 @@ from typing import Any
 BEGAN = time.perf_counter()
 
 import torch  # noqa: E402
+from told_drafts import ToldDrafts  # noqa: E402
 
 import quire.kernels.linear  # noqa: E402
-from quire.engine.config import CoreConfig, Device, LoadFormat  # noqa: E402
+from quire.engine.config import CoreConfig, Device, LoadFormat, Speculation  # noqa: E402
 from quire.engine.core import EngineCore  # noqa: E402
 from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
 from quire.engine.loading import load_core  # noqa: E402
 from quire.engine.models.gpu_linear import GpuLinears  # noqa: E402
 from quire.engine.plan import StepPlan  # noqa: E402
+from quire.engine.speculation.speculator import SpeculationStats  # noqa: E402
 from quire.kernels.linear_tiles import LinearTile  # noqa: E402
 from quire.service.pages import PAGE_SIZE  # noqa: E402
 from quire.service.request import Constraint, Request, SamplingParams, StopConditions  # noqa: E402
@@ -172,7 +174,7 @@ WORKLOADS = [
 
 def run(
     core: EngineCore, work: Work, first_key: int, trace: list[Step] | None = None, constraint: Constraint | None = None
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Submits everything at once and steps until it is done; `trace` gets every step."""
     waited = HostWait()
     began = time.perf_counter()
@@ -202,6 +204,11 @@ def run(
         "host_busy": round(1 - waited.seconds / seconds, 3),
         "preemptions": core.scheduler.num_preemptions - preempted,
     }  # fmt: skip
+
+
+def drafted(stats: SpeculationStats) -> dict[str, int]:
+    """How many drafts were verified, and how many of them were right."""
+    return {"verified": sum(stats.verified.values()), "right": sum(stats.accepted.values())}
 
 
 def waste(core: EngineCore, work: Work, first_key: int) -> float:
@@ -307,6 +314,12 @@ def main() -> None:
     parser.add_argument(
         "--caching", type=int, default=0, metavar="ROUNDS", help="prefix caching without hits, on and off"
     )
+    parser.add_argument("--drafts", type=int, default=0, metavar="K", help="verified of a sequence and step, at most")
+    parser.add_argument(
+        "--accept", type=float, nargs="+", default=[], metavar="TOKENS",
+        help="synthetic acceptance: each workload once without drafts, and once for so many tokens a step and sequence "
+        "on average where K drafts are verified; 1: all are wrong",
+    )  # fmt: skip
     parser.add_argument("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where figures go as JSON")
     arguments = parser.parse_args()
@@ -323,12 +336,16 @@ def main() -> None:
                 max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens,
                 max_mixed_tokens=arguments.max_mixed_tokens,
                 max_waiting=100000, enable_prefix_caching=not arguments.no_prefix_caching,
+                speculation=Speculation.AUTO if arguments.drafts else Speculation.OFF,
+                num_speculative_tokens=arguments.drafts or 1,
             ),
             lambda *_: None,
         )  # fmt: skip
     core, runner = loaded.core, loaded.core._runner
     if not isinstance(runner, GpuRunner):
         parser.error("there is no GPU")
+    told = ToldDrafts(core, runner)
+    told.tell(None, arguments.drafts)
     ready = time.perf_counter()
     run(core, fixed(1, 8, 1, 9), 0)
     start = {
@@ -350,21 +367,27 @@ def main() -> None:
     for workload in WORKLOADS:
         if wanted and workload.name not in wanted:
             continue
-        if workload.warm is not None:
-            run(core, workload.warm(), key)
+        for length in [None, *arguments.accept]:
+            told.tell(length, arguments.drafts)
+            if workload.warm is not None:
+                run(core, workload.warm(), key)
+                key += 10000
+            trace: list[Step] | None = [] if arguments.trace else None
+            gaps = StepGaps(runner) if arguments.gaps else None
+            found = run(core, workload.make(), key, trace)
+            if core.stats.speculation is not None:
+                found["drafts"] = drafted(core.stats.speculation)
+            if gaps is not None:
+                found["idle between steps"] = round(gaps.share(), 5)
             key += 10000
-        trace: list[Step] | None = [] if arguments.trace else None
-        gaps = StepGaps(runner) if arguments.gaps else None
-        found = run(core, workload.make(), key, trace)
-        if gaps is not None:
-            found["idle between steps"] = round(gaps.share(), 5)
-        figures[workload.name] = found
-        key += 10000
-        print(workload.name, json.dumps(figures[workload.name]), flush=True)
-        if trace:
-            print_trace(trace, MODELS[arguments.model])
+            name = workload.name if length is None else f"{workload.name}, {arguments.drafts} drafts, {length:g} a step"
+            figures[name] = found
+            print(name, json.dumps(found), flush=True)
+            if trace:
+                print_trace(trace, MODELS[arguments.model])
     for name in [name for name in arguments.profile.split(",") if name]:
         print("profile of", name)
+        told.tell(arguments.accept[0] if arguments.accept else None, arguments.drafts)
         work = next(workload for workload in WORKLOADS if workload.name == name).make()
         profile(core, [(prompt[::-1], output) for prompt, output in work], key, arguments.skip, 20)
         key += 10000

@@ -64,6 +64,8 @@ class _Step:
     pending: PendingStep
     masks: StepMasks | None
     began: float
+    # Launched while the one before it ran.
+    ahead: bool
     # Its masks did not come: what it draws under them is void.
     late: bool = False
 
@@ -104,9 +106,14 @@ class EngineCore:
         self.stats.speculation = speculator.stats if speculator is not None else None
         self._in_flight: _Step | None = None
         self._late: _LateMasks | None = None
-        self._last_commit = 0.0
+        self._last_commit = 0.0  # 0: nothing has run since
         self._updates: list[Update] = []
         self._released: list[int] = []
+
+    @property
+    def vocab_size(self) -> int:
+        """A prompt's tokens are below it."""
+        return self._vocab_size
 
     @property
     def has_work(self) -> bool:
@@ -158,6 +165,7 @@ class EngineCore:
             else:
                 self._commit(step)
         else:
+            self._last_commit = 0.0
             self._look_for_late_masks(_IDLE_S)
         updates, self._updates = self._updates, []
         return updates
@@ -168,7 +176,7 @@ class EngineCore:
             return
         if self._in_flight is not None and self._in_flight.schedule.plan.drafts:
             self._commit_in_flight()
-        if self._speculator.wants(self.scheduler):
+        if self._speculator.wants(self.scheduler, ahead=self._in_flight is not None):
             self._commit_in_flight()
             self._speculator.propose(self.scheduler)
 
@@ -200,7 +208,7 @@ class EngineCore:
         # Where all tokens are known the sidecar works while the forward pass does.
         masks = self._ask_masks(schedule, constrained) if self._in_flight is None else None
         pending = self._runner.launch(schedule.plan, masked=bool(constrained))
-        return _Step(schedule, constrained, pending, masks, began)
+        return _Step(schedule, constrained, pending, masks, began, self._in_flight is not None)
 
     def _draw(self, step: _Step) -> None:
         if step.masks is None:
@@ -255,9 +263,9 @@ class EngineCore:
         result, schedule = step.pending.wait(), step.schedule
         now = time.perf_counter()
         # A step that was launched while another ran began when that one ended.
-        seconds = now - max(step.began, self._last_commit)
-        self.stats.record_step(schedule.plan, seconds)
-        self._last_commit = now
+        self.stats.record_step(schedule.plan, now - max(step.began, self._last_commit))
+        # What drafts cost includes what the host does before their step, while the device has nothing to do.
+        seconds, self._last_commit = now - (self._last_commit or step.began), now
         for sequence, cached_tokens in schedule.started:
             if sequence.state is not SequenceState.FINISHED:
                 self.stats.record_start(sequence.num_prompt_tokens, cached_tokens, step.began - sequence.arrived_at)
@@ -267,7 +275,9 @@ class EngineCore:
         if self._speculator is not None and schedule.plan.work:
             num_computed = sum(work.num_tokens for work in schedule.plan.work)
             num_places = max(work.num_wanted for work in schedule.plan.work)
-            self._speculator.observe_step(num_computed, seconds, num_places, result.draft_seconds)
+            # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
+            usual = bool(schedule.plan.drafts) or step.ahead or not self._run_ahead
+            self._speculator.observe_step(num_computed, seconds if usual else None, num_places, result.draft_seconds)
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:
@@ -295,6 +305,8 @@ class EngineCore:
             error = errors.get(sequence.key)
             num_tokens += self._commit_tokens(sequence, tokens, result.logprobs.get(index, ()), error, work.num_drafts)
         self.stats.record_tokens(until_first, between, num_tokens)
+        if not self.scheduler.num_running:
+            self._last_commit = 0.0
 
     def _commit_tokens(
         self,

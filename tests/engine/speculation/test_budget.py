@@ -16,6 +16,7 @@ import quire.engine.core
 from quire.engine.core import EngineCore
 from quire.engine.page_pool import PagePool
 from quire.engine.plan import StepPlan, StepResult
+from quire.engine.runner import StepMasks
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.speculation.budget import Offer, choose
 from quire.engine.speculation.cost import StepCost
@@ -71,10 +72,10 @@ class TimedMachine(PageMachine):
         self.clock.now += self.seconds(num_tokens) * (1 + (len(self.steps) * 7 % 5 - 2) / 200)
         launched = super().launch(plan, masked=masked)
         if self.head is not None and launched.result is not None:
-            launched.result = self.draft(plan, launched.result, self.head)
+            launched.result = self.with_drafts(plan, launched.result, self.head)
         return launched
 
-    def draft(self, plan: StepPlan, result: StepResult, head: Head) -> StepResult:
+    def with_drafts(self, plan: StepPlan, result: StepResult, head: Head) -> StepResult:
         """As a head on the device drafts: a pass for each place, of all sequences that want it."""
         places = max(work.num_wanted for work in plan.work)
         drafts = {}
@@ -87,6 +88,37 @@ class TimedMachine(PageMachine):
         return replace(result, drafts=drafts, draft_seconds=places * head.seconds)
 
 
+@dataclass
+class Running:
+    """A step on a device that computes beside the host."""
+
+    launched: Launched
+    clock: Clock
+    done_at: float
+
+    def draw(self, masks: StepMasks | None) -> None:
+        self.launched.draw(masks)
+
+    def wait(self) -> StepResult:
+        self.clock.now = max(self.clock.now, self.done_at)
+        return self.launched.wait()
+
+
+class AheadMachine(PageMachine):
+    """Computes beside the host, which takes `host` seconds before each launch."""
+
+    def __init__(self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int, host: float) -> None:
+        super().__init__(PAGES, max_num_seqs, MAX_MODEL_LEN)
+        self.clock, self.seconds, self.host = clock, seconds, host
+        self.free_at = 0.0
+
+    def launch(self, plan: StepPlan, *, masked: bool) -> Running:  # type: ignore[override]
+        self.clock.now += self.host
+        num_tokens = sum(work.num_tokens for work in plan.work)
+        self.free_at = max(self.free_at, self.clock.now) + self.seconds(num_tokens)
+        return Running(super().launch(plan, masked=masked), self.clock, self.free_at)
+
+
 def simulate(
     monkeypatch: pytest.MonkeyPatch,
     seconds: Callable[[int], float],
@@ -94,11 +126,15 @@ def simulate(
     num_seqs: int,
     num_tokens: int = 400,
     head: Head | None = None,
-) -> tuple[float, TimedMachine, Oracle, EngineCore]:
-    """The time that `num_seqs` requests of `num_tokens` output tokens take; without drafts if `quality` is None."""
+    host: float | None = None,
+) -> tuple[float, TimedMachine | AheadMachine, Oracle, EngineCore]:
+    """The time that `num_seqs` requests of `num_tokens` output tokens take; without drafts if `quality` is None. With
+    `host` the device is a step ahead."""
     clock = Clock()
     monkeypatch.setattr(quire.engine.core, "time", clock)
-    machine = TimedMachine(clock, seconds, num_seqs, head)
+    machine: TimedMachine | AheadMachine = TimedMachine(clock, seconds, num_seqs, head)
+    if host is not None:
+        machine = AheadMachine(clock, seconds, num_seqs, host)
     requests = [
         Request(
             str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0), StopConditions(num_tokens, ignore_eos=True)
@@ -112,13 +148,13 @@ def simulate(
         speculator = Speculator(None, SpeculationConfig(4), on_device=True)
     config = SchedulerConfig(num_seqs, 512, MAX_MODEL_LEN)
     scheduler = Scheduler(config, PagePool(PAGES), frozenset({EOS}))
-    core = EngineCore(machine, scheduler, None, VOCAB_SIZE, speculator=speculator)
+    core = EngineCore(machine, scheduler, None, VOCAB_SIZE, run_ahead=host is not None, speculator=speculator)
     for key, request in enumerate(requests):
         core.submit(key, request)
     return clock.now, machine, oracle, core
 
 
-def finish(core: EngineCore, machine: TimedMachine) -> float:
+def finish(core: EngineCore, machine: TimedMachine | AheadMachine) -> float:
     while core.has_work:
         core.step()
     return machine.clock.now
@@ -145,6 +181,43 @@ def test_drafts_that_are_all_wrong_cost_at_most_three_percent(
     _, machine, oracle, core = simulate(monkeypatch, COSTS[cost], 0.0, num_seqs)
     assert finish(core, machine) <= 1.03 * without
     assert oracle.num_proposed > 0
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8, 15])
+@pytest.mark.parametrize("share", [0.05, 0.15, 0.3])
+def test_a_device_that_runs_ahead_loses_little_by_wrong_drafts(
+    monkeypatch: pytest.MonkeyPatch, share: float, num_seqs: int
+) -> None:
+    """Looking for drafts makes it wait for the host, whose share of a step is lost each time."""
+    cost = COSTS["a GPU's"]
+    host = share * cost(num_seqs)
+    _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, host=host)
+    without = finish(core, machine)
+    assert without < 400 * 1.01 * cost(num_seqs)
+    _, machine, oracle, core = simulate(monkeypatch, cost, 0.0, num_seqs, host=host)
+    assert finish(core, machine) <= (1.03 + share / 8) * without
+    assert oracle.num_proposed > 0
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_a_device_that_runs_ahead_comes_back_to_right_drafts(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
+    """Though they are looked for seldom by then: within 50 steps."""
+    _, machine, oracle, core = simulate(monkeypatch, COSTS["a GPU's"], 0.0, num_seqs, num_tokens=700, host=0.0006)
+    for _ in range(150):
+        core.step()
+    oracle.quality = 1.0
+    for _ in range(50):
+        core.step()
+    before = sum(len(sequence.token_ids) for sequence in core.scheduler)
+    for _ in range(10):
+        core.step()
+    assert sum(len(sequence.token_ids) for sequence in core.scheduler) - before >= 10 * num_seqs * 4
+    # Where a step with drafts costs more than they win, there are none.
+    cost = COSTS["a GPU's"]
+    _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, host=0.9 * cost(num_seqs))
+    without = finish(core, machine)
+    _, machine, _, core = simulate(monkeypatch, cost, 0.3, num_seqs, host=0.9 * cost(num_seqs))
+    assert finish(core, machine) <= 1.2 * without
 
 
 @pytest.mark.parametrize("num_seqs", [1, 4])

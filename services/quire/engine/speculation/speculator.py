@@ -25,6 +25,10 @@ _LONGEST_PAUSE = 16
 # they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step.
 _PROBES, _PROBED = 4, 40
 
+# A device that runs ahead is held up when its next drafts are looked for: where they were not worth it, it runs so many
+# steps before they are looked for again.
+_LONGEST_LEAD = 11
+
 # What the device is to draft for a prompt's end before it is known what that is worth.
 _FIRST_PLACES = 3
 
@@ -106,6 +110,8 @@ class Speculator:
         self._rates = Rates.of_all()
         self._prospects: dict[int, _Prospect] = {}
         self._released: list[int] = []
+        # Steps that the device may run ahead before drafts are looked for, and those that it has.
+        self._lead = self._num_ahead = 0
 
     @property
     def max_forced(self) -> int:
@@ -117,8 +123,11 @@ class Speculator:
         """How many drafts to ask the device for when a prompt is done."""
         return self._num_places
 
-    def wants(self, scheduler: Scheduler) -> bool:
-        """Whether `propose` may have something for the next step."""
+    def wants(self, scheduler: Scheduler, *, ahead: bool) -> bool:
+        """Whether `propose` may have something for the next step; `ahead`: the device would have to wait for it."""
+        if ahead and self._num_ahead < self._lead:
+            self._num_ahead += 1
+            return False
         return any(
             (prospect := self._prospects.get(sequence.key)) is None
             or prospect.offers
@@ -152,6 +161,8 @@ class Speculator:
             sequence.drafts = tokens[:count]
         if self._on_device:
             self._want(decodes, num_tokens)
+        self._lead = 0 if any(chosen) else min(2 * self._lead + 1, _LONGEST_LEAD)
+        self._num_ahead = 0
 
     def _want(self, decodes: list[Sequence], num_tokens: int) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
@@ -167,13 +178,14 @@ class Speculator:
             rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
         )
         for sequence, prospect in takers:
-            prospect.num_idle = 0 if places else prospect.num_idle + 1
+            prospect.num_idle = 0 if places else prospect.num_idle + 1 + self._num_ahead
             sequence.num_wanted = places or int(prospect.num_idle % _PROBED < _PROBES)
 
-    def observe_step(self, num_tokens: int, seconds: float, num_places: int, draft_seconds: float) -> None:
-        """A step computed so many tokens in so long, of which the device spent `draft_seconds` on drafts for so many
-        places."""
-        self._cost.record(num_tokens, seconds - draft_seconds)
+    def observe_step(self, num_tokens: int, seconds: float | None, num_places: int, draft_seconds: float) -> None:
+        """A step computed so many tokens in so long, None if that says nothing, of which the device spent
+        `draft_seconds` on drafts for so many places."""
+        if seconds is not None:
+            self._cost.record(num_tokens, seconds - draft_seconds)
         if num_places:
             self._passes.record(num_places, draft_seconds)
 
