@@ -7,6 +7,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 from draft_oracle import Oracle
+from drafting_machine import DraftingMachine
 from hypothesis import HealthCheck, event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from page_machine import EOS, VOCAB_SIZE, Grammar, PageMachine, run_alone, score
@@ -14,7 +15,7 @@ from page_machine import EOS, VOCAB_SIZE, Grammar, PageMachine, run_alone, score
 from quire.engine.core import EngineCore
 from quire.engine.page_pool import PagePool
 from quire.engine.scheduler import Scheduler, SchedulerConfig
-from quire.engine.sequence import SequenceState, pages_for
+from quire.engine.sequence import Sequence, SequenceState, pages_for
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.errors import OverloadedError
 from quire.service.pages import PAGE_SIZE, prefix_hashes
@@ -37,6 +38,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     Without it a leaked or doubly owned page, a lost terminal event or a stale prefix would show only under load.
     """
+
+    DRAFTER_IN_PAGES = False
+    new_runner: type[PageMachine] = PageMachine
 
     @initialize(
         extra_pages=st.integers(0, 4),
@@ -72,15 +76,18 @@ class EngineMachine(RuleBasedStateMachine):
             max_waiting=6,
             enable_prefix_caching=caching,
             max_draft_tokens=max_drafts,
+            drafter_in_pages=self.DRAFTER_IN_PAGES,
         )
         self.scheduler = Scheduler(config, self.pool, frozenset({EOS}))
         self.now = 1000.0
         self.grammar = Grammar({})
-        self.runner = PageMachine(num_pages, max_num_seqs, max_model_len)
+        self.runner = self.new_runner(num_pages, max_num_seqs, max_model_len)
         self.speculator = None
         if quality is not None:
             oracle = Oracle(self.whole, quality, VOCAB_SIZE)
-            self.speculator = Speculator(oracle, SpeculationConfig(num_drafts, num_forced))
+            self.speculator = Speculator(
+                oracle, SpeculationConfig(num_drafts, num_forced), on_device=self.DRAFTER_IN_PAGES
+            )
         self.core = EngineCore(
             self.runner,
             self.scheduler,
@@ -189,7 +196,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert not sequence.block_table and sequence.slot == -1
                 continue
             assert len(set(sequence.block_table)) == len(sequence.block_table)
-            assert len(sequence.block_table) == pages_for(sequence.num_computed + len(sequence.drafts))
+            self.check_size(sequence)
             for page in sequence.block_table:
                 held[page] += 1
         assert held == [pool.references(page) for page in range(pool.num_pages)]
@@ -202,6 +209,9 @@ class EngineMachine(RuleBasedStateMachine):
             for index in range(sequence.num_published):
                 tokens = sequence.token_ids[index * PAGE_SIZE : (index + 1) * PAGE_SIZE]
                 assert list(self.runner.memory[sequence.block_table[index]]) == tokens
+
+    def check_size(self, sequence: Sequence) -> None:
+        assert len(sequence.block_table) == pages_for(sequence.num_computed + len(sequence.drafts))
 
     @invariant()
     def hashes_match(self) -> None:
@@ -253,3 +263,27 @@ TestEngineCore.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
+
+
+class DrafterMachine(EngineMachine):
+    """As `EngineMachine`, with a drafter in the pages, whose slots are checked, too.
+
+    Without it a slot that was skipped at a chunk's end, after a prefix hit or for want of a page would make drafts
+    worse, which nobody sees.
+    """
+
+    DRAFTER_IN_PAGES = True
+    new_runner = DraftingMachine
+
+    def check_size(self, sequence: Sequence) -> None:
+        end, most = sequence.num_computed + len(sequence.drafts), 6
+        assert pages_for(end) <= len(sequence.block_table) <= pages_for(end + most)
+
+    def teardown(self) -> None:
+        super().teardown()
+        if hasattr(self, "core"):
+            event(f"drafted on the device: {self.runner.num_drafted > 0}")
+
+
+TestDrafterInPages = DrafterMachine.TestCase
+TestDrafterInPages.settings = settings(TestEngineCore.settings, max_examples=500)

@@ -130,7 +130,8 @@ class Launched:
         assert self.machine.waiting is self, "a step was launched before the one before it had drawn its tokens"
         self.machine.waiting = None
         token_ids, accepted = self.machine.draw(self.plan, masks)
-        self.result = StepResult(token_ids, {}, self.scores, accepted)
+        drafts = self.machine.draft(self.plan, accepted)
+        self.result = StepResult(token_ids, {}, self.scores, accepted, drafts)
 
     def wait(self) -> StepResult:
         assert self.result is not None, "the masks never came"
@@ -196,6 +197,10 @@ class PageMachine:
             if work.num_drafts:
                 accepted[index] = kept
         return tuple(drawn), accepted
+
+    def draft(self, plan: StepPlan, accepted: dict[int, int]) -> dict[int, tuple[int, ...]]:
+        """What may come after what was drawn: a machine with a drafter says it."""
+        return {}
 
     def seen(self, slot: int, length: int) -> list[int]:
         """The first `length` tokens as the slot's pages hold them."""

@@ -15,6 +15,8 @@ a later step, and steps run in their order.
 - A waiting sequence whose next page is being computed in this very step waits for it: prompts that begin alike and
   arrive together are computed once.
 - Drafts ride on a sequence's next token where budget and pages are left over: nobody waits or is preempted for them.
+- A drafter in the pages is a slot ahead of the model, and more where it drafts: it gets pages that are left over, and
+  they are the first to be taken back. Who has none drafts less, and computes its last token again with the next one.
 - When pages run out, the running sequence that loses least computed work among those of the lowest priority gives
   its own back and waits for its old place. The one with most work is therefore never chosen while there is another:
   every full cache still makes progress.
@@ -42,7 +44,8 @@ class SchedulerConfig:
 
     `max_mixed_tokens` is the budget of a step while at least half of the batch decodes, if that leaves room for as many
     prompt tokens as there are decodes; 0 is no such limit. `max_draft_tokens` is how many drafts of all sequences may
-    be verified in a step; None is no limit of its own.
+    be verified in a step; None is no limit of its own. `drafter_in_pages`: a drafter on the device has keys and values
+    of its own in the pages: see `quire.engine.gpu.eagle`.
     """
 
     max_num_seqs: int = 64
@@ -52,6 +55,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     max_mixed_tokens: int = 0
     max_draft_tokens: int | None = None
+    drafter_in_pages: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_num_batched_tokens", "max_model_len", "max_waiting"):
@@ -177,6 +181,8 @@ class Scheduler:
         # Pages that a preemption freed belong to those who needed them, not to newcomers who would need more soon.
         if not preempted:
             self._schedule_waiting(step)
+        if self.config.drafter_in_pages:
+            self._look_ahead(step)
         schedule = step.schedule()
         self._book(schedule)
         return schedule
@@ -212,7 +218,10 @@ class Scheduler:
         sequence.num_computed -= 1
 
     def _shrink(self, sequence: Sequence) -> None:
-        num_pages = pages_for(sequence.num_computed)
+        # A drafter has written the slot of the next token.
+        self._keep(sequence, pages_for(sequence.num_computed + self.config.drafter_in_pages))
+
+    def _keep(self, sequence: Sequence, num_pages: int) -> None:
         if len(sequence.block_table) > num_pages:
             self.pool.release(sequence.block_table[num_pages:])
             del sequence.block_table[num_pages:]
@@ -243,6 +252,10 @@ class Scheduler:
         """Gives each running sequence its share; returns whether one had to be preempted for it."""
         preemptions = self.num_preemptions
         prefilling = []
+        if self.config.drafter_in_pages:
+            for sequence in self._running:
+                if not (sequence.awaits_last_token or self._is_held(sequence)):
+                    self._step_back(sequence)
         self._limit_drafts(step.budget)
         for sequence in tuple(self._running):
             if sequence.awaits_last_token or self._is_held(sequence):
@@ -271,11 +284,13 @@ class Scheduler:
             pages_for(sequence.num_computed + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
             for sequence in self._running
         )
-        spare_pages = self.pool.available - sum(needed)
+        spare_pages = self.pool.available - sum(max(0, missing) for missing in needed)
         for sequence in drafted:
             limit = 0
             if sequence.num_pending == 1 and not sequence.awaits_last_token and not self._is_held(sequence):
-                own_pages = max(len(sequence.block_table), pages_for(sequence.num_computed + 1))
+                own_pages = pages_for(sequence.num_computed + 1)
+                if spare_pages >= 0:  # else what it has beyond that may be taken back
+                    own_pages = max(len(sequence.block_table), own_pages)
                 room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - sequence.num_computed
                 # One token is drawn after the drafts, within the output's length; the one before is computed with them.
                 limit = max(0, min(sequence.max_tokens - sequence.num_tokens - 1, room - 1, spare_tokens))
@@ -339,6 +354,8 @@ class Scheduler:
         sequence.block_table = list(cached)
         sequence.num_computed = len(cached) * PAGE_SIZE
         sequence.num_published = len(cached)
+        if self.config.drafter_in_pages:
+            self._step_back(sequence)
         sequence.slot = self._slots.pop()
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
@@ -370,6 +387,8 @@ class Scheduler:
         """Preempts until `sequence` can grow; returns False if it was itself the one to give way."""
         missing = pages_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
         while missing > self.pool.available:
+            if self.config.drafter_in_pages and self._take_back(sequence, step):
+                continue
             victim = min(self._running, key=self._loss)
             step.remove(victim)
             self._leave_batch(victim)
@@ -379,6 +398,44 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
+
+    def _step_back(self, sequence: Sequence) -> None:
+        """Where the drafter's slot of the next token has no page it is not written: it will be with the last token."""
+        if 0 < sequence.num_computed == len(sequence.block_table) * PAGE_SIZE:
+            sequence.num_computed -= 1
+
+    def _look_ahead(self, step: _Step) -> None:
+        """Gives the step's sequences slots beyond their tokens, one and as many as drafts are wanted, if pages are left
+        over, and cuts what is wanted to that."""
+        for sequence, work in step.work.items():
+            end, first = work.start + work.num_tokens, len(sequence.block_table)
+            wanted = max(0, min(work.num_wanted, sequence.max_tokens - end))
+            num_pages = pages_for(end + max(1, wanted))
+            if num_pages > first:
+                pages = self.pool.allocate(min(num_pages - first, self.pool.available))
+                sequence.block_table.extend(pages)
+                wanted = min(wanted, len(sequence.block_table) * PAGE_SIZE - end)
+                # The slot behind the last token is written in any case: where nobody reads, if it has no page.
+                if end == len(sequence.block_table) * PAGE_SIZE:
+                    pages.append(self.pool.num_pages)
+                if pages:
+                    step.extend(sequence, first, tuple(pages))
+            if wanted != work.num_wanted:
+                step.work[sequence] = work._replace(num_wanted=wanted)
+
+    def _take_back(self, claimant: Sequence, step: _Step) -> bool:
+        """Frees the pages that only the drafter has a use for; returns whether there were any."""
+        before = self.pool.available
+        for sequence in self._running:
+            if sequence is claimant:
+                continue
+            work, num_tokens = step.work.get(sequence), 0
+            if work is not None:
+                num_tokens = work.num_tokens
+            elif sequence.num_pending == 1 and not (sequence.awaits_last_token or self._is_held(sequence)):
+                num_tokens = 1
+            self._keep(sequence, pages_for(sequence.num_computed + num_tokens))
+        return self.pool.available > before
 
     def _loss(self, sequence: Sequence) -> tuple[bool, int, int, int]:
         """What preempting costs: nothing if only the last token is awaited, which comes all the same; then lower
@@ -395,7 +452,7 @@ class _Step:
         self.budget = budget
         self._admissions: dict[Sequence, Admission] = {}
         self._grants: dict[Sequence, PageGrant] = {}
-        self._work: dict[Sequence, Work] = {}
+        self.work: dict[Sequence, Work] = {}
         self._drafts: dict[Sequence, Drafts] = {}
         self._started: list[tuple[Sequence, int]] = []
         self._computing: set[bytes] = set()
@@ -404,10 +461,10 @@ class _Step:
     def computes(self, page_hash: bytes) -> bool:
         """Whether what was added so far fills the page with this hash."""
         # Only newcomers ask, so most steps never look at their work this way.
-        for sequence, work in list(self._work.items())[self._num_looked_at :]:
+        for sequence, work in list(self.work.items())[self._num_looked_at :]:
             end = (work.start + work.num_tokens) // PAGE_SIZE
             self._computing.update(sequence.page_hashes[sequence.num_published : end])
-        self._num_looked_at = len(self._work)
+        self._num_looked_at = len(self.work)
         return page_hash in self._computing
 
     def admit(self, sequence: Sequence, grant: PageGrant) -> None:
@@ -437,15 +494,21 @@ class _Step:
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
         wanted = sequence.num_wanted if sample else 0
-        self._work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted)
+        self.work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted)
         if drafts:
             self._drafts[sequence] = Drafts(sequence.slot, start + num_tokens - len(drafts), drafts)
         if grant is not None:
             self._grants[sequence] = grant
 
+    def extend(self, sequence: Sequence, first: int, pages: tuple[int, ...]) -> None:
+        """Grants more pages, which become entries `first` and on of the sequence's block table."""
+        if (grant := self._grants.get(sequence)) is not None:
+            first, pages = grant.first, grant.pages + pages
+        self._grants[sequence] = PageGrant(sequence.slot, first, pages)
+
     def remove(self, sequence: Sequence) -> None:
         """Takes back what `add` decided for a sequence that is preempted later in the same step."""
-        work = self._work.pop(sequence, None)
+        work = self.work.pop(sequence, None)
         if work is not None:
             self.budget += work.num_tokens
         self._grants.pop(sequence, None)
@@ -455,10 +518,10 @@ class _Step:
         plan = StepPlan(
             tuple(self._admissions.values()),
             tuple(self._grants.values()),
-            tuple(self._work.values()),
+            tuple(self.work.values()),
             tuple(self._drafts.values()),
         )
-        return Schedule(plan, tuple(self._work), tuple(self._started))
+        return Schedule(plan, tuple(self.work), tuple(self._started))
 
 
 def _num_shareable_pages(sequence: Sequence) -> int:

@@ -22,6 +22,8 @@ from torch import Tensor
 
 from quire.engine.gpu.batch import GpuBatch, StagedStep
 from quire.engine.gpu.drawing import adjust, draw_tokens, report_tokens
+from quire.engine.gpu.eagle import GpuEagle
+from quire.engine.gpu.eagle_drafter import EagleInPages, PendingDrafts
 from quire.engine.gpu.graphs import Graphs, batch_sizes, token_sizes
 from quire.engine.gpu.reports import PromptReport, TokenReport
 from quire.engine.logprobs import Found
@@ -58,6 +60,7 @@ class GpuPendingStep:
     done: torch.cuda.Event | None = None
     logprobs: TokenReport | None = None
     prompt_logprobs: list[PromptReport] = field(default_factory=list)
+    drafts: PendingDrafts | None = None
 
     def draw(self, masks: StepMasks | None) -> None:
         if not self.drawn:
@@ -76,7 +79,9 @@ class GpuPendingStep:
         if self.logprobs is not None:
             logprobs = self.logprobs.read(draws, accepted)
         prompts = {report.item: tuple(report.read()) for report in self.prompt_logprobs}
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompts, draws.kept(accepted))
+        drafts = self.drafts.read() if self.drafts is not None else {}
+        seconds = self.drafts.seconds if self.drafts is not None else 0.0
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompts, draws.kept(accepted), drafts, seconds)
 
 
 class GpuRunner:
@@ -95,8 +100,10 @@ class GpuRunner:
         *,
         graphs: bool = True,
         max_draft_tokens: int = 0,
+        head: GpuEagle | None = None,
     ) -> None:
-        """`max_draft_tokens`: of a step, of all sequences together."""
+        """`max_draft_tokens`: of a step, of all sequences together. With a `head` the scheduler's configuration must
+        say `drafter_in_pages`."""
         device, on_gpu = model.device, model.device.type == "cuda"
         name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
         self.info = DeviceInfo(name, str(model.dtype).removeprefix("torch."), torch.get_num_threads())
@@ -114,7 +121,6 @@ class GpuRunner:
         self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
         self._verified = _verified_at_once(model) if max_draft_tokens else (1,)
         self._pads = on_gpu
-        self._unprepared = self._all_graphs() if graphs and on_gpu else []
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
         self._inputs = StepInputs(
             torch.zeros(rows, dtype=torch.int32, device=device),
@@ -133,6 +139,11 @@ class GpuRunner:
         words = -(-vocab_size // 32)
         self._masks = torch.zeros(num_draws, words, dtype=torch.int32, device=device)
         self._mask_rows = torch.zeros(num_draws, dtype=torch.int32, device=device)
+        self._drafter: EagleInPages | None = None
+        if head is not None:
+            sizes = (self._batch_sizes, self._token_sizes) if on_gpu else None
+            self._drafter = EagleInPages(head, num_pages, batch, self._inputs, self._drawn, self._graphs, sizes)
+        self._unprepared = self._all_graphs() if graphs and on_gpu else []
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
@@ -172,6 +183,8 @@ class GpuRunner:
         for count in self._verified if self._max_num_draws > self._max_num_seqs else ():
             sizes = [size for size in self._token_sizes.all if size <= self._max_num_draws]
             wanted += [(1, size, partial(self._run_verifications, size, count, False)) for size in sizes]
+        if self._drafter is not None:
+            wanted += [(0, size, run) for size, run in self._drafter.graphs()]
         return [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
 
     def _synchronize(self) -> None:
@@ -186,6 +199,8 @@ class GpuRunner:
             num_seqs, num_draws = min(size, self._max_num_seqs), min(size, self._max_num_draws)
             self._hidden_states(AttentionLimits(size, num_seqs, size), num_draws)
             self._draw_rows(self._max_num_draws, 0, False, False)
+            if self._drafter is not None:
+                self._drafter.warm_up(size)
         self._synchronize()
 
     def _on_stream(self) -> AbstractContextManager[object]:
@@ -260,7 +275,12 @@ class GpuRunner:
             limits=limits,
             grouped=grouped,
         )
-        return self._model.forward(step, self._cache)
+        if self._drafter is None:
+            return self._model.forward(step, self._cache)
+        taps = self._drafter.new_taps(limits.max_tokens)
+        hidden = self._model.forward(step, self._cache, taps)
+        self._drafter.take(taps)
+        return hidden
 
     def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
         with torch.inference_mode(), self._on_stream():
@@ -273,6 +293,8 @@ class GpuRunner:
                 reported = state.num_logprobs[slots] >= 0
                 size = self._draw_sizes(count) if self._pads else count
                 self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()))
+            if self._drafter is not None:
+                step.drafts = self._drafter.follow(staged)
             self._send_back(step)
         step.drawn = True
 

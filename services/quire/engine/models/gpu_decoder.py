@@ -19,7 +19,7 @@ from quire.engine.models.decoder import rotary_frequencies_table
 from quire.engine.models.gpu_linear import GpuLinear, GpuLinears
 from quire.engine.models.layer import Attention, Layer, LayerLoader
 from quire.engine.models.linear import Linear
-from quire.engine.models.model import ModelDtype
+from quire.engine.models.model import HiddenTaps, ModelDtype
 from quire.engine.models.weights import Weights
 from quire.kernels.attention_new_tokens import attend_new_tokens_triton
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
@@ -67,7 +67,10 @@ class GpuKVCache:
 
 
 class GpuDecoder:
-    """A model whose weights are on `device`. `load_layer` is what makes it a model of its family."""
+    """A model whose weights are on `device`. `load_layer` is what makes it a model of its family.
+
+    `embedding` [vocab_size, hidden_size]; `linears` made its products, and makes those that run between them.
+    """
 
     def __init__(
         self,
@@ -83,10 +86,10 @@ class GpuDecoder:
         self.dtype = torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16
         self.kv_page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_size
         self.kv_page_bytes *= self.dtype.itemsize
-        linears = GpuLinears.on(device, self.dtype)
+        self.linears = linears = GpuLinears.on(device, self.dtype)
         try:
             embedding = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
-            self._embedding = self._head = linears.matrix([embedding])
+            self.embedding = self._head = linears.matrix([embedding])
             if not config.tie_word_embeddings:
                 head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
                 self._head = linears.matrix([head])
@@ -97,8 +100,8 @@ class GpuDecoder:
             self._norm = linears.vector(weights.vector("model.norm.weight", config.hidden_size))
         except torch.OutOfMemoryError as error:
             raise _too_large(config, self.dtype, device) from error
-        self._gate_ups = [_on_gpu(layer.mlp.gate_up) for layer in self._layers]
-        self._head_norms = [_head_norm(layer.attention) for layer in self._layers]
+        self._gate_ups = [on_gpu(layer.mlp.gate_up) for layer in self._layers]
+        self._head_norms = [head_norm(layer.attention) for layer in self._layers]
         divisors = weights.frequency_divisors(config.head_size // 2)
         self._rotary = rotary_frequencies_table(config, divisors).to(device)
         progress(1.0)
@@ -122,21 +125,29 @@ class GpuDecoder:
             ) from error
         return GpuKVCache(keys, values)
 
-    def forward(self, step: GpuStep, cache: GpuKVCache) -> Tensor:
+    def forward(self, step: GpuStep, cache: GpuKVCache, taps: HiddenTaps | None = None) -> Tensor:
         """The normalized hidden states of the rows that want logits, [N, hidden_size] of the model's type.
 
-        Writes the step's keys and values into `cache`.
+        Writes the step's keys and values into `cache`, and what `taps` asks for into it.
         """
         eps = self.config.rms_norm_eps
         plans = self._plan(step)
-        residual = F.embedding(step.token_ids, self._embedding)
+        residual = F.embedding(step.token_ids, self.embedding)
         hidden = rms_norm(residual, self._layers[0].input_norm, eps, self.dtype)
         for index, layer in enumerate(self._layers):
             if index:
                 hidden = add_rms_norm(residual, hidden, layer.input_norm, eps, self.dtype)
-            attended = self._attend(index, hidden, step, plans[layer.attention.window], cache)
+            if taps is not None:
+                taps.keep(index, residual)
+            plan, norm = plans[layer.attention.window], self._head_norms[index]
+            keys, values = cache.keys[index], cache.values[index]
+            attended = attend(layer.attention, norm, hidden, step, plan, self._rotary, keys, values)
             hidden = add_rms_norm(residual, attended, layer.mlp_norm, eps, self.dtype)
             hidden = layer.mlp.down(self._gate_ups[index].gated(hidden))
+        if taps is not None and self.config.num_layers in taps.layers:
+            hidden = add_rms_norm(residual, hidden, self._norm, eps, self.dtype)
+            taps.keep(self.config.num_layers, hidden)
+            return hidden if step.logit_rows is None else hidden.index_select(0, step.logit_rows)
         if step.logit_rows is not None:
             residual, hidden = residual.index_select(0, step.logit_rows), hidden.index_select(0, step.logit_rows)
         return add_rms_norm(residual, hidden, self._norm, eps, self.dtype)
@@ -172,28 +183,40 @@ class GpuDecoder:
             for window in sorted(set(config.windows))
         }
 
-    def _attend(
-        self, index: int, hidden: Tensor, step: GpuStep, plan: TritonAttentionPlan, cache: GpuKVCache
-    ) -> Tensor:
-        attention, norm = self._layers[index].attention, self._head_norms[index]
-        keys, values = cache.keys[index], cache.values[index]
-        qkv = attention.qkv(hidden).view(hidden.shape[0], -1, self.config.head_size)
-        limits = step.limits
-        if limits.max_query_len == 1 and limits.max_seqs <= _FEW_SEQS and plan.prefixes is None:
-            attended = attend_new_tokens_triton(qkv, self._rotary, norm, keys, values, plan)
-        else:
-            queries = rotary_and_write(qkv, step.positions, self._rotary, step.slot_mapping, keys, values, norm)
-            attended = paged_attention_triton(queries, keys, values, plan)
-        return attention.output(attended.view(hidden.shape[0], -1))
+
+def attend(
+    attention: Attention,
+    norm: HeadNorm | None,
+    hidden: Tensor,
+    step: GpuStep,
+    plan: TritonAttentionPlan,
+    rotary: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> Tensor:
+    """A layer's attention: hidden [T, any] → [T, hidden_size]; writes the step's keys and values into their pages.
+
+    rotary as of `rotary_table`; keys, values [pages, kv_heads, PAGE_SIZE, head_size].
+    """
+    qkv = attention.qkv(hidden).view(hidden.shape[0], -1, attention.head_size)
+    limits = step.limits
+    if limits.max_query_len == 1 and limits.max_seqs <= _FEW_SEQS and plan.prefixes is None:
+        attended = attend_new_tokens_triton(qkv, rotary, norm, keys, values, plan)
+    else:
+        queries = rotary_and_write(qkv, step.positions, rotary, step.slot_mapping, keys, values, norm)
+        attended = paged_attention_triton(queries, keys, values, plan)
+    return attention.output(attended.view(hidden.shape[0], -1))
 
 
-def _on_gpu(linear: Linear) -> GpuLinear:
+def on_gpu(linear: Linear) -> GpuLinear:
+    """The same; raises InternalError if it was loaded for a CPU."""
     if not isinstance(linear, GpuLinear):
         raise InternalError("a layer of a GPU's model was not loaded for it")
     return linear
 
 
-def _head_norm(attention: Attention) -> HeadNorm | None:
+def head_norm(attention: Attention) -> HeadNorm | None:
+    """Its norm over heads, as kernels take it."""
     if attention.head_norm is None:
         return None
     return HeadNorm(attention.head_norm[0].contiguous(), attention.head_norm[-1].contiguous(), attention.eps)

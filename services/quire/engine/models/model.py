@@ -54,12 +54,19 @@ class HiddenTaps:
     """
 
     layers: tuple[int, ...]
-    hidden: Tensor  # float32 [T, len(layers) × hidden_size], side by side in the order of `layers`
+    hidden: Tensor  # [T, len(layers) × hidden_size], side by side in the order of `layers`
 
     @classmethod
-    def new(cls, layers: tuple[int, ...], num_tokens: int, hidden_size: int) -> HiddenTaps:
-        """For a step of `num_tokens`."""
-        return cls(layers, torch.empty(num_tokens, len(layers) * hidden_size))
+    def new(
+        cls,
+        layers: tuple[int, ...],
+        num_tokens: int,
+        hidden_size: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> HiddenTaps:
+        """For a step of `num_tokens`, of the residual stream's type."""
+        return cls(layers, torch.empty(num_tokens, len(layers) * hidden_size, dtype=dtype, device=device))
 
     def keep(self, layer: int, hidden: Tensor) -> None:
         """Copies hidden [T, hidden_size], the input of `layer`, if it is wanted."""

@@ -18,7 +18,7 @@ import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -28,7 +28,7 @@ from torch import Tensor
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.rope import Rope
 from quire.engine.models.safetensors import read_json_object
-from quire.engine.models.weights import Checklist, LinearWeight
+from quire.engine.models.weights import Checklist, LinearWeight, Tensors
 from quire.engine.speculation.eagle.config import EagleConfig, EagleKind, read_eagle_config
 from quire.service.errors import ConfigError, ModelError
 
@@ -42,8 +42,20 @@ _PREFIXES = {"midlayer.": _LAYER, "layers.0.": _LAYER, "transformer.": _LAYER, "
 _IGNORED = ("rotary_emb.inv_freq", "verifier_norm.weight", "verifier_lm_head.weight")
 
 
+class HeadTensors(Tensors, Protocol):
+    """A head's tensors by the names above."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def target_ids(self, config: EagleConfig) -> Tensor | None:
+        """The target's token of each draft token, int64 [draft_vocab_size]; None if they are the same ones."""
+
+    def finish(self) -> None:
+        """Raises ModelError if tensors are left that nobody asked for."""
+
+
 class EagleWeights:
-    """A head's tensors by the names above, as `quire.engine.models.weights.Tensors`."""
+    """`HeadTensors` of a checkpoint."""
 
     def __init__(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self._path = path
@@ -100,7 +112,7 @@ class EagleCheckpoint:
     """An open head that fits the target."""
 
     config: EagleConfig
-    weights: EagleWeights
+    weights: HeadTensors
 
 
 def config_file(path: Path) -> Path:

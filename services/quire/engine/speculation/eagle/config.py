@@ -59,6 +59,8 @@ _LLAMA_DEFAULTS: dict[str, Any] = {
 }
 # Whose layers a head may have: they differ in what `quire.engine.speculation.eagle.parts` sees by the tensors.
 _FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+# The tensor that tells an EAGLE-3 head from others where its configuration does not.
+EAGLE3_ONLY = "model.layers.0.hidden_norm.weight"
 
 
 def default_taps(num_layers: int) -> tuple[int, int, int]:
@@ -77,7 +79,7 @@ def read_eagle_config(file: Path, values: dict[str, Any], tensors: Iterable[str]
         nested = values.get("transformer_layer_config")
         layer_values = _LLAMA_DEFAULTS | (nested if isinstance(nested, dict) else {})
     else:
-        kind = EagleKind.EAGLE3 if "model.layers.0.hidden_norm.weight" in tensors else EagleKind.EAGLE1
+        kind = EagleKind.EAGLE3 if EAGLE3_ONLY in tensors else EagleKind.EAGLE1
         layer_values = values
     num_layers = layer_values.get("num_hidden_layers", 1)
     if kind is EagleKind.EAGLE3 and num_layers != 1:

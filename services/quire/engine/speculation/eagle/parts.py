@@ -1,4 +1,5 @@
-"""A head's weights where a device computes with them; who runs them is `head` on a CPU.
+"""A head's weights where a device computes with them; who runs them is `head` on a CPU, `quire.engine.gpu.eagle` on a
+GPU.
 
 What the head has no tensors of its own for it takes from the target: embeddings, and in EAGLE-1 the last product.
 """
@@ -15,7 +16,7 @@ from quire.engine.models.config import ModelConfig
 from quire.engine.models.layer import Attention, GatedMlp, Layer, LayerLoader
 from quire.engine.models.linear import Linear, LinearFactory
 from quire.engine.models.weights import dense
-from quire.engine.speculation.eagle.checkpoint import EagleCheckpoint, EagleWeights
+from quire.engine.speculation.eagle.checkpoint import EagleCheckpoint, HeadTensors
 from quire.engine.speculation.eagle.config import EagleConfig, EagleKind
 from quire.service.errors import ModelError
 
@@ -50,7 +51,8 @@ class EagleParts:
 
 
 def load_parts(checkpoint: EagleCheckpoint, target: Target, linears: LinearFactory) -> EagleParts:
-    """Loads the head with its products and vectors from `linears`; the mapping and embeddings stay on the CPU.
+    """Loads the head with its products and vectors from `linears`; the mapping stays on the CPU, embeddings are
+    where the target's are.
 
     Raises ModelError that names the tensor that is missing, left over or misshapen.
     """
@@ -79,7 +81,7 @@ def load_parts(checkpoint: EagleCheckpoint, target: Target, linears: LinearFacto
     return parts
 
 
-def _head(weights: EagleWeights, config: EagleConfig, linears: LinearFactory) -> Linear | None:
+def _head(weights: HeadTensors, config: EagleConfig, linears: LinearFactory) -> Linear | None:
     name = "lm_head.weight"
     if config.kind is EagleKind.EAGLE1:
         if name in weights:  # a copy of the target's
@@ -88,7 +90,7 @@ def _head(weights: EagleWeights, config: EagleConfig, linears: LinearFactory) ->
     return linears.stacked([weights.matrix(name, config.draft_vocab_size, config.hidden_size)], None)
 
 
-def _layer(loader: LayerLoader, weights: EagleWeights, config: EagleConfig) -> Layer:
+def _layer(loader: LayerLoader, weights: HeadTensors, config: EagleConfig) -> Layer:
     size, eagle3 = config.hidden_size, config.kind is EagleKind.EAGLE3
     attention = "model.layers.0.self_attn."
     return Layer(
@@ -105,15 +107,13 @@ def _layer(loader: LayerLoader, weights: EagleWeights, config: EagleConfig) -> L
     )
 
 
-def _embedding(weights: EagleWeights, config: EagleConfig, target: Target) -> Tensor:
+def _embedding(weights: HeadTensors, config: EagleConfig, target: Target) -> Tensor:
     name, shape = "embed_tokens.weight", (config.layer.vocab_size, config.hidden_size)
     if name in weights:
-        own = dense(weights.matrix(name, *shape))
+        own = dense(weights.matrix(name, *shape)).to(target.embedding)
         # Most heads carry a copy of the target's, which is as large as the rest of them.
-        same = shape == tuple(target.embedding.shape) and torch.equal(
-            own.to(target.embedding.dtype), target.embedding.cpu()
-        )
-        return target.embedding if same or config.kind is EagleKind.EAGLE1 else own.to(target.embedding.dtype)
+        same = shape == tuple(target.embedding.shape) and torch.equal(own, target.embedding)
+        return target.embedding if same or config.kind is EagleKind.EAGLE1 else own
     if config.hidden_size != target.config.hidden_size:
         raise ModelError(
             f"the head lacks the tensor {name}, and the model's embeddings have {target.config.hidden_size} elements "

@@ -1,0 +1,245 @@
+"""Runs an EAGLE head after each step's draws: graphs over the batch that stays on the device.
+
+After each step the head writes what its tokens add to its pages. Where drafts are wanted, `_begin` finds out on the
+device how many of the step's own drafts were right and where each sequence so stands, and then `_pass` makes one draft
+of each sequence, again and again: one graph for each size, whatever the number of drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quire.engine.gpu.batch import GpuBatch, StagedStep
+from quire.engine.gpu.eagle import GpuEagle
+from quire.engine.gpu.graphs import Graphs, Sizes
+from quire.engine.models.gpu_decoder import GpuStep
+from quire.engine.models.model import HiddenTaps
+from quire.kernels.attention_worklist import AttentionLimits
+from quire.kernels.step_inputs import StepInputs, prepare_inputs
+from quire.service.pages import PAGE_SIZE
+
+# Of a sequence in a step: what may be verified, and what may be drafted.
+_MOST = 64
+
+
+@dataclass(slots=True)
+class PendingDrafts:
+    """Drafts on their way: of `items`, indexes into the step's work, of which each wants `wanted`."""
+
+    items: npt.NDArray[np.int64]
+    wanted: npt.NDArray[np.int64]
+    token_ids: Tensor  # int64 [places, items or more] on the host, once the step is done
+    began: torch.cuda.Event | None
+    ended: torch.cuda.Event | None
+    seconds: float = 0.0
+
+    def read(self) -> dict[int, tuple[int, ...]]:
+        """By item of the step's work; to be called when the step is done, before `seconds` are looked at."""
+        if self.began is not None and self.ended is not None:
+            self.seconds = self.began.elapsed_time(self.ended) / 1000
+        columns = self.token_ids[:, : len(self.items)].numpy().T.tolist()
+        return {
+            item: tuple(column[:count])
+            for item, count, column in zip(self.items.tolist(), self.wanted.tolist(), columns, strict=True)
+        }
+
+
+class EagleInPages:
+    """One head for the slots of a batch, whose pages of the head's are under the model's numbers.
+
+    `drawn` int64 [num_draws] and `inputs` are the runner's: what the step drew, and its rows.
+    """
+
+    def __init__(
+        self,
+        head: GpuEagle,
+        num_pages: int,
+        batch: GpuBatch,
+        inputs: StepInputs,
+        drawn: Tensor,
+        graphs: Graphs,
+        sizes: tuple[Sizes, Sizes] | None,
+    ) -> None:
+        """`sizes`: of batches and of steps with prompts, to which rows are padded; None: they are not."""
+        self._head, self._batch, self._inputs, self._drawn, self._graphs = head, batch, inputs, drawn, graphs
+        self._sizes = sizes
+        self._nowhere = num_pages * PAGE_SIZE
+        self._cache = head.new_kv_cache(num_pages)
+        device, num_rows, num_seqs = head.device, len(inputs.token_ids), batch.num_seqs
+        hidden_size = head.config.hidden_size
+        self._rows = StepInputs(
+            torch.zeros_like(inputs.token_ids),
+            torch.zeros_like(inputs.positions),
+            torch.zeros_like(inputs.slot_mapping),
+        )
+        self._fused = torch.zeros(num_rows, hidden_size, dtype=head.dtype, device=device)
+        # Each drafting sequence's first draw and number of drafts that were verified, and how many want a draft in each
+        # place.
+        self._wanted = torch.zeros(2 * num_seqs + _MOST, dtype=torch.int32, device=device)
+        self._firsts, self._verified, self._counts = torch.split(self._wanted, [num_seqs, num_seqs, _MOST])
+        # Where the next pass is, what it begins with, and what it is to do.
+        self._place = torch.zeros(1, dtype=torch.int64, device=device)
+        self._hidden = torch.zeros(num_seqs, hidden_size, dtype=head.dtype, device=device)
+        self._tokens = torch.zeros(num_seqs, dtype=torch.int64, device=device)
+        self._slots = torch.zeros(num_seqs, dtype=torch.int32, device=device)
+        self._steps = torch.zeros(_MOST, 4 * (num_seqs + 4), dtype=torch.int32, device=device)
+        self._drafts = torch.zeros(_MOST, num_seqs, dtype=torch.int64, device=device)
+        on_gpu = device.type == "cuda"
+        self._results = [torch.zeros(_MOST, num_seqs, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
+        self._turn = 0
+        self._on_gpu = on_gpu
+
+    def new_taps(self, num_tokens: int) -> HiddenTaps:
+        """What the model's forward pass is to keep."""
+        return self._head.new_taps(num_tokens)
+
+    def take(self, taps: HiddenTaps) -> None:
+        """Keeps what the head needs of the step's rows."""
+        self._fused[: len(taps.hidden)].copy_(self._head.fuse(taps.hidden))
+
+    def graphs(self) -> list[tuple[int, Callable[[], None]]]:
+        """What captures each graph that steps may want, with its size."""
+        if self._sizes is None:
+            return []
+        batches, tokens = self._sizes
+        wanted: list[tuple[int, Callable[[], None]]] = []
+        wanted += [(size, partial(self._run_write, size)) for size in sorted({*batches.all, *tokens.all})]
+        wanted += [(size, partial(self._run_begin, size)) for size in batches.all]
+        wanted += [(size, partial(self._run_pass, size)) for size in batches.all]
+        return wanted
+
+    def warm_up(self, num_tokens: int) -> None:
+        """Runs the largest step, of padding only, after the model's."""
+        self._write(num_tokens)
+
+    def follow(self, staged: StagedStep) -> PendingDrafts | None:
+        """After a step's draws: writes its tokens' keys and values, and makes drafts if any are wanted."""
+        count = staged.num_tokens
+        if self._sizes is None:
+            self._write(count)
+        else:
+            batches, tokens = self._sizes
+            size = batches(count) if staged.draws_only else tokens(count)
+            self._write(count) if size is None else self._run_write(size)
+        return self._draft(staged)
+
+    def _draft(self, staged: StagedStep) -> PendingDrafts | None:
+        work, draws = staged.work, staged.draws
+        wanted = work.wanted[draws.items]
+        # Those who want most come first: so those who want a draft in a place are the first of them.
+        order = np.argsort(-wanted, kind="stable")[: np.count_nonzero(wanted)]
+        if not order.size:
+            return None
+        wanted = wanted[order]
+        self._send(draws.firsts[order], draws.counts[order] - 1, wanted)
+        size = self._sizes[0](len(order)) if self._sizes is not None else None
+        clock, began = time.perf_counter(), self._mark()
+        self._run_begin(size or len(order))
+        for _ in range(int(wanted[0])):
+            self._run_pass(size or len(order))
+        self._turn = (self._turn + 1) % len(self._results)
+        token_ids = self._results[self._turn][: int(wanted[0])]
+        token_ids.copy_(self._drafts[: int(wanted[0])], non_blocking=True)
+        return PendingDrafts(draws.items[order], wanted, token_ids, began, self._mark(), time.perf_counter() - clock)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        if not self._on_gpu:
+            return None
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def _send(
+        self, firsts: npt.NDArray[np.int64], verified: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
+    ) -> None:
+        num_seqs = self._batch.num_seqs
+        buffer = torch.zeros(len(self._wanted), dtype=torch.int32, pin_memory=self._on_gpu)
+        columns = buffer.numpy()
+        columns[: len(firsts)] = firsts
+        columns[num_seqs : num_seqs + len(firsts)] = verified
+        columns[2 * num_seqs :] = (wanted > np.arange(_MOST)[:, None]).sum(1)
+        self._wanted.copy_(buffer, non_blocking=True)
+
+    def _run_write(self, size: int) -> None:
+        self._graphs.run(("head's keys and values", size), partial(self._write, size))
+
+    def _run_begin(self, size: int) -> None:
+        self._graphs.run(("drafts' beginning", size), partial(self._begin, size))
+
+    def _run_pass(self, size: int) -> None:
+        self._graphs.run(("draft", size), partial(self._pass, size))
+
+    def _write(self, num_rows: int) -> None:
+        """The step's rows, each a position later: the tokens that came after them."""
+        columns, batch = self._batch.columns, self._batch
+        num_seqs, rows = min(num_rows, batch.num_seqs), self._rows.rows(num_rows)
+        prepare_inputs(
+            columns.query_start[: num_seqs + 1],
+            columns.slots[:num_seqs],
+            columns.starts[:num_seqs] + 1,
+            batch.token_ids,
+            batch.block_tables,
+            PAGE_SIZE,
+            rows,
+        )
+        self._head.write(rows, self._fused[:num_rows], self._cache)
+
+    def _begin(self, size: int) -> None:
+        """Where each sequence stands: its next token, the model's state before it, and the places of all passes."""
+        columns, batch = self._batch.columns, self._batch
+        ahead = torch.arange(_MOST, dtype=torch.int32, device=self._place.device)
+        rows = columns.logit_rows
+        draws = (self._firsts[:size, None] + ahead).clamp_max_(len(self._drawn) - 1)
+        drafted = self._inputs.token_ids[(rows[draws] + 1).clamp_max_(len(self._inputs.token_ids) - 1)]
+        right = (self._drawn[draws] == drafted) & (ahead < self._verified[:size, None])
+        draw = self._firsts[:size] + right.to(torch.int32).cumprod(1).sum(1)
+        self._hidden[:size] = self._fused[rows[draw]]
+        self._tokens[:size] = self._drawn[draw].clamp_min(0)
+        self._slots[:size] = slots = columns.drawing_slots[draw].clamp_min(0)
+        self._place.zero_()
+        there = torch.arange(size, dtype=torch.int32, device=ahead.device) < self._counts[:, None]
+        positions = torch.where(there, columns.positions[draw] + ahead[:, None], 1)
+        pages = batch.block_tables[slots, positions // PAGE_SIZE]
+        places = torch.where(there, pages * PAGE_SIZE + positions % PAGE_SIZE, self._nowhere)
+        starts = torch.arange(size + 1, dtype=torch.int32, device=ahead.device)
+        query_start, *others = self._columns(self._steps, size)
+        torch.minimum(starts, self._counts[:, None], out=query_start)
+        for column, values in zip(others, (positions, places, positions + 1), strict=True):
+            column.copy_(values)
+
+    def _columns(self, steps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Views of int32 [places, any]: query_start [places, size + 1]; positions, slot_mapping and context_lens
+        [places, size]."""
+        width = steps.shape[1] // 4
+        first, *others = torch.split(steps, [width] * 4, 1)
+        positions, places, lengths = (column[:, :size] for column in others)
+        return first[:, : size + 1], positions, places, lengths
+
+    def _pass(self, size: int) -> None:
+        """A draft of each sequence that wants one in this place."""
+        columns = self._columns(self._steps.index_select(0, self._place), size)
+        query_start, positions, places, context_lens = (column[0] for column in columns)
+        step = GpuStep(
+            token_ids=self._tokens[:size],
+            positions=positions,
+            slot_mapping=places,
+            query_start=query_start,
+            context_lens=context_lens,
+            table_rows=self._slots[:size],
+            block_tables=self._batch.block_tables,
+            logit_rows=None,
+            limits=AttentionLimits(size, size, 1),
+        )
+        hidden, tokens = self._head.forward(step, self._hidden[:size], self._cache)
+        self._hidden[:size].copy_(hidden)
+        self._tokens[:size].copy_(tokens)
+        self._drafts[:, :size].index_copy_(0, self._place, tokens[None])
+        self._place.add_(1)

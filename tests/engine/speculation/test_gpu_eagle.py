@@ -1,0 +1,202 @@
+"""An EAGLE head in a GPU's pages: its drafts are those of the text alone, and no draft changes an output.
+
+Without a GPU the same runner computes on the CPU, its kernels in Triton's interpreter: slow, so it does little.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from draft_oracle import FreeSteps
+from families import MAX_MODEL_LEN, PROMPTS, VOCAB_SIZE, Reference, one_thread
+from hypothesis import event, given, settings
+from hypothesis import strategies as st
+from tiny_eagle import tiny_eagle, write_head
+from tiny_models import EOS
+from torch import Tensor
+from triton_testing import DEVICE, need_triton
+
+need_triton()
+
+from quire.engine.core import EngineCore  # noqa: E402
+from quire.engine.gpu.eagle import load_gpu_eagle  # noqa: E402
+from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
+from quire.engine.models.model import ModelDtype  # noqa: E402
+from quire.engine.models.registry import load_gpu_model  # noqa: E402
+from quire.engine.page_pool import PagePool  # noqa: E402
+from quire.engine.plan import StepPlan, StepResult  # noqa: E402
+from quire.engine.runner import DeviceInfo, StepMasks  # noqa: E402
+from quire.engine.scheduler import Scheduler, SchedulerConfig  # noqa: E402
+from quire.engine.speculation.speculator import SpeculationConfig, Speculator  # noqa: E402
+from quire.service.checkpoint.locate import CheckpointFormat  # noqa: E402
+from quire.service.request import Request, SamplingParams, StopConditions  # noqa: E402
+
+ON_GPU = DEVICE == "cuda"
+
+
+class Heads(Reference):
+    """A model and a head for it on the device, and both as transformers' own modules."""
+
+    def __init__(self, folder: Path, name: str, kind: str) -> None:
+        super().__init__(folder, name)
+        device = torch.device(DEVICE)
+        self.gpu = load_gpu_model(folder, CheckpointFormat.FOLDER, ModelDtype.FLOAT32, device, lambda *_: None)
+        self.reference = tiny_eagle(self.gpu.config, kind)
+        self.head = load_gpu_eagle(write_head(self.reference, folder / "head", "safeail"), self.gpu)
+        self.states = cache(self._states)
+
+    @torch.inference_mode()
+    def _states(self, text: tuple[int, ...]) -> Tensor:
+        """What the head takes of each of the text's tokens."""
+        states = self.theirs(torch.tensor([text]), output_hidden_states=True).hidden_states
+        if self.reference.kind == "eagle":
+            return states[-1][0]
+        fused: Tensor = self.reference.modules["fc"](torch.cat([states[tap][0] for tap in self.head.config.taps], -1))
+        return fused
+
+    @torch.inference_mode()
+    def check(self, text: tuple[int, ...], drafts: tuple[int, ...]) -> None:
+        """Each of `drafts` must be what the head finds most likely, all of the text before it, without pages."""
+        reference, embedding = self.reference, self.theirs.get_input_embeddings()
+        ids = reference.target_ids.tolist() if reference.kind == "eagle3" else list(range(VOCAB_SIZE))
+        hidden, tokens = self.states(text)[:-1], list(text[1:])
+        for draft in drafts:
+            out = reference.hidden(embedding(torch.tensor(tokens)), hidden)
+            if reference.kind == "eagle":
+                logits = self.theirs.get_output_embeddings()(out[-1])
+            else:
+                logits = reference.modules["lm_head"](reference.modules["norm"](out[-1]))
+            assert logits[ids.index(draft)] >= logits.max() - 1e-3, f"draft {len(tokens) - len(text) + 2}"
+            hidden, tokens = torch.cat((hidden, out[-1:])), [*tokens, draft]
+
+
+@pytest.fixture(scope="module", params=[("llama", "eagle3"), ("llama, tied", "eagle")], ids=lambda pair: pair[1])
+def heads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Heads]:
+    with one_thread():
+        yield Heads(tmp_path_factory.mktemp("model"), *request.param)
+
+
+@dataclass
+class Checked:
+    """A step whose drafts are looked at, and then told: what the head drafts decides nothing."""
+
+    step: GpuPendingStep
+    runner: CheckingRunner
+    plan: StepPlan
+    texts: list[list[int]]
+
+    def draw(self, masks: StepMasks | None) -> None:
+        self.step.draw(masks)
+
+    def wait(self) -> StepResult:
+        result, told = self.step.wait(), {}
+        for index, (work, text) in enumerate(zip(self.plan.work, self.texts, strict=True)):
+            if work.sample:
+                drafts = [drafts.token_ids for drafts in self.plan.drafts if drafts.slot == work.slot]
+                accepted = result.accepted.get(index, 0)
+                text += [*(drafts[0][:accepted] if drafts else ()), result.token_ids[index]]
+            assert len(result.drafts.get(index, ())) == work.num_wanted
+            if work.num_wanted:
+                self.runner.heads.check(tuple(text), result.drafts[index])
+                told[index] = self.runner.tell(text, work.num_wanted)
+        return replace(result, drafts=told)
+
+
+@dataclass
+class CheckingRunner:
+    """A runner whose drafts are checked and replaced, as a benchmark does that sets how many are right: each with
+    probability `quality`."""
+
+    heads: Heads
+    runner: GpuRunner
+    quality: float
+    whole: dict[tuple[int, ...], list[int]] = field(default_factory=dict)
+    texts: dict[int, list[int]] = field(default_factory=dict)
+    random: random.Random = field(default_factory=lambda: random.Random(0))
+    num_told: int = 0
+
+    @property
+    def info(self) -> DeviceInfo:
+        return self.runner.info
+
+    def launch(self, plan: StepPlan, *, masked: bool) -> Checked:
+        for admission in plan.admissions:
+            self.texts[admission.slot] = list(admission.token_ids)
+        return Checked(self.runner.launch(plan, masked=masked), self, plan, [self.texts[one.slot] for one in plan.work])
+
+    def prepare(self) -> bool:
+        return self.runner.prepare()
+
+    def tell(self, text: list[int], count: int) -> tuple[int, ...]:
+        prompt = max((prompt for prompt in PROMPTS if tuple(text[: len(prompt)]) == prompt), key=len)
+        truth = [*prompt, *self.heads.answer(prompt), *[0] * count][len(text) : len(text) + count]
+        self.num_told += count
+        return tuple(token if self.random.random() < self.quality else (token + 1) % VOCAB_SIZE for token in truth)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40 if ON_GPU else 3)
+def test_drafts_are_those_of_the_text_alone_and_change_nothing(heads: Heads, data: st.DataObject) -> None:
+    """A slot that was not written after a chunk, a hit, a preemption or a wrong draft, or one that was but shouldn't,
+    makes drafts worse, which nobody sees; a draft that is wrong and kept would be seen by everybody."""
+    num_pages = data.draw(st.integers(6, 14), label="pages")
+    max_num_seqs = data.draw(st.integers(1, 4), label="sequences")
+    config = SchedulerConfig(
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=data.draw(st.integers(max_num_seqs, 40), label="budget"),
+        max_model_len=MAX_MODEL_LEN,
+        enable_prefix_caching=data.draw(st.booleans(), label="caching"),
+        max_draft_tokens=12,
+        drafter_in_pages=True,
+    )
+    graphs = data.draw(st.booleans(), label="graphs")
+    runner = CheckingRunner(
+        heads,
+        GpuRunner(
+            heads.gpu, num_pages, max_num_seqs, config.max_num_batched_tokens, MAX_MODEL_LEN, graphs=graphs,
+            max_draft_tokens=12, head=heads.head,
+        ),
+        data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]), label="quality"),
+    )  # fmt: skip
+    num_drafts = data.draw(st.integers(1, 4), label="drafts")
+    speculator = Speculator(None, SpeculationConfig(num_drafts), on_device=True, cost=FreeSteps())
+    core = EngineCore(
+        runner,
+        Scheduler(config, PagePool(num_pages), frozenset({EOS})),
+        None,
+        VOCAB_SIZE,
+        run_ahead=data.draw(st.booleans(), label="run ahead"),
+        speculator=speculator,
+    )
+    most_requests, most_tokens = (7, 24) if ON_GPU else (3, 9)
+    outputs: dict[int, list[int]] = {}
+    prompts: dict[int, tuple[int, ...]] = {}
+    wanted: dict[int, int] = {}
+    for key in range(data.draw(st.integers(1, most_requests), label="requests")):
+        prompts[key] = data.draw(st.sampled_from(PROMPTS), label="prompt")
+        wanted[key] = data.draw(st.integers(1, most_tokens), label="max_tokens")
+        outputs[key] = []
+        stop = StopConditions(wanted[key])
+        core.submit(key, Request(str(key), "m", prompts[key], SamplingParams(temperature=0.0), stop))
+        for _ in range(data.draw(st.integers(0, 4), label="steps")):
+            collect(core, outputs)
+    while core.has_work:
+        collect(core, outputs)
+    for key, prompt in prompts.items():
+        assert outputs[key] == heads.answer(prompt)[: wanted[key]], f"request {key}"
+    event(f"told: {runner.num_told > 0}, kept: {sum(speculator.stats.accepted.values()) > 0}")
+    event(f"preempted: {core.scheduler.num_preemptions > 0}, hits: {core.stats.cached_prompt_tokens > 0}")
+    assert core.scheduler.pool.available == num_pages
+
+
+def collect(core: EngineCore, outputs: dict[int, list[int]]) -> None:
+    for update in core.step():
+        outputs[update.key].extend(update.token_ids)
+        if update.finished is not None:
+            assert update.finished.error is None
