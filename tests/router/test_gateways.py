@@ -29,7 +29,7 @@ from router_testing import (
 
 from quire.service.errors import ErrorCode
 from quire.service.grpc_server import channel
-from quire.service.request import Finished, FinishReason
+from quire.service.request import Finished, FinishReason, Update
 from quire.service.wire import request_to_proto
 from quire.v1 import session_pb2, session_pb2_grpc
 
@@ -165,6 +165,37 @@ async def test_a_gateway_that_does_not_read_loses_its_session_alone(tmp_path: Pa
                 pass
         assert ended.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert re.search(r"has not read \d+ updates", str(ended.value.details()))
+
+
+async def test_what_waits_for_a_gateway_goes_out_in_few_frames(tmp_path: Path) -> None:
+    """Without it many engines' frames would each cost router and gateway a message, when both are busiest."""
+    async with (
+        engines(tmp_path, 1) as fakes,
+        router(tmp_path, fakes) as service,
+        channel(service.address) as connection,
+    ):
+        fakes[0].hold_at(0)
+        requests = [request_of(prompt_of(number)) for number in range(3)]
+        submits = [
+            session_pb2.SessionRequest(submit=session_pb2.Submit(key=key, request=request_to_proto(request)))
+            for key, request in enumerate(requests)
+        ]
+        call = session_pb2_grpc.SessionServiceStub(connection).Session(frames(HELLO, *submits), wait_for_ready=True)
+        await call.read()
+        await fakes[0].until_submitted(len(requests))
+        endpoint = endpoint_of(service, fakes[0])
+        # One turn of the event loop brings them all, as a busy one may.
+        for token in range(20):
+            for key in list(endpoint.flights):
+                service.router.engine_stepped(endpoint, [Update(key, (token,))])
+        tokens: dict[int, list[int]] = {key: [] for key in range(len(requests))}
+        messages = []
+        while sum(map(len, tokens.values())) < 60:
+            messages.append(await call.read())
+            for update in messages[-1].step.updates:
+                tokens[update.key].extend(update.token_ids)
+        assert len(messages) <= 2
+        assert list(tokens.values()) == [list(range(20))] * 3
 
 
 async def test_a_router_that_drains_says_so_and_finishes_what_it_has(tmp_path: Path) -> None:

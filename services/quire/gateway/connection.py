@@ -17,11 +17,12 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any
+from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from quire.gateway.errors import SlowRequestError, stalled_reader
+from quire.gateway.gathered import Gathered
 from quire.gateway.openai.errors import error_body
 from quire.gateway.openai.responses import error_event
 from quire.service.errors import InvalidRequestError, QuireError
@@ -61,7 +62,7 @@ class Connection(HttpToolsProtocol):
         self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
+        super().connection_made(cast("asyncio.Transport", Gathered(transport, self.loop)))
         self._limit_unread(transport)
         self._expect_request()
 

@@ -71,21 +71,31 @@ class Exchange:
 
         Raises DeadlineExceededError if `deadline` comes first.
         """
-        working = asyncio.ensure_future(work)
         watching = asyncio.ensure_future(self._disconnected())
+        working = asyncio.current_task()
+        gone = over = False
+
+        def leave(_: asyncio.Task[None]) -> None:
+            nonlocal gone
+            # The answer's end is told like the connection's.
+            if not (over or self.complete) and working is not None:
+                gone = working.cancel()
+
+        watching.add_done_callback(leave)
         try:
-            done, _ = await asyncio.wait(
-                (working, watching), timeout=deadline.left, return_when=asyncio.FIRST_COMPLETED
-            )
-            if not done:
-                raise deadline.passed()
-            if not working.done() and not self.complete:
-                raise CancelledRequestError("the client went away")
-            await working
+            async with asyncio.timeout(deadline.left) as limit:
+                await work
+        except asyncio.CancelledError:
+            if not gone or working is None or working.uncancel():
+                raise
+            raise CancelledRequestError("the client went away") from None
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise deadline.passed() from None
         finally:
-            working.cancel()
+            over = True
             watching.cancel()
-            await asyncio.gather(working, watching, return_exceptions=True)
 
     async def _disconnected(self) -> None:
         message: Message = {"type": ""}

@@ -106,25 +106,9 @@ class Observation:
 
     def prepared(self, model: str, generations: Sequence[Generation], answer_id: str, *, stream: bool) -> None:
         """The request is understood: `model` is what the client called it."""
-        request = generations[0].request
-        self._span.update_name(f"{self._operation} {model}")
-        attributes: dict[str, AttributeValue] = {
-            gen_ai.GEN_AI_REQUEST_MODEL: model,
-            gen_ai.GEN_AI_RESPONSE_MODEL: request.model,
-            gen_ai.GEN_AI_RESPONSE_ID: answer_id,
-            gen_ai.GEN_AI_REQUEST_MAX_TOKENS: request.stop.max_tokens,
-            gen_ai.GEN_AI_REQUEST_TEMPERATURE: request.sampling.temperature,
-            gen_ai.GEN_AI_REQUEST_TOP_P: request.sampling.top_p,
-            # OTLP's integers are signed.
-            gen_ai.GEN_AI_REQUEST_SEED: (request.sampling.seed + 2**63) % 2**64 - 2**63,
-            gen_ai.GEN_AI_REQUEST_STREAM: stream,
-            gen_ai.GEN_AI_OUTPUT_TYPE: "json" if request.constraint and request.constraint.kind in _JSON else "text",
-        }
-        if request.sampling.top_k:
-            attributes[gen_ai.GEN_AI_REQUEST_TOP_K] = request.sampling.top_k
-        if generations[0].shown.stop:
-            attributes[gen_ai.GEN_AI_REQUEST_STOP_SEQUENCES] = generations[0].shown.stop
-        self._span.set_attributes(attributes)
+        if self._span.is_recording():
+            self._span.update_name(f"{self._operation} {model}")
+            self._span.set_attributes(_asked(model, generations[0], answer_id, stream=stream))
         self._facts |= {"answer_id": answer_id, "model": model}
 
     def progress(self, tokens: int) -> None:
@@ -187,3 +171,24 @@ class Observation:
         self._facts["trace_id"] = f"{self._span.get_span_context().trace_id:032x}"
         logger.log(level, "%s over %s: %s", self._operation, self._api, outcome, extra=self._facts)
         self._span.end()
+
+
+def _asked(model: str, generation: Generation, answer_id: str, *, stream: bool) -> dict[str, AttributeValue]:
+    request = generation.request
+    attributes: dict[str, AttributeValue] = {
+        gen_ai.GEN_AI_REQUEST_MODEL: model,
+        gen_ai.GEN_AI_RESPONSE_MODEL: request.model,
+        gen_ai.GEN_AI_RESPONSE_ID: answer_id,
+        gen_ai.GEN_AI_REQUEST_MAX_TOKENS: request.stop.max_tokens,
+        gen_ai.GEN_AI_REQUEST_TEMPERATURE: request.sampling.temperature,
+        gen_ai.GEN_AI_REQUEST_TOP_P: request.sampling.top_p,
+        # OTLP's integers are signed.
+        gen_ai.GEN_AI_REQUEST_SEED: (request.sampling.seed + 2**63) % 2**64 - 2**63,
+        gen_ai.GEN_AI_REQUEST_STREAM: stream,
+        gen_ai.GEN_AI_OUTPUT_TYPE: "json" if request.constraint and request.constraint.kind in _JSON else "text",
+    }
+    if request.sampling.top_k:
+        attributes[gen_ai.GEN_AI_REQUEST_TOP_K] = request.sampling.top_k
+    if generation.shown.stop:
+        attributes[gen_ai.GEN_AI_REQUEST_STOP_SEQUENCES] = generation.shown.stop
+    return attributes

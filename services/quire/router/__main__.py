@@ -6,6 +6,8 @@ import argparse
 import logging
 import sys
 
+import uvloop
+
 from quire.router.config import RouterConfig
 from quire.router.service import RouterService
 from quire.service.errors import ConfigError
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         logging.getLogger(__name__).error("%s", error.message)
         return 2
-    return run_service(lambda stop: RouterService(config).run(stop))
+    return run_service(lambda stop: RouterService(config).run(stop), loop_factory=uvloop.new_event_loop)
 
 
 def build_config(arguments: argparse.Namespace) -> RouterConfig:

@@ -52,14 +52,15 @@ class RequestObserver:
             self._metrics.held(now - flight.held_at)
         flight.engine = choice.endpoint.name
         flight.revision = choice.endpoint.revision
-        flight.span.set_attributes(
-            {
-                "quire.engine": choice.endpoint.name,
-                "quire.matched_tokens": choice.matched_tokens,
-                "quire.expected_ttft_seconds": choice.expected_ttft,
-                "quire.moves": flight.moves,
-            }
-        )
+        if flight.span.is_recording():
+            flight.span.set_attributes(
+                {
+                    "quire.engine": choice.endpoint.name,
+                    "quire.matched_tokens": choice.matched_tokens,
+                    "quire.expected_ttft_seconds": choice.expected_ttft,
+                    "quire.moves": flight.moves,
+                }
+            )
 
     def started(self, flight: Flight, endpoint: Endpoint, started: Started) -> None:
         """The first engine has begun with a request: what it had cached counts, once."""
@@ -111,6 +112,8 @@ class RequestObserver:
 
 def _end_span(flight: Flight, finished: Finished) -> None:
     span = flight.span
+    if not span.is_recording():
+        return
     span.set_attributes(
         {
             "quire.moves": flight.moves,

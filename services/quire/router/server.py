@@ -25,6 +25,9 @@ from quire.v1 import session_pb2, session_pb2_grpc
 
 SERVICE = session_pb2.DESCRIPTOR.services_by_name["SessionService"].full_name
 
+# Updates in a frame to which no more are added.
+_FULL = 256
+
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 logger = logging.getLogger(__name__)
@@ -82,6 +85,8 @@ class _Session:
         self._router = router
         self._peer = Peer(self._deliver, self._announce_drain)
         self._frames: asyncio.Queue[session_pb2.SessionResponse | None] = asyncio.Queue()
+        # The newest frame, as long as it waits: what comes meanwhile goes along, since each frame has its price.
+        self._open: session_pb2.StepFrame | None = None
         self._queued_updates = 0
         self._max_queued_updates = max_queued_updates
         self._overrun = asyncio.Event()
@@ -113,6 +118,7 @@ class _Session:
 
     def close(self) -> None:
         """No frame follows those that wait."""
+        self._open = None
         self._frames.put_nowait(None)
 
     async def _hello(self, requests: AsyncIterator[session_pb2.SessionRequest]) -> None:
@@ -143,16 +149,25 @@ class _Session:
 
     async def _write(self, context: _Context) -> None:
         while (frame := await self._frames.get()) is not None:
+            self._open = None
             await context.write(frame)
             self._queued_updates -= len(frame.step.updates)
 
     def _deliver(self, updates: list[Update]) -> None:
-        step = session_pb2.StepFrame(updates=[update_to_proto(update) for update in updates])
-        self._queued_updates += len(updates)
+        messages = [update_to_proto(update) for update in updates]
+        self._queued_updates += len(messages)
         if self._queued_updates > self._max_queued_updates:
             self._overrun.set()
+            return
+        # A prompt's log-probabilities are megabytes, and a message has a largest size.
+        small = not any(update.prompt_logprobs for update in updates)
+        if small and self._open is not None and len(self._open.updates) < _FULL:
+            self._open.updates.extend(messages)
         else:
-            self._frames.put_nowait(session_pb2.SessionResponse(step=step))
+            frame = session_pb2.SessionResponse(step=session_pb2.StepFrame(updates=messages))
+            self._open = frame.step if small else None
+            self._frames.put_nowait(frame)
 
     def _announce_drain(self) -> None:
+        self._open = None
         self._frames.put_nowait(session_pb2.SessionResponse(draining=session_pb2.Draining()))

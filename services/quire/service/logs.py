@@ -59,6 +59,8 @@ def setup_logging(process: str, *, level: str = "info", style: LogFormat = LogFo
     """Sends this process's log to standard error. `process` names it in each line ("gateway", "engine-0")."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonFormatter(process) if style is LogFormat.JSON else _TextFormatter(process))
+    # No line tells them, and each costs every line a look.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     for noisy in ("httpx", "httpcore", "asyncio", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -101,6 +101,8 @@ class _PassingTracer(Tracer):
 
 def parent_context(trace: TraceContext) -> Context:
     """The context whose span is the sender's, for `tracer.start_span(context=…)`; a root if `trace` is empty."""
+    if not trace.traceparent:
+        return Context()
     return _PROPAGATOR.extract({"traceparent": trace.traceparent, "tracestate": trace.tracestate}, Context())
 
 
