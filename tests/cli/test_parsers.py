@@ -12,31 +12,42 @@ from pathlib import Path
 
 import pytest
 
+from quire.cli.bench import ACTIONS
+from quire.cli.flags import Parser
 from quire.cli.main import COMMANDS, main
 
 Output = pytest.CaptureFixture[str]
 
+WITH_FLAGS = [*COMMANDS, *(f"bench {action}" for action in ACTIONS if action != "serve")]
+
 
 def help_of(command: str, output: Output) -> str:
     with pytest.raises(SystemExit) as exit_:
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     assert exit_.value.code == 0
     return output.readouterr().out
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def parser_of(command: str) -> Parser:
+    path = "bench.serve" if command == "bench" else command.replace(" ", ".")
+    module = importlib.import_module(f"quire.cli.{path}")
+    parser: Parser = module.startup_parser() if command == "bench startup" else module._parser()
+    return parser
+
+
+@pytest.mark.parametrize("command", WITH_FLAGS)
 def test_help_shows_examples_that_can_be_typed(command: str, capsys: Output) -> None:
     """People copy the first example; one that the parser refuses turns them away."""
     shown = help_of(command, capsys)
     examples = re.findall(rf"^  (quire {command}.*)$", shown.partition("examples:")[2], flags=re.MULTILINE)
-    assert len(examples) >= 3
-    parser = importlib.import_module(f"quire.cli.{command}")._parser()
+    assert len(examples) >= (2 if " " in command else 3)
+    parser = parser_of(command)
     for example in examples:
-        _, _, *arguments = shlex.split(example.partition("<")[0])
-        parser.parse_args(arguments)
+        arguments = shlex.split(example.partition("<")[0])
+        parser.parse_args(arguments[1 + len(command.split()) :])
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", WITH_FLAGS)
 def test_help_fits_a_terminal_and_explains_every_flag(
     command: str, capsys: Output, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -44,8 +55,7 @@ def test_help_fits_a_terminal_and_explains_every_flag(
     monkeypatch.setenv("COLUMNS", "80")
     shown = help_of(command, capsys)
     assert max(map(len, shown.splitlines())) <= 80
-    parser = importlib.import_module(f"quire.cli.{command}")._parser()
-    assert all(action.help for action in parser._actions)
+    assert all(action.help for action in parser_of(command)._actions)
 
 
 def test_the_commands_are_listed(capsys: Output) -> None:
@@ -121,6 +131,18 @@ def test_version(capsys: Output) -> None:
         ("bench --rate inf", "--rate is inf: give requests per second, more than 0"),
         ("bench --input-len 0", "--input-len is 0: it must be at least 1"),
         ("bench --output-len=-5", "--output-len is -5: it must be at least 1"),
+        ("bench trougput", "quire bench has no action 'trougput': did you mean `quire bench throughput`?"),
+        ("bench throughput --requests 4 0", "--requests is 0: it must be at least 1"),
+        ("bench throughput --rounds 0", "--rounds is 0: it must be at least 1"),
+        ("bench throughput --input-len 9:8", "--input-len is '9:8': give a number of tokens, like 128, or a range"),
+        ("bench throughput --output-len x", "--output-len is 'x': give a number of tokens, like 128, or a range"),
+        ("bench throughput --out /no/such/file", "--out /no/such/file can't be written (No such file or directory)"),
+        ("bench throughput --json x", "there is no --json: see `quire bench throughput --help`"),
+        ("bench throughput ./no-such-folder", "no model at ./no-such-folder: name a .gguf file, a folder"),
+        ("bench latency --batch 0", "--batch is 0: it must be at least 1"),
+        ("bench prefix --no-prefix-caching", "--no-prefix-caching is set, and this measures prefix caching"),
+        ("bench structured --schema nothing.json", "--schema nothing.json can't be read"),
+        ("bench startup --max-model-len=-1", "--max-model-len is -1: 0 chooses it"),
         ("top --interval 0", "--interval is 0: it must be at least 0.1"),
         ("top --interval nan", "--interval is nan: it must be at least 0.1"),
         ("top --engine engine-0", "--engine is 'engine-0': give a host and a port, as in 127.0.0.1:9100, or unix: and"),

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from bare_packages import bare_python, link_packages
 
 from quire.service.checkpoint import locate
 
-ROOT = Path(__file__).parents[2]
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "transformers")
-PORTIONS = ("services", "operator", "kernels")
 
 _RUN = """
 import sys
@@ -39,36 +35,10 @@ print(sorted(loaded & {"grpc", "google", "starlette", "msgspec", "prometheus_cli
 """
 
 
-def requirements(package: str, found: set[str]) -> set[str]:
-    """The distributions that pip would install with `package`, itself included."""
-    name = re.sub(r"[-_.]+", "-", package).lower()
-    if name not in found:
-        found.add(name)
-        for requirement in importlib.metadata.requires(name) or ():
-            needed = re.match(r"[\w.-]+", requirement)
-            if needed and "extra ==" not in requirement and installed(needed[0]):
-                requirements(needed[0], found)
-    return found
-
-
-def installed(name: str) -> bool:
-    return bool(list(importlib.metadata.distributions(name=name)))
-
-
 @pytest.fixture
 def site_packages(tmp_path: Path) -> Path:
     """A folder that holds those packages and what they require, and nothing else."""
-    folder = tmp_path / "site-packages"
-    folder.mkdir()
-    found: set[str] = set()
-    for package in PACKAGES:
-        requirements(package, found)
-    for name in found:
-        distribution = importlib.metadata.distribution(name)
-        for top in {file.parts[0] for file in distribution.files or () if file.parts[0] not in ("..", "__pycache__")}:
-            link = folder / top
-            if not link.exists():
-                link.symlink_to(Path(str(distribution.locate_file(top))).resolve())
+    folder = link_packages(tmp_path / "site-packages", PACKAGES)
     assert (folder / "torch").is_dir() and not {"grpc", "google", "msgspec"} & {path.name for path in folder.iterdir()}
     return folder
 
@@ -78,12 +48,10 @@ def test_it_runs_with_torch_and_its_friends_alone(
 ) -> None:
     """Without it a notebook's user would have to install servers, or find out by an ImportError what is missing."""
     gguf = locate().path
-    path = [site_packages, *(ROOT / portion for portion in PORTIONS)]
+    python, environment = bare_python(site_packages, tmp_path)
     done = subprocess.run(
-        # -S: without the site-packages of this interpreter.
-        [sys.executable, "-S", "-c", _RUN, str(checkpoint), str(gguf)],
-        env={"PYTHONPATH": ":".join(map(str, path)), "HOME": str(tmp_path), "PATH": "/usr/bin:/bin"},
-        cwd=tmp_path, capture_output=True, text=True, timeout=120,
+        [*python, "-c", _RUN, str(checkpoint), str(gguf)],
+        env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     tokens, reason, needs_llguidance, needs_outlines, needs_gguf, loaded = done.stdout.splitlines()

@@ -30,7 +30,7 @@ def test_the_request_path_lists_real_files_in_the_order_of_the_services() -> Non
 
 def test_every_flag_that_it_names_exists() -> None:
     """An example that fails is worse than none."""
-    files = [*(ROOT / "services").glob("quire/*/*.py"), *(ROOT / "tests/benchmarks").glob("*.py")]
+    files = [*(ROOT / "services").rglob("*.py"), *(ROOT / "tests/benchmarks").glob("*.py")]
     sources = "".join(path.read_text() for path in files)
     ours = "\n".join(line for line in README.splitlines() if not re.match(r"(for|kind|kubectl|curl) ", line))
     for flag in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", ours)):

@@ -17,7 +17,7 @@ from quire.service.errors import ConfigError, QuireError
 COMMANDS = {
     "serve": "start every service on this machine and serve a model",
     "chat": "talk to a model in the terminal",
-    "bench": "measure the speed of a server",
+    "bench": "measure the speed of a server, or of the engine alone",
     "top": "watch what the engines do",
     "keys": "make API keys for a server",
     "speculate": "make a head that drafts tokens for a model",

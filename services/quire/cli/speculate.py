@@ -176,7 +176,7 @@ def _data(arguments: Any) -> int:
 
 def _train(arguments: Any) -> int:
     from quire.engine.speculation.eagle.checkpoint import config_file
-    from quire.llm.interrupts import DeferredInterrupt
+    from quire.service.interrupts import DeferredInterrupt
     from quire.speculate.dialogues import DialogueFolder
     from quire.speculate.draft_model import load_draft_model
     from quire.speculate.train import TrainConfig, Trainer, TrainProgress

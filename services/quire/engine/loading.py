@@ -5,6 +5,7 @@ Who calls this: the core process, and the offline API.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -16,11 +17,13 @@ import torch
 from quire.engine.config import CoreConfig, Dtype, LoadFormat, Speculation
 from quire.engine.core import EngineCore
 from quire.engine.cpu_runner import CpuRunner
+from quire.engine.gpu.eagle import GpuEagle, load_gpu_eagle
 from quire.engine.gpu.loading import choose_gpu, size_pages
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.masks import MaskSource
 from quire.engine.messages import Ready
 from quire.engine.models.config import ModelConfig
+from quire.engine.models.gpu_decoder import GpuDecoder
 from quire.engine.models.model import ModelDtype
 from quire.engine.models.registry import load_gpu_model, load_model
 from quire.engine.page_pool import PagePool
@@ -30,9 +33,12 @@ from quire.engine.sequence import pages_for
 from quire.engine.speculation.drafts import DraftSource
 from quire.engine.speculation.eagle.drafter import EagleDrafter
 from quire.engine.speculation.eagle.head import load_eagle
+from quire.engine.speculation.heads import shipped_head
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.checkpoint.locate import Checkpoint, locate
-from quire.service.errors import ConfigError
+from quire.service.errors import ConfigError, ModelError
+
+logger = logging.getLogger(__name__)
 
 _CPU_KV_CACHE_BYTES = 2 << 30
 
@@ -69,14 +75,16 @@ def load_core(
     began = time.perf_counter()
     checkpoint = locate(config.model)
     gpu = choose_gpu(config.device)
-    speculation = _speculation(config, on_gpu=gpu is not None)
+    speculation = SpeculationConfig(config.num_speculative_tokens) if config.speculation is Speculation.AUTO else None
     limits = config.batch_limits(on_gpu=gpu is not None)
     if speculation is not None and gpu is not None:
         limits = replace(limits, max_draft_tokens=_most_drafts(limits, speculation, _GPU_DRAFT_TOKENS))
-    load = _load_cpu if gpu is None else partial(_load_gpu, gpu)
+    # Who brings drafts has chosen; a server takes what the sidecar and a head have.
+    shipped = shipped_head(checkpoint.name) if speculation is not None and make_drafts is None else None
+    load = _load_cpu if gpu is None else partial(_load_gpu, gpu, shipped)
     loaded = load(config, checkpoint, limits, progress)
     pool = PagePool(loaded.num_pages)
-    limits = replace(limits, max_model_len=loaded.max_model_len)
+    limits = replace(limits, max_model_len=loaded.max_model_len, drafter_in_pages=gpu is not None and loaded.drafts)
     if speculation is not None and config.sidecar:
         limits = replace(limits, max_draft_tokens=_maskable_drafts(limits, speculation, loaded.model.vocab_size))
     scheduler = Scheduler(limits, pool, frozenset(loaded.model.eos_token_ids))
@@ -89,7 +97,7 @@ def load_core(
     speculator = None
     if speculation is not None:
         source = make_drafts() if make_drafts is not None else None
-        speculator = Speculator(source, speculation, on_device=bool(config.speculative_model))
+        speculator = Speculator(source, speculation, on_device=loaded.drafts)
     core = EngineCore(
         loaded.runner, scheduler, masks, loaded.model.vocab_size, run_ahead=gpu is not None, speculator=speculator
     )
@@ -107,20 +115,20 @@ def load_core(
 
 @dataclass(frozen=True, slots=True)
 class _Loaded:
-    """A device's part of a core; `weights_at` is on time.perf_counter's clock."""
+    """A device's part of a core; `weights_at` is on time.perf_counter's clock. `drafts`: the runner has a drafter."""
 
     runner: Runner
     model: ModelConfig
     num_pages: int
     max_model_len: int
     weights_at: float
+    drafts: bool
 
 
 def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfig, progress: Progress) -> _Loaded:
-    if config.load_format is LoadFormat.DUMMY:
-        raise ConfigError("--load-format dummy makes random weights on a GPU: there is none", field="load_format")
     dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
-    model = load_model(checkpoint.path, checkpoint.format, dtype, progress)
+    dummy = config.load_format is LoadFormat.DUMMY
+    model = load_model(checkpoint.path, checkpoint.format, dtype, progress, dummy=dummy)
     weights_at = time.perf_counter()
     max_model_len = _max_model_len(config, model.config)
     num_bytes = config.kv_cache_bytes or _CPU_KV_CACHE_BYTES
@@ -132,20 +140,27 @@ def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfi
         head = load_eagle(Path(config.speculative_model), model, dtype)
         drafter = EagleDrafter(head, limits.max_num_seqs)
     runner = CpuRunner(model, num_pages, limits.max_num_seqs, max_model_len, dtype.value, drafter)
-    return _Loaded(runner, model.config, num_pages, max_model_len, weights_at)
+    return _Loaded(runner, model.config, num_pages, max_model_len, weights_at, drafter is not None)
 
 
 def _load_gpu(
-    gpu: torch.device, config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfig, progress: Progress
+    gpu: torch.device,
+    shipped: Path | None,
+    config: CoreConfig,
+    checkpoint: Checkpoint,
+    limits: SchedulerConfig,
+    progress: Progress,
 ) -> _Loaded:
     dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
     dummy = config.load_format is LoadFormat.DUMMY
     model = load_gpu_model(checkpoint.path, checkpoint.format, dtype, gpu, progress, dummy=dummy)
+    head = _load_head(config, model, shipped)
     weights_at = time.perf_counter()
     max_model_len = _max_model_len(config, model.config)
     progress(1.0, "sizing the cache")
-    num_pages = size_pages(config, model, limits, max_model_len)
-    num_pages = _num_pages(num_pages, limits, max_model_len, model.kv_page_bytes)
+    page_bytes = model.kv_page_bytes + (head.kv_page_bytes if head is not None else 0)
+    num_pages = size_pages(config, model, limits, max_model_len, head)
+    num_pages = _num_pages(num_pages, limits, max_model_len, page_bytes)
     runner = GpuRunner(
         model,
         num_pages,
@@ -154,8 +169,23 @@ def _load_gpu(
         max_model_len,
         graphs=not config.enforce_eager,
         max_draft_tokens=limits.max_draft_tokens or 0,
+        head=head,
     )
-    return _Loaded(runner, model.config, num_pages, max_model_len, weights_at)
+    return _Loaded(runner, model.config, num_pages, max_model_len, weights_at, head is not None)
+
+
+def _load_head(config: CoreConfig, model: GpuDecoder, shipped: Path | None) -> GpuEagle | None:
+    """The head that is asked for, or else `shipped`: of that a model's name alone says that it fits."""
+    dummy = config.load_format is LoadFormat.DUMMY
+    if config.speculative_model:
+        return load_gpu_eagle(Path(config.speculative_model), model, dummy=dummy)
+    if shipped is None or dummy:
+        return None
+    try:
+        return load_gpu_eagle(shipped, model)
+    except ModelError as error:
+        logger.warning("the head that comes with the package is not used: %s", error.message)
+        return None
 
 
 def _max_model_len(config: CoreConfig, model: ModelConfig) -> int:
@@ -178,17 +208,6 @@ def _num_pages(num_pages: int, limits: SchedulerConfig, max_model_len: int, page
             field="kv_cache_bytes",
         )
     return num_pages
-
-
-def _speculation(config: CoreConfig, *, on_gpu: bool) -> SpeculationConfig | None:
-    if on_gpu and config.speculative_model:
-        raise ConfigError(
-            "--speculative-model is set and drafts are verified on a CPU only: leave it out, or set --device to cpu",
-            field="speculative_model",
-        )
-    if config.speculation is Speculation.OFF:
-        return None
-    return SpeculationConfig(config.num_speculative_tokens)
 
 
 def _most_drafts(limits: SchedulerConfig, speculation: SpeculationConfig, most: int) -> int:

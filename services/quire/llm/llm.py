@@ -19,7 +19,6 @@ from quire.engine.models.config import ModelConfig
 from quire.llm.arguments import ArgumentError, check_number, in_python
 from quire.llm.engine_arguments import check_call, core_config, speculation
 from quire.llm.generation import Generation, Output, PreparedParams
-from quire.llm.interrupts import DeferredInterrupt
 from quire.llm.masks import LazyMasks
 from quire.llm.metrics import LLMMetrics, metrics_of
 from quire.llm.outputs import RequestOutput
@@ -31,6 +30,7 @@ from quire.llm.suffix_drafts import SuffixDrafts
 from quire.service.checkpoint import TextModel, load_text, locate
 from quire.service.codec import PromptCodec
 from quire.service.errors import ConfigError, InternalError, InvalidRequestError, ModelError, QuireError
+from quire.service.interrupts import DeferredInterrupt
 from quire.service.request import Update
 from quire.service.text import Pieces
 

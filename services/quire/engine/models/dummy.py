@@ -1,7 +1,7 @@
 """Random weights for a model of which there is only config.json: speed does not depend on their values.
 
-What `load_format="dummy"` means, vLLM's name for it. Weights are drawn where they are used: a processor would take
-minutes for what a GPU draws in a second.
+What `load_format="dummy"` means, vLLM's name for it. Weights are drawn where they are used: a processor takes minutes
+for what a GPU draws in a second.
 """
 
 from __future__ import annotations

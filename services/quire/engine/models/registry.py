@@ -41,14 +41,18 @@ FAMILIES = {
 }
 
 
-def load_model(path: Path, format: CheckpointFormat, dtype: ModelDtype, progress: Progress) -> Decoder:
+def load_model(
+    path: Path, format: CheckpointFormat, dtype: ModelDtype, progress: Progress, *, dummy: bool = False
+) -> Decoder:
     """The model at `path`, its weights in memory. `progress` is called with 0 to 1 and what is being done.
 
+    `dummy` makes random weights for a folder with config.json.
     Raises ModelError if the architecture is not supported, a setting can't be served, or a tensor is missing, left over
     or misshapen.
     """
-    weights, config, family = open_weights(path, format, progress)
-    model = Decoder(weights, config, family.load_layer, dtype, lambda done: progress(done, "loading weights"))
+    made = _dummy(path, format, dtype, torch.device("cpu")) if dummy else None
+    weights, config, family = open_weights(path, format, progress, made)
+    model = Decoder(weights, config, family.load_layer, dtype, lambda done: progress(done, _activity(made)))
     weights.finish()
     return model
 
@@ -62,16 +66,13 @@ def load_gpu_model(
     *,
     dummy: bool = False,
 ) -> GpuDecoder:
-    """As `load_model`, for a GPU; `dummy` makes random weights for a folder with config.json.
+    """As `load_model`, for a GPU.
 
     Raises ModelError if the GPU's memory does not suffice, too.
     """
-    made: Weights | None = None
-    if dummy and format is CheckpointFormat.FOLDER:
-        made = DummyWeights(path, device, torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
+    made = _dummy(path, format, dtype, device) if dummy else None
     weights, config, family = open_weights(path, format, progress, made)
-    loading = "making random weights" if dummy else "loading weights"
-    model = GpuDecoder(weights, config, family.load_layer, dtype, device, lambda done: progress(done, loading))
+    model = GpuDecoder(weights, config, family.load_layer, dtype, device, lambda done: progress(done, _activity(made)))
     weights.finish()
     return model
 
@@ -88,6 +89,17 @@ def open_weights(
     if family is None:
         raise weights.settings.error("model_type", f"supported are {', '.join(FAMILIES)}")
     return weights, family.configure(weights.settings), family
+
+
+def _dummy(path: Path, format: CheckpointFormat, dtype: ModelDtype, device: torch.device) -> Weights | None:
+    """None for a file, which has its weights in it."""
+    if format is not CheckpointFormat.FOLDER:
+        return None
+    return DummyWeights(path, device, torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16)
+
+
+def _activity(made: Weights | None) -> str:
+    return "loading weights" if made is None else "making random weights"
 
 
 def _gguf(path: Path) -> Weights:

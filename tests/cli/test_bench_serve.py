@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from scripted_api import MODEL, BreakOff, Refusal, ScriptedApi, events
 
 from quire.cli.api import EventReader, Server
-from quire.cli.bench import Bench, BenchConfig
+from quire.cli.bench.prompts import Workload
+from quire.cli.bench.samples import Distribution, Sample, Summary
+from quire.cli.bench.serve import Bench, BenchConfig
 from quire.cli.main import main
-from quire.cli.report import Distribution, Sample, Summary
-from quire.cli.workload import Workload
 from quire.service.errors import QuireError
 
 

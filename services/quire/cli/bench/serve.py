@@ -1,18 +1,15 @@
-"""`quire bench`: sends requests to an OpenAI-compatible server and says how fast the answers were."""
+"""`quire bench serve`: sends requests to an OpenAI-compatible server and says how fast the answers were."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import secrets
 import signal
 import time
-from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,10 +17,19 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from quire.cli.api import ApiError, EventReader, Server, add_server_flags, refusal, server_of
+from quire.cli.bench import ACTIONS
+from quire.cli.bench.prompts import Workload
+from quire.cli.bench.report import STOPPED, JsonFile
+from quire.cli.bench.samples import Sample, Summary
 from quire.cli.flags import Parser, at_least
-from quire.cli.report import Sample, Summary
-from quire.cli.workload import Workload
 from quire.service.errors import ConfigError, QuireError
+
+_DESCRIPTION = """\
+Measures the speed of any OpenAI-compatible server, which `quire bench serve`
+does, too. Other actions measure the engine alone, in this process, each with
+flags of its own (`quire bench throughput --help`):
+
+""" + "\n".join(f"  {action:<11} {what}" for action, what in ACTIONS.items() if action != "serve")
 
 _EXAMPLES = """\
   quire bench
@@ -34,8 +40,6 @@ _EXAMPLES = """\
       requests at random times, 2.5 a second, however busy the server is
   quire bench --url https://example.com/v1 --model llama
       another server; its key is in OPENAI_API_KEY"""
-
-_STOPPED_BY_SIGINT = 128 + signal.SIGINT
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +83,7 @@ def main(argv: list[str]) -> int:
     arguments = _parser().parse_args(argv)
     server = server_of(arguments)
     config = config_of(arguments)
-    file = Path(arguments.json) if arguments.json else None
-    if file is not None:
-        # Whether it can be written is found out now, not when all is measured.
-        with _writing(file):
-            file.open("a").close()
+    file = JsonFile("--json", arguments.json) if arguments.json else None
     model = arguments.model or server.first_model()
     bench = Bench(server, model, config)
     try:
@@ -94,8 +94,7 @@ def main(argv: list[str]) -> int:
     _print(f"{model} on {server.url}: {config.description}", summary)
     if file is not None:
         numbers = {"url": server.url, "model": model, **asdict(config), **summary.to_json()}
-        with _writing(file):
-            file.write_text(json.dumps(numbers, indent=2) + "\n")
+        file.write(numbers)
     return status or int(summary.failed > 0)
 
 
@@ -204,7 +203,7 @@ class Bench:
 
 
 def _parser() -> Parser:
-    parser = Parser("bench", "Measures the speed of any OpenAI-compatible server.", _EXAMPLES)
+    parser = Parser("bench", _DESCRIPTION, _EXAMPLES)
     default = BenchConfig()
     add_server_flags(parser)
     add = parser.add_argument
@@ -227,7 +226,7 @@ async def _run(bench: Bench, config: BenchConfig) -> int:
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, work.cancel)
         await asyncio.wait((work,))
     if work.cancelled():
-        return _STOPPED_BY_SIGINT
+        return STOPPED
     work.result()
     return 0
 
@@ -242,11 +241,3 @@ def _print(title: str, summary: Summary) -> None:
         print("no request succeeded")
     for message, count in summary.errors.items():
         print(f"{count} × error: {message}")
-
-
-@contextmanager
-def _writing(path: Path) -> Generator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"--json {path} can't be written ({error.strerror}): name another file") from error

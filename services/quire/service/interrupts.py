@@ -1,4 +1,4 @@
-"""Ctrl-C between steps instead of within one, which would leave the batch in a state that nobody knows."""
+"""Ctrl-C where it does no harm: between an engine's steps, say, as one cut in two leaves a batch that nobody knows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import FrameType, TracebackType
 
 
 class DeferredInterrupt:
-    """Within its block Ctrl-C only sets `requested`; whoever runs steps looks at it between them.
+    """Within its block Ctrl-C only sets `requested`, at which whoever is in there looks when it suits.
 
     Does nothing outside the main thread, which alone gets signals, and where someone else handles Ctrl-C.
     """
