@@ -5,6 +5,7 @@ Without a GPU the same runner computes on the CPU, its kernels in Triton's inter
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -24,9 +25,11 @@ from triton_testing import DEVICE, need_triton
 
 need_triton()
 
+from quire.engine.config import CoreConfig, Dtype, LoadFormat, Speculation  # noqa: E402
 from quire.engine.core import EngineCore  # noqa: E402
 from quire.engine.gpu.eagle import load_gpu_eagle  # noqa: E402
 from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
+from quire.engine.loading import load_core  # noqa: E402
 from quire.engine.models.model import ModelDtype  # noqa: E402
 from quire.engine.models.registry import load_gpu_model  # noqa: E402
 from quire.engine.page_pool import PagePool  # noqa: E402
@@ -200,3 +203,78 @@ def collect(core: EngineCore, outputs: dict[int, list[int]]) -> None:
         outputs[update.key].extend(update.token_ids)
         if update.finished is not None:
             assert update.finished.error is None
+
+
+def test_a_batch_with_everything_in_it(heads: Heads) -> None:
+    """What few random batches do all of: chunks, hits, preemption, drafts of which some are right."""
+    requests, num_pages = [5, 4, 7, 6, 8], 7
+    config = SchedulerConfig(3, 20, MAX_MODEL_LEN, max_draft_tokens=12, drafter_in_pages=True)
+    runner = CheckingRunner(
+        heads, GpuRunner(heads.gpu, num_pages, 3, 20, MAX_MODEL_LEN, max_draft_tokens=12, head=heads.head), 0.7
+    )
+    speculator = Speculator(None, SpeculationConfig(2), on_device=True, cost=FreeSteps())
+    scheduler = Scheduler(config, PagePool(num_pages), frozenset({EOS}))
+    core = EngineCore(runner, scheduler, None, VOCAB_SIZE, run_ahead=True, speculator=speculator)
+    outputs: dict[int, list[int]] = {key: [] for key in range(len(requests))}
+    for key, number in enumerate(requests):
+        stop = StopConditions(12)
+        core.submit(key, Request(str(key), "m", PROMPTS[number], SamplingParams(temperature=0.0), stop))
+    while core.has_work:
+        collect(core, outputs)
+    for key, number in enumerate(requests):
+        assert outputs[key] == heads.answer(PROMPTS[number])[:12], f"request {key}"
+    verified, accepted = (sum(counts.values()) for counts in (speculator.stats.verified, speculator.stats.accepted))
+    assert 0 < accepted < verified
+    assert scheduler.num_preemptions and core.stats.cached_prompt_tokens
+
+
+def core_config(heads: Heads, **others: object) -> CoreConfig:
+    settings = {"model": str(heads.folder), "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 2, "dtype": Dtype.FLOAT32}
+    return CoreConfig(**settings | {"speculation": Speculation.AUTO, "num_pages": 20} | others)  # type: ignore[arg-type]
+
+
+def load(config: CoreConfig, monkeypatch: pytest.MonkeyPatch) -> EngineCore:
+    """As on a GPU, but for the size of its memory."""
+    monkeypatch.setattr("quire.engine.loading.choose_gpu", lambda _: torch.device(DEVICE))
+    monkeypatch.setattr("quire.engine.loading.size_pages", lambda *_: 20)
+    return load_core(config, lambda *_: None).core
+
+
+def drafted(core: EngineCore) -> int:
+    """How many tokens the head drafted for a prompt."""
+    core.submit(0, Request("0", "m", PROMPTS[1], SamplingParams(temperature=0.0), StopConditions(3, ignore_eos=True)))
+    while core.has_work:
+        core.step()
+    assert core.stats.speculation is not None
+    return core.stats.speculation.drafted["eagle"]
+
+
+def test_a_head_is_loaded_with_the_model(heads: Heads, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its folder; else the one that comes with the package for a model of this name, if it fits."""
+    assert drafted(load(core_config(heads, speculative_model=str(heads.folder / "head")), monkeypatch))
+    assert not load(core_config(heads), monkeypatch).scheduler.config.drafter_in_pages
+    monkeypatch.setattr("quire.engine.loading.shipped_head", lambda _: heads.folder / "head")
+    assert drafted(load(core_config(heads), monkeypatch))
+    off = load(core_config(heads, speculation=Speculation.OFF), monkeypatch)
+    assert not off.scheduler.config.drafter_in_pages
+
+
+def test_a_shipped_head_of_another_model_is_left(
+    heads: Heads, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A name says little: who calls a model as the embedded one is called must get it served, and be told."""
+    other = replace(heads.gpu.config, vocab_size=VOCAB_SIZE + 1)
+    monkeypatch.setattr(
+        "quire.engine.loading.shipped_head", lambda _: write_head(tiny_eagle(other), tmp_path, "safeail")
+    )
+    assert not load(core_config(heads), monkeypatch).scheduler.config.drafter_in_pages
+    assert "the head that comes with the package is not used" in caplog.text and "vocab_size" in caplog.text
+
+
+def test_a_head_of_random_weights(heads: Heads, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A folder with nothing but config.json, as published ones have it, is enough to measure what drafting costs."""
+    settings = json.loads((heads.folder / "config.json").read_text())
+    settings |= {"architectures": ["LlamaForCausalLMEagle3"], "draft_vocab_size": 50, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = core_config(heads, speculative_model=str(tmp_path), load_format=LoadFormat.DUMMY)
+    assert drafted(load(config, monkeypatch))

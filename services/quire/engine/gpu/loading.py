@@ -7,6 +7,7 @@ import gc
 import torch
 
 from quire.engine.config import CoreConfig, Device
+from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.models.gpu_decoder import GpuDecoder
 from quire.engine.scheduler import SchedulerConfig
@@ -28,12 +29,17 @@ def choose_gpu(device: Device) -> torch.device | None:
     return torch.device("cuda", torch.cuda.current_device()) if available else None
 
 
-def size_pages(config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, max_model_len: int) -> int:
-    """How many pages fit beside the weights and the largest step, which is run to see what it needs.
+def size_pages(
+    config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, max_model_len: int, head: GpuEagle | None
+) -> int:
+    """How many pages, the head's part of them included, fit beside the weights and the largest step, which is run to
+    see what it needs.
 
     Raises ConfigError, with the bytes that are missing, if one context does not fit.
     """
     device, max_draft_tokens = model.device, limits.max_draft_tokens or 0
+    page_bytes = model.kv_page_bytes + (head.kv_page_bytes if head is not None else 0)
+    before = torch.cuda.memory_allocated(device)
     probe = GpuRunner(
         model,
         1,
@@ -42,9 +48,9 @@ def size_pages(config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, m
         max_model_len,
         graphs=False,
         max_draft_tokens=max_draft_tokens,
+        head=head,
     )
     torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
     try:
         probe.warm_up(limits.max_num_batched_tokens)
     except torch.OutOfMemoryError as error:
@@ -64,7 +70,7 @@ def size_pages(config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, m
     draft_bytes = 3 * max_draft_tokens * model.config.vocab_size * torch.float32.itemsize
     room = int(total * config.gpu_memory_utilization) - (total - free) - step_bytes - draft_bytes - _RESERVED
     num_bytes = config.kv_cache_bytes or room
-    needed = pages_for(max_model_len) * model.kv_page_bytes
+    needed = pages_for(max_model_len) * page_bytes
     if num_bytes < needed:
         raise ConfigError(
             f"pages for one context of {max_model_len} tokens need {needed} bytes, and {max(num_bytes, 0)} are left of "
@@ -72,4 +78,4 @@ def size_pages(config: CoreConfig, model: GpuDecoder, limits: SchedulerConfig, m
             "raise --gpu-memory-utilization or --kv-cache-bytes",
             field="max_model_len",
         )
-    return num_bytes // model.kv_page_bytes
+    return num_bytes // page_bytes

@@ -161,7 +161,7 @@ class Speculator:
             sequence.drafts = tokens[:count]
         if self._on_device:
             self._want(decodes, num_tokens)
-        self._lead = 0 if any(chosen) else min(2 * self._lead + 1, _LONGEST_LEAD)
+        self._lead = 0 if any(chosen) or self._num_places else min(2 * self._lead + 1, _LONGEST_LEAD)
         self._num_ahead = 0
 
     def _want(self, decodes: list[Sequence], num_tokens: int) -> None:
