@@ -102,6 +102,8 @@ def test_version(capsys: Output) -> None:
         ("serve --max-num-seqs 0", "--max-num-seqs is 0: it must be at least 1"),
         ("serve --num-pages 0", "--num-pages is 0: it must be at least 1"),
         ("serve --kv-cache-bytes 0", "--kv-cache-bytes is 0: it must be at least 1"),
+        ("serve --gpu-memory-utilization 2", "--gpu-memory-utilization is 2: give a share, like 0.9"),
+        ("serve --device gpu", "argument --device: invalid choice: 'gpu' (choose from"),
         ("serve --threads 0", "--threads is 0: it must be at least 1"),
         ("serve --tls-cert a", "--tls-cert and --tls-key belong together: give both or neither"),
         ("serve --tls-cert /no/such --tls-key a", "--tls-cert: can't read /no/such: No such file or directory"),

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from quire.cli.flags import Parser
+from quire.cli.gpus import gpus_of
 from quire.cli.output import OutputPipe
 from quire.cli.progress import LoadProgress
 from quire.cli.runtime_dir import Serving, announce, runtime_dir
@@ -34,7 +35,7 @@ _EXAMPLES = """\
   quire serve ./Llama-3.2-1B-Instruct --port 8080
       a folder as on the Hugging Face hub, a .gguf file, or a name on the hub
   quire serve --engines 2 --dtype float32
-      two engines behind one router, exact numbers
+      two engines behind one router, exact numbers; on GPUs each has its own
   quire serve --host 0.0.0.0 --grpc-port 8001 --log-format json
       for other machines too, with the public gRPC service
   quire serve --tls-cert tls.crt --tls-key tls.key --api-keys keys.jsonl
@@ -58,7 +59,7 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     config = config_of(_parser().parse_args(argv))
     setup_logging("serve", level=config.log_level, style=LogFormat(config.log_format))
-    config = _with_free_ports(config)
+    config = _with_free_ports(replace(config, gpus=gpus_of(config.engines, config.device)))
     # What is missing or wrong is said once, here, and what has to be downloaded is downloaded once.
     model_name = locate(config.model).name
     with runtime_dir() as folder:
@@ -89,7 +90,7 @@ def _parser() -> Parser:
         help="auto: verify what is expected to follow, as far as it makes the batch faster (default: the engine's)",
     )  # fmt: skip
     add("--num-speculative-tokens", type=int, metavar="N", help="per request and step, at most (default: the engine's)")
-    add("--speculative-model", metavar="FOLDER", help="an EAGLE head for the model (default: none)")
+    add("--speculative-model", metavar="FOLDER", help="an EAGLE head for the model (default: the engine's)")
     add("--host", default=default.host, help="where HTTP and gRPC listen (default: %(default)s)")
     add("--port", type=int, default=default.port, help="of HTTP; 0 picks a free one (default: %(default)s)")
     add("--grpc-port", type=int, metavar="PORT", help="of the public gRPC service; 0 picks a free one (default: off)")
@@ -104,6 +105,14 @@ def _parser() -> Parser:
     add("--max-num-seqs", type=int, metavar="N", help="sequences in an engine's batch (default: the engine's)")
     add("--num-pages", type=int, metavar="N", help="pages of 16 tokens per engine (default: what the memory holds)")
     add("--kv-cache-bytes", type=int, metavar="BYTES", help="memory for pages per engine (default: the engine's)")
+    add(
+        "--device", default=default.device, choices=["auto", "cpu", "cuda"],
+        help="of the engines; auto: GPUs, one each, if there are any (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--gpu-memory-utilization", type=float, metavar="SHARE",
+        help="of a GPU's memory that its engine may use (default: the engine's)",
+    )  # fmt: skip
     add("--threads", type=int, metavar="N", help="per engine (default: the cores divided by the engines)")
     add("--log-level", default=default.log_level, choices=_LEVELS, help="of all services (default: %(default)s)")
     add(

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from quire.cli.flags import at_least
+from quire.cli.gpus import VISIBLE
 from quire.cli.probes import follow_loading, until_serving
 from quire.service.errors import ConfigError
 from quire.service.pem import read_pem
@@ -60,6 +61,11 @@ class ServeConfig:
     num_speculative_tokens: int | None = None
     # The folder of an EAGLE head.
     speculative_model: str | None = None
+    # What they run on: auto, cpu or cuda; how much of a GPU's memory each may take, a share.
+    device: str = "auto"
+    gpu_memory_utilization: float | None = None
+    # A GPU for each engine; none is what each finds.
+    gpus: tuple[str, ...] = ()
 
     @property
     def tls(self) -> TlsFiles | None:
@@ -77,6 +83,11 @@ class ServeConfig:
                 raise ConfigError(f"--{name} is {value}: it must lie in [0, 65535]", field=name)
         if self.port and self.port == self.grpc_port:
             raise ConfigError(f"--port and --grpc-port are both {self.port}: choose two ports", field="grpc_port")
+        share = self.gpu_memory_utilization
+        if share is not None and not 0 < share <= 1:
+            raise ConfigError(
+                f"--gpu-memory-utilization is {share:g}: give a share, like 0.9", field="gpu_memory_utilization"
+            )
         if not self.host:
             raise ConfigError("--host is empty: give an address of this machine, such as 127.0.0.1", field="host")
         for name in (
@@ -179,6 +190,7 @@ def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> Ch
         "--name": name,
         "--sidecar": _socket(folder, f"sidecar-{index}"),
         "--model": config.model,
+        "--device": config.device,
         "--dtype": config.dtype,
         "--speculation": config.speculation,
         "--num-speculative-tokens": config.num_speculative_tokens,
@@ -187,6 +199,7 @@ def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> Ch
         "--max-num-seqs": config.max_num_seqs,
         "--num-pages": config.num_pages,
         "--kv-cache-bytes": config.kv_cache_bytes,
+        "--gpu-memory-utilization": config.gpu_memory_utilization,
         "--threads": config.threads_per_engine,
         "--grace": GRACE_SECONDS,
     }
@@ -195,7 +208,10 @@ def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> Ch
         await follow_loading(address, partial(report, name))
         await until_serving(address)
 
-    return ChildSpec(name, _command("engine", flags, config), ready, _environment(config))
+    environment = _environment(config)
+    if config.gpus:
+        environment[VISIBLE] = config.gpus[index]
+    return ChildSpec(name, _command("engine", flags, config), ready, environment)
 
 
 def _sidecar(config: ServeConfig, folder: Path, index: int) -> ChildSpec:
