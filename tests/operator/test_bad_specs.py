@@ -95,6 +95,12 @@ BAD: list[tuple[Document, str, str]] = [
     ({"gateway": {"tlsSecret": "My Cert"}}, "spec.gateway.tlsSecret", "use lower-case letters"),
     ({"observability": {"otlpEndpoint": "collector:4317"}}, "observability.otlpEndpoint", "http://HOST:PORT"),
     ({"observability": {"logLevel": "verbose"}}, "spec.observability.logLevel", 'supported values: "debug"'),
+    ({"rollout": {"canary": {"weights": []}}}, "spec.rollout.canary.weights", "at least 1 items"),
+    ({"rollout": {"canary": {"weights": [50, 10]}}}, "spec.rollout.canary.weights", "in rising order, such as [5, 25"),
+    ({"rollout": {"canary": {"weights": [100]}}}, "spec.rollout.canary.weights[0]", "less than or equal to 99"),
+    ({"rollout": {"canary": {"weights": 10}}}, "spec.rollout.canary.weights", "expected list"),
+    ({"rollout": {"canary": {"intervalSeconds": 0}}}, "canary.intervalSeconds", "greater than or equal to 1"),
+    ({"rollout": {"canary": {"maxErrorPercent": 101}}}, "canary.maxErrorPercent", "less than or equal to 100"),
     ({"imagePullSecrets": ["A"]}, "spec.imagePullSecrets", "use lower-case letters"),
     ({"imagePullSecrets": [{"name": "a"}]}, "spec.imagePullSecrets[0]", "expected string"),
 ]  # fmt: skip

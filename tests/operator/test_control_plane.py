@@ -146,6 +146,46 @@ def test_a_changed_spec_rolls_out_with_new_pods_first(services: Services) -> Non
     assert (services.get("demo") or {})["status"]["observedGeneration"] == generation == 2
 
 
+def test_a_canary_is_rolled_back_or_promoted(services: Services) -> None:
+    """Routers learn of it from labels that only the real controller copies; a kubelet's word ends the bad one."""
+    canary = {"intervalSeconds": 1, "minRequests": 0}
+
+    def apply(flag: str, **changed: int) -> None:
+        services.apply("demo", {"engine": {"extraArgs": [flag]}, "rollout": {"canary": {**canary, **changed}}})
+
+    def arguments() -> list[str]:
+        template = (services.api.get(deployment(services, "demo-engine")) or {})["spec"]["template"]
+        return list(template["spec"]["containers"][0]["args"])
+
+    apply("--max-waiting=7", intervalSeconds=3600)
+    services.until("demo", "Progressing", "False", "Settled")
+    apply("--max-waiting=8", intervalSeconds=3600)
+    slices = f"/apis/discovery.k8s.io/v1/namespaces/{services.namespace}/endpointslices"
+
+    def told() -> list[tuple[str, str, bool]]:
+        labels = {"quire.dev/revision": "", "quire.dev/canary-percent": ""}
+        found = services.api.items(slices, "kubernetes.io/service-name=demo-canary")
+        return [(*((labels | each["metadata"]["labels"])[name] for name in labels), bool(each["endpoints"]))
+                for each in found]  # fmt: skip
+
+    def revision() -> str:
+        return str((services.get("demo") or {})["status"].get("rollout", {}).get("revision"))
+
+    until("what routers are told", lambda: told() == [(revision(), "10", True)])
+    assert services.condition("demo", "Ready")["status"] == "True"
+    fail(services, "canary", {"name": "engine", "state": {"terminated": {"exitCode": 1, "message": "boom"}}})
+    said = services.until("demo", "Degraded", "True", "CanaryRolledBack")
+    assert "the engine ended with status 1: boom" in said["message"]
+    until("the new engine is gone", lambda: not services.api.get(deployment(services, "demo-canary")))
+    assert "--max-waiting=7" in arguments()
+
+    apply("--max-waiting=9")
+    until("all have it", lambda: "--max-waiting=9" in arguments())
+    services.until("demo", "Progressing", "False", "Settled")
+    assert services.condition("demo", "Degraded")["reason"] == "AsWanted"
+    assert told() == []
+
+
 def test_scale_subresource(plane: ControlPlane, services: Services) -> None:
     """kubectl scale and a HorizontalPodAutoscaler know nothing else; 0 is told as such."""
     services.apply("demo", {})

@@ -15,10 +15,11 @@ from prometheus_client import generate_latest
 
 from quire.engine.metrics import EngineMetrics
 from quire.operator import names
+from quire.operator.canary import Tally, Trial
 from quire.operator.load import Loads, engine_load, router_load, sample
 from quire.operator.observed import Observed
 from quire.operator.scaler import Scale, Scaler
-from quire.operator.spec import Key, parse
+from quire.operator.spec import InferenceService, Key, parse
 from quire.router.fleet import Fleet
 from quire.router.metrics import RouterMetrics
 from quire.service.request import Finished, FinishReason
@@ -58,8 +59,9 @@ def test_it_reads_what_engines_and_routers_say() -> None:
     metrics = RouterMetrics()
     metrics.observe(Fleet(), held=lambda: 3)
     metrics.finished(Finished(FinishReason.STOP))
+    metrics.left_engine("r2", failed=True)
     router = router_load(generate_latest(metrics.registry).decode())
-    assert (router.requests, router.ended) == (3, 1)
+    assert (router.requests, router.ended, router.attempts) == (3, 1, {("r2", "failed"): 1})
     for read in (engine_load, router_load):
         with pytest.raises(ValueError, match="there is no"):
             read("up 1\n")
@@ -147,27 +149,32 @@ def pods() -> Iterator[Pods]:
 class Woken:
     """Follows the service whenever the scaler says so, as the reconciler does."""
 
-    def __init__(self, pods: Pods, previous: Document) -> None:
+    def __init__(self, pods: Pods, previous: Document, service: InferenceService = AUTOSCALED) -> None:
         self.pods = pods
         self.seen: list[Scale] = []
         self._changed = asyncio.Event()
         self.scaler = Scaler(self._wake, interval=0.1)
-        self._previous = previous
+        self.previous = previous
+        self._service = service
         self.look()
 
-    def look(self) -> None:
-        self.seen.append(self.scaler.follow(AUTOSCALED, self.pods.observed, self._previous))
+    def look(self) -> Scale:
+        self.seen.append(self.scaler.follow(self._service, self.pods.observed, self.previous))
+        return self.seen[-1]
 
     def _wake(self, key: Key) -> None:
-        assert key == AUTOSCALED.key
+        assert key == self._service.key
         self.look()
         self._changed.set()
 
     async def until(self, replicas: int) -> None:
         async with asyncio.timeout(20):
             while self.seen[-1].replicas != replicas:
-                self._changed.clear()
-                await self._changed.wait()
+                await self.changed()
+
+    async def changed(self) -> None:
+        self._changed.clear()
+        await self._changed.wait()
 
 
 @pytest.fixture
@@ -192,6 +199,30 @@ async def test_a_service_scales_with_what_its_pods_say(pods: Pods, woken: Woken)
     woken.look()
     pods.words["127.0.1.2"] = router_text(held=1, ended=12)
     await woken.until(1)
+
+
+async def test_a_canarys_requests_are_counted_from_the_beginning_of_its_step(pods: Pods) -> None:
+    """What was before says nothing about it, and a router counts from the beginning of its own life."""
+    counter = 'quire_router_attempts_total{{revision="{}",outcome="{}"}} {}\n'
+    told = {("", "ok"): 1000, ("r2", "ok"): 30, ("r2", "failed"): 5}
+
+    def tell() -> None:
+        pods.words["127.0.1.2"] = router_text() + "".join(counter.format(*key, told[key]) for key in told)
+
+    tell()
+    tried = parse(document({"rollout": {"canary": {}}}))
+    woken = Woken(pods, {"rollout": {"phase": "Canary", "revision": "r2", "step": 0}}, tried)
+    async with asyncio.timeout(20):
+        # Its first look at the counters is where it counts from; the load is shown by then.
+        await woken.changed()
+        assert woken.look().trial == Trial()
+        told[("", "ok")], told[("r2", "failed")] = 1090, 8
+        tell()
+        while woken.look().trial != Trial(new=Tally(3, 3), others=Tally(90, 0)):
+            await woken.changed()
+        woken.previous = {"rollout": {"phase": "Canary", "revision": "r2", "step": 1}}
+        assert woken.look().trial == Trial()
+    await woken.scaler.close()
 
 
 async def test_an_operator_goes_on_where_another_ended(pods: Pods) -> None:

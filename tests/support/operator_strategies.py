@@ -56,6 +56,15 @@ _gateways = st.fixed_dictionaries(
         "serviceType": st.sampled_from(["ClusterIP", "NodePort", "LoadBalancer"]),
     },
 )
+_canaries = st.fixed_dictionaries(
+    {},
+    optional={
+        "weights": st.lists(st.integers(1, 99), min_size=1, max_size=3).map(sorted),
+        "intervalSeconds": st.integers(1, 600),
+        "minRequests": st.integers(0, 100),
+        "maxErrorPercent": st.integers(0, 100),
+    },
+)
 _observability = st.fixed_dictionaries({}, optional={"otlpEndpoint": st.just("http://collector:4317")})
 
 specs = st.fixed_dictionaries(
@@ -65,6 +74,7 @@ specs = st.fixed_dictionaries(
         "engine": _engines,
         "router": st.fixed_dictionaries({}, optional={"replicas": st.integers(1, 4), "resources": _resources}),
         "gateway": _gateways,
+        "rollout": st.fixed_dictionaries({}, optional={"canary": _canaries}),
         "observability": _observability,
         "imagePullSecrets": st.lists(_names, max_size=2),
     },

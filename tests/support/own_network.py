@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 HOST = "10.244.0.1"
 
 _INSIDE = "QUIRE_TESTS_OWN_NETWORK"
-_ENTER = ("unshare", "--map-root-user", "--net", "--mount")
+# Whatever ends the first process ends all: a test that is cut off leaves nothing behind.
+_ENTER = ("unshare", "--map-root-user", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc")
 _BRIDGE = (
     "ip link set lo up",
     "ip link add pods type bridge",
@@ -53,7 +54,8 @@ def in_own_network(seconds: float) -> Callable[[Callable[..., None]], Callable[.
                 env={**os.environ, _INSIDE: "1"}, cwd=ROOT, capture_output=True, text=True, check=False,
                 timeout=seconds,
             )  # fmt: skip
-            assert ended.returncode == 0, ended.stdout[-8000:] + ended.stderr[-2000:]
+            # The traceback comes first, and the last words of what the test ran last.
+            assert ended.returncode == 0, ended.stdout[:8000] + ended.stdout[8000:][-8000:] + ended.stderr[-2000:]
             if skipped := re.search(r"^SKIPPED.*", ended.stdout, re.MULTILINE):
                 pytest.skip(skipped[0])
 

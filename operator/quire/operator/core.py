@@ -13,13 +13,13 @@ from quire.operator.observed import Observed, key_of
 from quire.operator.resources.accounts import accounts
 from quire.operator.resources.cache import cache
 from quire.operator.resources.disruption import budgets
-from quire.operator.resources.engine import engine
+from quire.operator.resources.engine import CanaryEngines, canary, engine
 from quire.operator.resources.environment import environment
 from quire.operator.resources.gateway import gateway
-from quire.operator.resources.metadata import Manifest
-from quire.operator.resources.network import policies
+from quire.operator.resources.metadata import Component, Manifest
+from quire.operator.resources.network import engine_policy, policies
 from quire.operator.resources.router import router
-from quire.operator.resources.services import services
+from quire.operator.resources.services import canary_service, services
 from quire.operator.spec import InferenceService
 
 
@@ -31,8 +31,8 @@ class Changes:
     delete: tuple[Manifest, ...]
 
 
-def children(service: InferenceService, images: Images) -> list[Manifest]:
-    """Everything that the service becomes; what others refer to comes first."""
+def children(service: InferenceService, images: Images, on_trial: CanaryEngines | None = None) -> list[Manifest]:
+    """Everything that the service becomes, with engines on trial beside it; what others refer to comes first."""
     return [
         stamped(each)
         for each in (
@@ -45,18 +45,25 @@ def children(service: InferenceService, images: Images) -> list[Manifest]:
             engine(service, images),
             router(service, images),
             gateway(service, images),
+            *(_of_canary(on_trial, images) if on_trial else ()),
         )
     ]
 
 
-def changes(service: InferenceService, observed: Observed, images: Images) -> Changes:
+def changes(
+    service: InferenceService, observed: Observed, images: Images, on_trial: CanaryEngines | None = None
+) -> Changes:
     """What to write so that the cluster is as the service asks; nothing where it is so already."""
-    wanted = children(service, images)
+    wanted = children(service, images, on_trial)
     keys = {key_of(each) for each in wanted}
     return Changes(
         apply=tuple(each for each in wanted if not _is_so(observed.child(*key_of(each)), each)),
         delete=tuple(each for each in observed.children if key_of(each) not in keys and _may_go(each, service)),
     )
+
+
+def _of_canary(engines: CanaryEngines, images: Images) -> list[Manifest]:
+    return [engine_policy(engines.service, Component.CANARY), canary_service(engines), canary(engines, images)]
 
 
 def _is_so(live: Manifest | None, desired: Manifest) -> bool:

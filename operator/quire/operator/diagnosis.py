@@ -134,7 +134,7 @@ def _of_deployments(service: InferenceService, observed: Observed) -> Iterator[P
                     component,
                     "PodsRefused",
                     f"the cluster takes no pods of the {component.value}: {condition.get('message', '')}; change the "
-                    f"quota or policy that it names, or spec.{component.value}.resources",
+                    f"quota or policy that it names, or spec.{component.field}.resources",
                 )
 
 
@@ -178,8 +178,7 @@ def _unschedulable(service: InferenceService, component: Component, message: str
         component,
         "Unschedulable",
         f"no node takes a pod of the {component.value} ({message}): add a node, or change "
-        f"spec.{component.value}.resources"
-        + (", nodeSelector or tolerations" if component is Component.ENGINE else ""),
+        f"spec.{component.field}.resources" + (", nodeSelector or tolerations" if component.field == "engine" else ""),
     )
 
 
@@ -191,8 +190,8 @@ def _claims(service: InferenceService) -> list[str]:
 def _of_container(
     service: InferenceService, component: Component, pod: Manifest, container: Manifest
 ) -> Problem | None:
-    name, state = container["name"], container.get("state", {})
-    part = "sidecar" if name == "sidecar" else component.value
+    # Containers are called as the parts of the spec that they are made of.
+    part, state = container["name"], container.get("state", {})
     waiting = state.get("waiting", {})
     reason, detail = waiting.get("reason", ""), waiting.get("message", "")
     if reason in _PULL_REASONS:

@@ -21,13 +21,18 @@ _TOLD = ("Ready", "Degraded")
 def events(
     service: InferenceService, previous: Mapping[str, Any], status: Status, now: datetime, identity: str
 ) -> list[Manifest]:
-    """One for each condition of those told that changed its status or its reason."""
+    """One for each condition of those told that changed its status or its reason, and where a canary begins or ends."""
     before = {each["type"]: each for each in previous.get("conditions", ())}
     return [
         _event(service, condition, before.get(condition.type, {}), now, identity)
         for condition in status.conditions
-        if condition.type in _TOLD and _is_news(condition, before.get(condition.type))
+        if _is_told(condition, before.get(condition.type)) and _is_news(condition, before.get(condition.type))
     ]
+
+
+def _is_told(condition: Condition, before: Mapping[str, Any] | None) -> bool:
+    reasons = (condition.reason, before["reason"] if before else "")
+    return condition.type in _TOLD or (condition.type == "Progressing" and "Canary" in reasons)
 
 
 def _is_news(condition: Condition, before: Mapping[str, Any] | None) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from quire.operator.canary import Attempts
 from quire.operator.scaling import Sample
 
 _QUANTILE = 0.9
@@ -25,10 +26,11 @@ class EngineLoad:
 
 @dataclass(frozen=True, slots=True)
 class RouterLoad:
-    """`requests` are in flight or held now, `ended` all that ever ended."""
+    """`requests` are in flight or held now, `ended` all that ever ended; `attempts` are engines', by revision."""
 
     requests: int
     ended: float
+    attempts: Attempts = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +62,9 @@ def router_load(text: str) -> RouterLoad:
     held = _sum(found, "held_requests")
     # Neither has a sample before the first engine and the first request.
     in_flight = sum(value for _, value in found.get("in_flight_requests", ()))
-    return RouterLoad(int(held + in_flight), sum(value for _, value in found.get("requests_total", ())))
+    ended = sum(value for _, value in found.get("requests_total", ()))
+    attempts = {(labels["revision"], labels["outcome"]): value for labels, value in found.get("attempts_total", ())}
+    return RouterLoad(int(held + in_flight), ended, attempts)
 
 
 def sample(now: Loads, before: Loads | None) -> Sample:

@@ -17,6 +17,11 @@ SERVICE = f"{GROUP}/service"
 COMPONENT = "app.kubernetes.io/component"
 # The hash of what the operator asked for. It changes when a field is dropped, which the field's absence can't tell.
 DESIRED_HASH = f"{GROUP}/desired-hash"
+# On the engines' Deployment: the revision that it was made of, in words.
+MADE_OF = f"{GROUP}/made-of"
+# On a canary's pods and on its Service, whose labels routers see on its EndpointSlices.
+REVISION = f"{GROUP}/revision"
+CANARY_PERCENT = f"{GROUP}/canary-percent"
 # On pod templates: a changed ConfigMap rolls the pods.
 CONFIG_HASH = f"{GROUP}/config-hash"
 

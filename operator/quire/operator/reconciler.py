@@ -17,7 +17,9 @@ from quire.operator.core import changes
 from quire.operator.events import events
 from quire.operator.kinds import CHILD_OF, CLAIM, EVENT, SECRET, SERVICE
 from quire.operator.observed import Observed, Refusal, key_of, references
+from quire.operator.resources.engine import CanaryEngines
 from quire.operator.resources.metadata import Manifest
+from quire.operator.rollout import rollout_of
 from quire.operator.scaler import Follow, unscaled
 from quire.operator.spec import InferenceService, Key, parse
 from quire.operator.status import invalid_status, plain, status_of
@@ -76,9 +78,25 @@ class Reconciler:
             return None
         observed = await self._observe(service)
         scale = self._follow(service, observed, previous)
-        service = service.scaled(scale.replicas)
-        refusals = await self._write(service, observed)
-        status = status_of(service, observed, refusals=refusals, load=scale.load, previous=previous, now=self._now())
+        rollout = rollout_of(
+            service.scaled(scale.replicas),
+            observed,
+            self._config.images,
+            previous=previous,
+            trial=scale.trial,
+            now=self._now(),
+        )
+        service = rollout.service
+        refusals = await self._write(service, observed, rollout.canary)
+        status = status_of(
+            service,
+            observed,
+            refusals=refusals,
+            load=scale.load,
+            rollout=rollout.state,
+            previous=previous,
+            now=self._now(),
+        )
         # Events go first: once the status is written, its transitions are none any more.
         for event in events(service, previous, status, self._now(), self._config.identity):
             await self._announce(event)
@@ -87,7 +105,9 @@ class Reconciler:
         is_waiting = refusals or any(
             condition.type == "Degraded" and condition.status == "True" for condition in status.conditions
         )
-        return _LOOK_AGAIN_SECONDS if is_waiting and (refusals or wanted.secrets or wanted.claims) else None
+        if is_waiting and (refusals or wanted.secrets or wanted.claims):
+            return min(_LOOK_AGAIN_SECONDS, rollout.look_again or _LOOK_AGAIN_SECONDS)
+        return rollout.look_again
 
     async def _observe(self, service: InferenceService) -> Observed:
         wanted = references(service)
@@ -100,9 +120,11 @@ class Reconciler:
             claims=frozenset(name for name, each in claims.items() if each is not None),
         )
 
-    async def _write(self, service: InferenceService, observed: Observed) -> list[Refusal]:
+    async def _write(
+        self, service: InferenceService, observed: Observed, on_trial: CanaryEngines | None
+    ) -> list[Refusal]:
         refusals = []
-        found = changes(service, observed, self._config.images)
+        found = changes(service, observed, self._config.images, on_trial)
         for child in found.apply:
             try:
                 await self._apply(service, observed, child)

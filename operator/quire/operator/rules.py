@@ -45,7 +45,7 @@ def each_matches(on: str, pattern: str, message: str) -> Rule:
     )
 
 
-class Spec(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename="camel"):
+class Spec(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True, rename="camel"):
     """A part of the resource. Its docstring and its fields' descriptions are what `kubectl explain` says."""
 
     rules: ClassVar[tuple[Rule, ...]] = ()

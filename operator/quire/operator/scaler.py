@@ -16,6 +16,7 @@ import aiohttp
 
 from quire.operator import names
 from quire.operator.autoscaling_spec import Autoscaling, ScalingTargets
+from quire.operator.canary import Attempts, Trial, counted
 from quire.operator.load import Loads, engine_load, router_load, sample
 from quire.operator.observed import Observed
 from quire.operator.resources.metadata import Component
@@ -37,10 +38,14 @@ _SHOWN_STEP = 10
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """What is known of a service: `replicas` engines are wanted; `load` is in percent of the nearest target."""
+    """What is known of a service: `replicas` engines are wanted; `load` is in percent of the nearest target.
+
+    `trial` is what the step of a canary has shown that its status tells of.
+    """
 
     replicas: int
     load: int | None = None
+    trial: Trial = field(default_factory=Trial)
 
 
 # Finds the scale of a service from what is there and the status that it has.
@@ -59,9 +64,13 @@ class _Followed:
     history: History
     policy: Autoscaling | None
     scale: Scale
+    has_canary: bool = False
     engines: tuple[str, ...] = ()
     routers: tuple[str, ...] = ()
     loads: Loads | None = None
+    # Of a canary: which step is counted, and each router's counters when they were last seen.
+    step: Mapping[str, Any] = field(default_factory=dict)
+    attempts: dict[str, Attempts] | None = None
     task: asyncio.Task[None] | None = field(default=None, repr=False)
 
 
@@ -98,6 +107,11 @@ class Scaler:
         wanted = followed.scale.replicas
         bounded = max(policy.min_replicas, min(wanted, policy.max_replicas)) if policy else engine.replicas
         followed.scale = replace(followed.scale, replicas=bounded)
+        followed.has_canary = service.spec.rollout.canary is not None
+        step = previous.get("rollout") or {}
+        if step != followed.step:
+            # What was counted says nothing about the step that has begun.
+            followed.step, followed.scale = step, replace(followed.scale, trial=Trial())
         return followed.scale
 
     def forget(self, key: Key) -> None:
@@ -116,7 +130,8 @@ class Scaler:
 
     async def _measure(self, key: Key, followed: _Followed) -> None:
         while True:
-            await asyncio.sleep(self._interval * (1 if followed.policy else _SHOWN_INTERVALS))
+            decides = followed.policy or followed.has_canary
+            await asyncio.sleep(self._interval * (1 if decides else _SHOWN_INTERVALS))
             engines, routers = await asyncio.gather(
                 self._ask_all(followed.engines, engine_load), self._ask_all(followed.routers, router_load)
             )
@@ -155,7 +170,16 @@ def _judge(followed: _Followed, loads: Loads) -> Scale:
         wanted = decide(policy, followed.history, scale.replicas, loads.at)
         if wanted != scale.replicas:
             followed.history = changed(followed.history, loads.at, scale.replicas, wanted)
-    return Scale(wanted, _shown(scale.load, load))
+    return Scale(wanted, _shown(scale.load, load), _tried(followed, loads))
+
+
+def _tried(followed: _Followed, loads: Loads) -> Trial:
+    """The trial with what routers have counted since the last measurement."""
+    now = {address: load.attempts for address, load in loads.routers.items() if load is not None}
+    before, followed.attempts = followed.attempts, {**(followed.attempts or {}), **now}
+    if before is None or followed.step.get("phase") != "Canary":
+        return Trial()
+    return followed.scale.trial.plus(counted(before, now), followed.step["revision"])
 
 
 def _shown(before: int | None, load: int | None) -> int | None:

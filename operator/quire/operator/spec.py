@@ -15,6 +15,7 @@ from msgspec import Meta, field
 
 from quire.operator.engine_spec import EngineSpec, SidecarSpec
 from quire.operator.model_spec import ModelSpec
+from quire.operator.rollout_spec import RolloutSpec
 from quire.operator.rules import Rule, Spec, each_matches, matches
 from quire.operator.spec_parts import IMAGE, IMAGE_ADVICE, NAME, NAME_ADVICE, ResourceSpec, SecretKey
 from quire.service.errors import ConfigError
@@ -108,6 +109,9 @@ class InferenceServiceSpec(Spec, frozen=True):
     router: Annotated[RouterSpec, Meta(description="The pods that pick engines.")] = field(default_factory=RouterSpec)
     gateway: Annotated[GatewaySpec, Meta(description="The pods that serve the API.")] = field(
         default_factory=GatewaySpec
+    )
+    rollout: Annotated[RolloutSpec, Meta(description="How changes reach the engines.")] = field(
+        default_factory=RolloutSpec
     )
     observability: Annotated[ObservabilitySpec, Meta(description="Traces and logs.")] = field(
         default_factory=ObservabilitySpec

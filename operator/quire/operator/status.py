@@ -15,11 +15,12 @@ import msgspec
 
 from quire.operator.diagnosis import Problem, problems
 from quire.operator.observed import Observed, Refusal
+from quire.operator.pod_counts import PodCounts
 from quire.operator.resources import model
-from quire.operator.resources.metadata import Component, selector
+from quire.operator.resources.metadata import LASTING, Component, selector
 from quire.operator.resources.services import url
 from quire.operator.spec import InferenceService
-from quire.operator.status_types import Condition, ConditionStatus, Status
+from quire.operator.status_types import Condition, ConditionStatus, RolloutStatus, Status
 
 _CONDITION_OF = {
     Component.ENGINE: "EnginesReady",
@@ -38,37 +39,29 @@ class Verdict:
     message: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Pods:
-    """How a component's Deployment is. `is_settled`: its pods are the wanted ones, in number and kind."""
-
-    wanted: int
-    total: int
-    available: int
-    is_settled: bool
-
-
 def status_of(
     service: InferenceService,
     observed: Observed,
     *,
     refusals: Sequence[Refusal] = (),
     load: int | None = None,
+    rollout: RolloutStatus | None = None,
     previous: Mapping[str, Any],
     now: datetime,
 ) -> Status:
     """The status to write. `previous` is the one that is there, whose times stay where nothing changed.
 
-    `service` is scaled to the engines that there should be now; `load` is in percent of their targets.
+    `service` is scaled to the engines that there should be now; `load` is in percent of their targets. `rollout` is of
+    a change that is being tried, or was rolled back.
     """
-    found = problems(service, observed, refusals)
-    pods = {component: _pods(service, observed, component) for component in Component}
-    parts = [_part(service, component, pods[component], found) for component in Component]
+    found = _troubles(problems(service, observed, refusals), rollout)
+    pods = {component: _pods(service, observed, component) for component in LASTING}
+    parts = [_part(service, component, pods[component], found) for component in LASTING]
     verdicts = [
         _ready(service, pods, found),
         _model(service, pods[Component.ENGINE], found),
         *sorted(parts, key=lambda verdict: verdict.type),
-        _progressing(pods, found),
+        _progressing(pods, found, rollout),
         _degraded(found),
     ]
     engines = pods[Component.ENGINE]
@@ -81,6 +74,7 @@ def status_of(
         ready_replicas=engines.available,
         engines=f"{engines.available}/{engines.wanted}",
         load="" if load is None else f"{load}%",
+        rollout=rollout,
         selector=",".join(f"{name}={value}" for name, value in selector(service, Component.ENGINE).items()),
         conditions=_dated(verdicts, service.generation, previous, now),
     )
@@ -98,24 +92,17 @@ def plain(status: Status) -> dict[str, Any]:
     return found
 
 
-def _pods(service: InferenceService, observed: Observed, component: Component) -> _Pods:
+def _pods(service: InferenceService, observed: Observed, component: Component) -> PodCounts:
     spec = service.spec
     wanted = {
         Component.ENGINE: spec.engine.replicas,
         Component.ROUTER: spec.router.replicas,
         Component.GATEWAY: spec.gateway.replicas,
     }[component]
-    deployment = observed.deployment(service, component)
-    if deployment is None:
-        return _Pods(wanted, 0, 0, is_settled=False)
-    status = deployment.get("status", {})
-    total, available = status.get("replicas", 0), status.get("availableReplicas", 0)
-    is_current = status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0)
-    is_settled = is_current and total == available == status.get("updatedReplicas", 0) == wanted
-    return _Pods(wanted, total, available, is_settled)
+    return PodCounts.of(observed.deployment(service, component), wanted)
 
 
-def _part(service: InferenceService, component: Component, pods: _Pods, found: Sequence[Problem]) -> Verdict:
+def _part(service: InferenceService, component: Component, pods: PodCounts, found: Sequence[Problem]) -> Verdict:
     kind, name = _CONDITION_OF[component], component.value
     if pods.wanted == 0:
         if service.spec.engine.autoscaling:
@@ -129,7 +116,7 @@ def _part(service: InferenceService, component: Component, pods: _Pods, found: S
     return Verdict(kind, False, "Starting", f"{pods.available} of {pods.wanted} pods of the {name} are ready")
 
 
-def _ready(service: InferenceService, pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict:
+def _ready(service: InferenceService, pods: Mapping[Component, PodCounts], found: Sequence[Problem]) -> Verdict:
     if asleep := _asleep(service, pods, found):
         return asleep
     # Routers are ready only with an engine, and gateways only with a router: the first of them is the cause.
@@ -139,7 +126,7 @@ def _ready(service: InferenceService, pods: Mapping[Component, _Pods], found: Se
     return Verdict("Ready", True, "Serving")
 
 
-def _asleep(service: InferenceService, pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict | None:
+def _asleep(service: InferenceService, pods: Mapping[Component, PodCounts], found: Sequence[Problem]) -> Verdict | None:
     """Of a service without engines whose requests are answered all the same, once one has started."""
     engines = pods[Component.ENGINE]
     holds = pods[Component.ROUTER].available and pods[Component.GATEWAY].available
@@ -152,7 +139,7 @@ def _asleep(service: InferenceService, pods: Mapping[Component, _Pods], found: S
     return Verdict("Ready", True, "Waking", "an engine starts; requests wait for it")
 
 
-def _model(service: InferenceService, engines: _Pods, found: Sequence[Problem]) -> Verdict:
+def _model(service: InferenceService, engines: PodCounts, found: Sequence[Problem]) -> Verdict:
     if engines.available:
         return Verdict("ModelReady", True, "Loaded")
     problem = next((each for each in found if each.is_about_model), None)
@@ -163,14 +150,27 @@ def _model(service: InferenceService, engines: _Pods, found: Sequence[Problem]) 
     return Verdict("ModelReady", False, "Loading", f"no engine has loaded {model.title(service)} yet")
 
 
-def _progressing(pods: Mapping[Component, _Pods], found: Sequence[Problem]) -> Verdict:
+def _troubles(found: Sequence[Problem], rollout: RolloutStatus | None) -> list[Problem]:
+    if rollout is None or rollout.phase != "RolledBack":
+        return list(found)
+    # Of a canary that is over only that matters; its pods may still be there.
+    rest = (problem for problem in found if problem.component is not Component.CANARY)
+    return [Problem(Component.CANARY, "CanaryRolledBack", rollout.message), *rest]
+
+
+def _progressing(
+    pods: Mapping[Component, PodCounts], found: Sequence[Problem], rollout: RolloutStatus | None
+) -> Verdict:
+    if rollout is not None and rollout.phase == "Canary":
+        share = f"get {rollout.weight}% of the requests" if rollout.weight else "start beside the others"
+        return Verdict("Progressing", True, "Canary", f"new engines (revision {rollout.revision}) {share}")
     moving = [component.value for component, each in pods.items() if not each.is_settled]
     if not moving:
         return Verdict("Progressing", False, "Settled")
     stuck = {problem.component.value for problem in found}
     if Component.ENGINE.value in stuck and pods[Component.ENGINE].available == 0:
         # The others wait for it.
-        stuck |= {component.value for component in Component}
+        stuck |= {component.value for component in LASTING}
     if stuck.issuperset(moving):
         return Verdict("Progressing", False, "Stuck", "see Degraded: nothing goes on until that is put right")
     return Verdict("Progressing", True, "RollingOut", f"pods of {', '.join(moving)} are on their way")

@@ -23,6 +23,17 @@ class Condition(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     ]
 
 
+class RolloutStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
+    """Where a change of the engines stands that is tried before all of them have it."""
+
+    phase: Annotated[Literal["Canary", "RolledBack"], Meta(description="What is being done with it.")]
+    revision: Annotated[str, Meta(description="Of the new engines; their pods have it as a label.")]
+    step: Annotated[int, Meta(description="Which of the weights it has got to, from 0.")] = 0
+    weight: Annotated[int, Meta(description="Percent of the requests that the new engines get.")] = 0
+    since: Annotated[str, Meta(description="When the step began; empty while its engines start.")] = ""
+    message: Annotated[str, Meta(description="Why it was rolled back.")] = ""
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_defaults=True):
     """How the service is."""
 
@@ -36,5 +47,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True, rename="camel", omit_def
     ready_replicas: Annotated[int, Meta(description="Engines that take requests.")] | None = None
     engines: Annotated[str, Meta(description="Engines that take requests, of those wanted.")] = ""
     load: Annotated[str, Meta(description="How near engines are to the nearest of their targets.")] = ""
+    rollout: (
+        Annotated[RolloutStatus, Meta(description="Of a change that is being tried, or was rolled back.")] | None
+    ) = None
     selector: Annotated[str, Meta(description="The engines' pods; for the scale subresource.")] = ""
     conditions: Annotated[tuple[Condition, ...], Meta(description="What is so, by type.")] = field(default=())

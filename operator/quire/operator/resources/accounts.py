@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quire.operator.resources.metadata import Component, Manifest, child_name, manifest
+from quire.operator.resources.metadata import LASTING, Component, Manifest, child_name, manifest
 from quire.operator.spec import InferenceService
 
 _RBAC = "rbac.authorization.k8s.io"
@@ -15,7 +15,7 @@ def accounts(service: InferenceService) -> list[Manifest]:
             service, "v1", "ServiceAccount", child_name(service, component), component=component,
             automountServiceAccountToken=False,
         )
-        for component in Component
+        for component in LASTING
     ]  # fmt: skip
     router = child_name(service, Component.ROUTER)
     rules = [{"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["get", "list", "watch"]}]

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from quire.operator.resources.metadata import Component, Manifest, child_name, manifest, selector
+from quire.operator.resources.metadata import LASTING, Manifest, child_name, manifest, selector
 from quire.operator.spec import InferenceService
 
 
 def budgets(service: InferenceService) -> list[Manifest]:
-    """One for each component. `maxUnavailable`, since `minAvailable` would keep a node of a lone pod for ever."""
+    """One for each component but a canary. `maxUnavailable`: `minAvailable` would keep a lone pod's node for ever."""
     return [
         manifest(
             service,
@@ -22,5 +22,5 @@ def budgets(service: InferenceService) -> list[Manifest]:
                 "unhealthyPodEvictionPolicy": "AlwaysAllow",
             },
         )
-        for component in Component
+        for component in LASTING
     ]

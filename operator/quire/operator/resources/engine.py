@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from quire.operator import names
 from quire.operator.config import Images
 from quire.operator.engine_spec import EngineSpec
@@ -9,11 +11,41 @@ from quire.operator.quantity import whole_bytes
 from quire.operator.resources import model, probes, sidecar
 from quire.operator.resources.metadata import Component, Manifest
 from quire.operator.resources.pods import container, deployment, linger, own_name, resources_of
+from quire.operator.revision import Revision
 from quire.operator.spec import InferenceService
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryEngines:
+    """Engines that `service` asks for, beside those that there were: `percent` of the requests go to `replicas`."""
+
+    service: InferenceService
+    revision: str
+    replicas: int
+    percent: int
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """What tells their pods from those of a canary before."""
+        return {names.REVISION: self.revision}
 
 
 def engine(service: InferenceService, images: Images) -> Manifest:
     """The Deployment. A pod counts as started once the model is loaded, and drains on SIGTERM."""
+    made = _deployment(service, images, Component.ENGINE, service.spec.engine.replicas)
+    made["metadata"]["annotations"] = {names.MADE_OF: Revision.of(service).text}
+    return made
+
+
+def canary(engines: CanaryEngines, images: Images) -> Manifest:
+    """The Deployment of those on trial."""
+    made = _deployment(engines.service, images, Component.CANARY, engines.replicas)
+    for metadata in (made["metadata"], made["spec"]["template"]["metadata"]):
+        metadata["labels"] |= engines.labels
+    return made
+
+
+def _deployment(service: InferenceService, images: Images, component: Component, replicas: int) -> Manifest:
     spec = service.spec.engine
     main = container(
         "engine",
@@ -52,8 +84,8 @@ def engine(service: InferenceService, images: Images) -> Manifest:
         ]  # fmt: skip
     return deployment(
         service,
-        Component.ENGINE,
-        replicas=spec.replicas,
+        component,
+        replicas=replicas,
         containers=[main],
         init_containers=[sidecar.sidecar(service, images)],
         volumes=[sidecar.SHARED_VOLUME, *model.volumes(service)],

@@ -20,6 +20,16 @@ class Component(Enum):
     GATEWAY = "gateway"
     ROUTER = "router"
     ENGINE = "engine"
+    # Engines of another kind, while a change is tried.
+    CANARY = "canary"
+
+    @property
+    def field(self) -> str:
+        """Which part of the spec they are made of."""
+        return Component.ENGINE.value if self is Component.CANARY else self.value
+
+
+LASTING = (Component.GATEWAY, Component.ROUTER, Component.ENGINE)
 
 
 def child_name(service: InferenceService, component: Component) -> str:

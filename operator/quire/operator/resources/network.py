@@ -13,29 +13,32 @@ def policies(service: InferenceService) -> list[Manifest]:
     """Clients reach gateways, gateways reach routers, routers reach engines, and nobody else does."""
     gateway = [_from_all([names.GATEWAY_HTTP, names.GATEWAY_GRPC])]
     router = [_from(service, Component.GATEWAY, names.ROUTER_GRPC), _from_all([names.ROUTER_METRICS])]
-    engine = [
-        _from(service, Component.ROUTER, names.ENGINE_GRPC),
-        _from_all([names.ENGINE_METRICS, names.SIDECAR_METRICS]),
-    ]
     return [
-        manifest(
-            service,
-            "networking.k8s.io/v1",
-            "NetworkPolicy",
-            child_name(service, component),
-            component=component,
-            spec={
-                "podSelector": {"matchLabels": selector(service, component)},
-                "policyTypes": ["Ingress"],
-                "ingress": ingress,
-            },
-        )
-        for component, ingress in (
-            (Component.GATEWAY, gateway),
-            (Component.ROUTER, router),
-            (Component.ENGINE, engine),
-        )
+        _policy(service, Component.GATEWAY, gateway),
+        _policy(service, Component.ROUTER, router),
+        engine_policy(service, Component.ENGINE),
     ]
+
+
+def engine_policy(service: InferenceService, component: Component) -> Manifest:
+    """Of engines, on trial or not."""
+    metrics = _from_all([names.ENGINE_METRICS, names.SIDECAR_METRICS])
+    return _policy(service, component, [_from(service, Component.ROUTER, names.ENGINE_GRPC), metrics])
+
+
+def _policy(service: InferenceService, component: Component, ingress: Sequence[Manifest]) -> Manifest:
+    return manifest(
+        service,
+        "networking.k8s.io/v1",
+        "NetworkPolicy",
+        child_name(service, component),
+        component=component,
+        spec={
+            "podSelector": {"matchLabels": selector(service, component)},
+            "policyTypes": ["Ingress"],
+            "ingress": list(ingress),
+        },
+    )
 
 
 def _from(service: InferenceService, component: Component, port: int) -> Manifest:

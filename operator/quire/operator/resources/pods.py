@@ -91,7 +91,7 @@ def deployment(
     """The component's Deployment. New pods are ready before old ones drain, unless `surge` is 0."""
     chosen = selector(service, component)
     pod_spec: Manifest = {
-        "serviceAccountName": child_name(service, component),
+        "serviceAccountName": f"{service.name}-{component.field}",
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         "terminationGracePeriodSeconds": _FORGOTTEN_SECONDS + drain_seconds + _SPARE_SECONDS,

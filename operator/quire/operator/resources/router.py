@@ -15,14 +15,15 @@ def router(service: InferenceService, images: Images) -> Manifest:
     spec = service.spec.router
     # It drains as long as the gateways' answers and the engines' requests may take.
     drain = max(service.spec.gateway.drain_seconds, service.spec.engine.drain_seconds)
-    engines = f"kubernetes:{service.namespace}/{child_name(service, Component.ENGINE)}:grpc"
+    kinds = [Component.ENGINE, *([Component.CANARY] if service.spec.rollout.canary else [])]
+    engines = "+".join(child_name(service, each) for each in kinds)
     main = container(
         "router",
         spec.image or images.router,
         "quire.router",
         [
             f"--listen=[::]:{names.ROUTER_GRPC}",
-            f"--engines={engines}",
+            f"--engines=kubernetes:{service.namespace}/{engines}:grpc",
             "--name=$(POD_NAME)",
             f"--metrics-port={names.ROUTER_METRICS}",
             *_holding(service),

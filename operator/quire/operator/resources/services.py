@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from quire.operator import names
+from quire.operator.resources.engine import CanaryEngines
 from quire.operator.resources.metadata import Component, Manifest, child_name, manifest, selector
 from quire.operator.spec import InferenceService
 
@@ -11,6 +12,13 @@ def url(service: InferenceService) -> str:
     """The OpenAI API as pods of the cluster reach it."""
     scheme = "https" if service.spec.gateway.tls_secret else "http"
     return f"{scheme}://{child_name(service, Component.GATEWAY)}.{service.namespace}.svc:{names.GATEWAY_HTTP}/v1"
+
+
+_ENGINE_PORTS = {
+    "grpc": names.ENGINE_GRPC,
+    "metrics": names.ENGINE_METRICS,
+    "grammar-metrics": names.SIDECAR_METRICS,
+}
 
 
 def services(service: InferenceService) -> list[Manifest]:
@@ -34,10 +42,18 @@ def services(service: InferenceService) -> list[Manifest]:
         _service(
             service,
             Component.ENGINE,
-            {"grpc": names.ENGINE_GRPC, "metrics": names.ENGINE_METRICS, "grammar-metrics": names.SIDECAR_METRICS},
+            _ENGINE_PORTS,
             **headless,
         ),
     ]
+
+
+def canary_service(engines: CanaryEngines) -> Manifest:
+    """Where routers find the engines on trial, and how much to send them."""
+    made = _service(engines.service, Component.CANARY, _ENGINE_PORTS, clusterIP="None")
+    made["metadata"]["labels"] |= {**engines.labels, names.CANARY_PERCENT: str(engines.percent)}
+    made["spec"]["selector"] |= engines.labels
+    return made
 
 
 def _service(service: InferenceService, component: Component, ports: dict[str, int], **spec: object) -> Manifest:
