@@ -14,6 +14,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+from certificate_files import CertificateFiles, new_ca
 from engine_answers import answer_of, stats_of
 from engine_process import engine, prompt_of, request
 from session_client import SessionClient
@@ -212,6 +213,45 @@ def test_an_address_that_is_no_engines() -> None:
     done = run_once("--engine", f"127.0.0.1:{port}")
     assert done.returncode == 1 and "what listens there is no engine" in done.stdout
     server.stop(0)
+
+
+def test_an_engine_over_tls(tmp_path: Path) -> None:
+    """Without it nobody could look at an engine that speaks TLS, or one would be shown that is not trusted."""
+    files = CertificateFiles(tmp_path / "own").write(new_ca())
+    pair = [(files.key.read_bytes(), files.certificate.read_bytes())]
+    server = grpc.server(ThreadPoolExecutor(2))
+    servicer = ScriptedEngine(tmp_path / "plain.sock")
+    engine_pb2_grpc.add_EngineServiceServicer_to_server(servicer, server)
+    asking = grpc.ssl_server_credentials(pair, files.ca.read_bytes(), require_client_auth=True)
+    address = f"127.0.0.1:{server.add_secure_port('127.0.0.1:0', asking)}"
+    server.start()
+    flags = ("--engine", address, "--interval", "0.1")
+    done = run_once(*flags, *files.flags("engine-tls"))
+    assert done.returncode == 0 and "engine-0" in done.stdout
+    # A socket stays plain beside it.
+    done = run_once(*flags, "--engine", servicer.address, *files.flags("engine-tls"))
+    assert done.returncode == 0 and "no answer" not in done.stdout
+    done = run_once(*flags)
+    assert done.returncode == 1 and "--engine-tls-ca" in done.stdout
+    other = CertificateFiles(tmp_path / "other").write(new_ca())
+    done = run_once(*flags, *other.flags("engine-tls"))
+    assert done.returncode == 1 and "no certificate that" in done.stdout
+    servicer.stop()
+    server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        (["--engine-tls-ca", "ca.crt"], "name one with --engine"),
+        (["--engine", "a:1", "--engine-tls-cert", "tls.crt"], "give that too"),
+        (["--engine", "a:1", "--engine-tls-ca", "/no/such/ca.crt"], "/no/such/ca.crt"),
+    ],
+)
+def test_wrong_tls_flags_are_named(flags: list[str], fix: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it they would show as an engine that does not answer."""
+    assert main(["top", "--once", *flags]) == 2
+    assert fix in capsys.readouterr().err
 
 
 def test_a_pipe_without_once_is_refused() -> None:

@@ -10,7 +10,7 @@ from enum import Enum
 import grpc
 
 from quire.cli.history import History
-from quire.service.grpc_server import CHANNEL_OPTIONS
+from quire.service.peer_tls import Dialer
 from quire.v1 import engine_pb2, engine_pb2_grpc
 
 # More cells than a terminal has; the view merges them.
@@ -20,13 +20,10 @@ _REQUEST = engine_pb2.InspectRequest(max_cells=4096, max_sequences=256)
 _PATIENCE_SECONDS = 30.0
 
 # An engine that is started again is found again within a second.
-_CHANNEL_OPTIONS = list(
-    {
-        **dict(CHANNEL_OPTIONS),
-        "grpc.min_reconnect_backoff_ms": 500,
-        "grpc.initial_reconnect_backoff_ms": 500,
-        "grpc.max_reconnect_backoff_ms": 1_000,
-    }.items()
+_CHANNEL_OPTIONS = (
+    ("grpc.min_reconnect_backoff_ms", 500),
+    ("grpc.initial_reconnect_backoff_ms", 500),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 
 _STATES = {
@@ -49,9 +46,18 @@ class State(Enum):
 
 
 class EngineWatch:
-    """What is known of the engine at `address`; `url` is that of the `quire serve` it belongs to, if to one."""
+    """What is known of the engine at `address`; `url` is that of the `quire serve` it belongs to, if to one.
 
-    def __init__(self, address: str, url: str = "", clock: Callable[[], float] = time.monotonic) -> None:
+    `dialer` makes the channel.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        url: str = "",
+        clock: Callable[[], float] = time.monotonic,
+        dialer: Dialer | None = None,
+    ) -> None:
         self.address = address
         self.url = url
         self.name = address
@@ -60,6 +66,7 @@ class EngineWatch:
         self.problem = ""
         self.seen = engine_pb2.InspectResponse()
         self.history = History()
+        self._dialer = dialer or Dialer()
         self._clock = clock
         self._since = clock()
         self._asked_at: float | None = None
@@ -81,7 +88,7 @@ class EngineWatch:
 
     async def follow(self, interval: float, changed: Callable[[], None]) -> None:
         """Asks every `interval` seconds until it is cancelled; calls `changed` after each answer."""
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+        async with self._dialer.channel(self.address, _CHANNEL_OPTIONS) as channel:
             stub = engine_pb2_grpc.EngineServiceStub(channel)
             while True:
                 await self._ask(stub)
@@ -90,7 +97,7 @@ class EngineWatch:
 
     async def look(self, interval: float) -> None:
         """Asks twice, `interval` seconds apart, as far as it answers: speeds take two looks."""
-        async with grpc.aio.insecure_channel(self.address, options=_CHANNEL_OPTIONS) as channel:
+        async with self._dialer.channel(self.address, _CHANNEL_OPTIONS) as channel:
             stub = engine_pb2_grpc.EngineServiceStub(channel)
             await self._ask(stub)
             if self.steps:
@@ -127,7 +134,8 @@ class EngineWatch:
             case grpc.StatusCode.UNIMPLEMENTED:
                 self.problem = "what listens there is no engine, or an older one: give an engine's --listen address"
             case grpc.StatusCode.UNAVAILABLE:
-                self.problem = "no answer"
+                connecting = self.state is State.CONNECTING
+                self.problem = _unreachable(error.details() or "") if connecting else "no answer"
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 self.problem = f"no answer within {_PATIENCE_SECONDS:g} s: its step takes longer, or it hangs"
             case code:
@@ -136,3 +144,14 @@ class EngineWatch:
     def _enter(self, state: State) -> None:
         if state is not self.state:
             self.state, self._since = state, self._clock()
+
+
+def _unreachable(details: str) -> str:
+    """Why, as far as gRPC's `details` tell: a server and a client that disagree about TLS mostly just hang up."""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return "no certificate that --engine-tls-ca has signed"
+    if "Hostname Verification" in details:
+        return "no certificate for this address (--engine-tls-name says another)"
+    if "Socket closed" in details:
+        return "no answer (over TLS: --engine-tls-ca, --engine-tls-cert)"
+    return "no answer"

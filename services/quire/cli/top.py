@@ -21,6 +21,8 @@ from quire.cli.keyboard import keyboard
 from quire.cli.runtime_dir import find_serving
 from quire.cli.top_view import Size, page, screen
 from quire.service.errors import ConfigError, UnavailableError
+from quire.service.peer_tls import Dialer
+from quire.service.tls_files import PeerTlsFiles, add_peer_flags
 
 _DESCRIPTION = """\
 Shows what engines do, live: their KV pages as a map, the batch and the queue,
@@ -32,6 +34,8 @@ _EXAMPLES = """\
       the engines of `quire serve` on this machine; q leaves
   quire top --engine 127.0.0.1:9100 --engine 127.0.0.1:9101
       engines elsewhere, by what they were given as --listen
+  quire top --engine 10.0.0.7:9100 --engine-tls-ca ca.crt
+      one that speaks TLS; the flags are those of a router
   quire top --once --engine unix:/run/quire/engine.sock
       one look, for a pipe or a script"""
 
@@ -46,14 +50,21 @@ _STOPPED_BY_SIGTERM = 128 + signal.SIGTERM
 @dataclass(frozen=True, slots=True)
 class TopConfig:
     """Which engines to show: at these gRPC addresses, or those of this machine if there are none. `interval` is the
-    time between two looks, in seconds."""
+    time between two looks, in seconds; with `tls` those at an address of a network are spoken to over TLS."""
 
     engines: tuple[str, ...] = ()
     interval: float = 1.0
     once: bool = False
+    tls: PeerTlsFiles | None = None
 
     def __post_init__(self) -> None:
         at_least("--interval", self.interval, 0.1)
+        if self.tls is not None and not self.engines:
+            raise ConfigError(
+                "--engine-tls-ca is for engines elsewhere, and those of this machine are on sockets: name one with "
+                "--engine HOST:PORT",
+                field="engine_tls_ca",
+            )
         for address in self.engines:
             if not _ADDRESS.fullmatch(address):
                 raise ConfigError(
@@ -72,7 +83,7 @@ def main(argv: list[str]) -> int:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     if not config.once and not sys.stdout.isatty():
         raise ConfigError("standard output is no terminal to draw on: add --once for one look")
-    fleet = Fleet(config.engines)
+    fleet = Fleet(config.engines, Dialer(config.tls))
     fleet.update()
     if not fleet.watches:
         raise UnavailableError(
@@ -84,7 +95,8 @@ def main(argv: list[str]) -> int:
 
 def config_of(arguments: argparse.Namespace) -> TopConfig:
     """The config that the flags ask for. Raises ConfigError."""
-    return TopConfig(tuple(arguments.engine), arguments.interval, arguments.once)
+    tls = PeerTlsFiles.of_flags(arguments, "engine")
+    return TopConfig(tuple(arguments.engine), arguments.interval, arguments.once, tls)
 
 
 def _parser() -> Parser:
@@ -100,14 +112,16 @@ def _parser() -> Parser:
         help="between two looks (default: %(default)g)",
     )  # fmt: skip
     add("--once", action="store_true", help="print one look and end")
+    add_peer_flags(add, "engine")
     return parser
 
 
 class Fleet:
     """The engines to show: those at `addresses`, or whatever runs on this machine at the moment."""
 
-    def __init__(self, addresses: Sequence[str]) -> None:
+    def __init__(self, addresses: Sequence[str], dialer: Dialer | None = None) -> None:
         self._addresses = tuple(dict.fromkeys(addresses))
+        self._dialer = dialer or Dialer()
         self.watches: list[EngineWatch] = []
 
     def update(self) -> None:
@@ -117,7 +131,9 @@ class Fleet:
             wanted = dict.fromkeys(self._addresses, "")
         else:
             wanted = {address: serving.url for serving in find_serving() for address in serving.engines}
-        self.watches = [known.get(address) or EngineWatch(address, url) for address, url in wanted.items()]
+        self.watches = [
+            known.get(address) or EngineWatch(address, url, dialer=self._dialer) for address, url in wanted.items()
+        ]
 
 
 async def _once(fleet: Fleet, config: TopConfig) -> int:

@@ -202,18 +202,25 @@ async def abort(
         raise asyncio.CancelledError from None
 
 
-def channel(address: str, credentials: grpc.ChannelCredentials | None = None, *, name: str = "") -> grpc.aio.Channel:
-    """A channel to another service, with the options that all share.
+def channel(
+    address: str,
+    credentials: grpc.ChannelCredentials | None = None,
+    *,
+    name: str = "",
+    options: Sequence[tuple[str, int]] = (),
+) -> grpc.aio.Channel:
+    """A channel to another service, with the options that all share and `options`, which come before those.
 
     `name` is what the peer's certificate says, if that is not the host in `address`.
     """
+    merged: list[tuple[str, str | int]] = [*{**dict(CHANNEL_OPTIONS), **dict(options)}.items()]
     if credentials is None or _is_local(address):
-        return grpc.aio.insecure_channel(address, options=list(CHANNEL_OPTIONS))
+        return grpc.aio.insecure_channel(address, options=merged)
     # A connection of its own: one that another channel made may have been checked against other certificates.
-    options: list[tuple[str, str | int]] = [*CHANNEL_OPTIONS, ("grpc.use_local_subchannel_pool", 1)]
+    merged.append(("grpc.use_local_subchannel_pool", 1))
     if name:
-        options.append(("grpc.ssl_target_name_override", name))
-    return grpc.aio.secure_channel(address, credentials, options=options)
+        merged.append(("grpc.ssl_target_name_override", name))
+    return grpc.aio.secure_channel(address, credentials, options=merged)
 
 
 def _is_local(address: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grpc
 
@@ -39,10 +39,10 @@ class Dialer:
         """Set once there are new files: channels made before that do not know them."""
         return self._renewal
 
-    def channel(self, address: str) -> grpc.aio.Channel:
-        """A channel that shows and trusts what was loaded last."""
+    def channel(self, address: str, options: Sequence[tuple[str, int]] = ()) -> grpc.aio.Channel:
+        """A channel that shows and trusts what was loaded last; `options` come before those that all share."""
         credentials = None if self.files is None else self.files.value
-        return channel(address, credentials, name=self._name)
+        return channel(address, credentials, name=self._name, options=options)
 
     def _loaded(self, ok: bool) -> None:
         self._heard(ok)
