@@ -17,7 +17,7 @@ from openai.types import CompletionUsage
 from otlp_receiver import OtlpReceiver
 from served import MODEL, Served, serve
 
-from quire.v1 import inference_pb2, inference_pb2_grpc
+from quire.v1 import engine_pb2, engine_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 pytestmark = pytest.mark.e2e
 
@@ -125,6 +125,10 @@ def test_it_is_in_the_usage_over_grpc_and_in_quire_top(speculating: Served) -> N
         capture_output=True, text=True, check=True, timeout=60, env=os.environ | {"COLUMNS": "160"},
     ).stdout  # fmt: skip
     assert "of drafts right (" in shown and "tokens drawn a step" in shown
+    # Routers reckon with it.
+    with grpc.insecure_channel(address) as channel:
+        status = engine_pb2_grpc.EngineServiceStub(channel).GetStatus(engine_pb2.GetStatusRequest(), timeout=60)
+    assert 1 < status.load.decode_tokens_per_step <= 9
 
 
 def test_a_sidecar_that_dies_changes_nothing(speculating: Served, plain: OpenAI, quick: OpenAI) -> None:

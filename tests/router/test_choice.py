@@ -35,6 +35,7 @@ views = st.builds(
     max_num_seqs=st.integers(0, 256),
     prefill_tokens_per_second=st.just(0.0) | st.floats(0.01, 1e5),
     decode_step_seconds=st.floats(0, 1),
+    decode_tokens_per_step=st.just(0.0) | st.floats(1, 16),
 )
 
 
@@ -100,6 +101,9 @@ def test_an_idle_engine_takes_the_time_of_what_it_must_compute() -> None:
     # All 8 places taken and 3 wait: 4 of 8 that run 100 steps each must end, one every 12.5 steps.
     full = EngineView(running=8, waiting=3, max_num_seqs=8, decode_step_seconds=0.02)
     assert expected_ttft(full, 500, EXPECTATIONS) == pytest.approx(0.5 + 0.02 * (0.5 + 4 * 12.5))
+    # With 4 tokens a step a request is over after 25 steps, and the step in progress still is one.
+    speculating = replace(full, decode_tokens_per_step=4.0)
+    assert expected_ttft(speculating, 500, EXPECTATIONS) == pytest.approx(0.5 + 0.02 * (0.5 + 4 * 12.5 / 4))
     # 100 pages in use by 8; 40 are missing: 3.2 must end.
     short = EngineView(running=8, pages_total=100, decode_step_seconds=0.02)
     assert expected_ttft(short, 640, EXPECTATIONS) == pytest.approx(0.64 + 0.02 * (0.5 + 3.2 * 12.5))
@@ -116,6 +120,15 @@ def test_more_work_never_takes_less_time(view: EngineView, uncached: int, more: 
     assert seconds <= expected_ttft(busier, uncached, EXPECTATIONS)
     emptier = replace(view, pages_available=view.pages_available + more)
     assert seconds >= expected_ttft(emptier, uncached, EXPECTATIONS)
+
+
+@pytest.mark.parametrize(("tokens_per_step", "first"), [(1.0, 0), (1.9, 0), (2.1, 1)])
+def test_drafts_are_worth_exactly_the_steps_they_save(tokens_per_step: float, first: int) -> None:
+    """Steps that take twice as long for more than two tokens free a slot earlier: by the seconds alone they don't."""
+    fleet = fleet_of(2)
+    report(fleet.endpoints[0], running=8, waiting=2, decode_step_seconds=0.01, decode_tokens_per_step=1.0)
+    report(fleet.endpoints[1], running=8, waiting=2, decode_step_seconds=0.02, decode_tokens_per_step=tokens_per_step)
+    assert choose(fleet, prompt_of(1)).endpoint is fleet.endpoints[first]
 
 
 @pytest.mark.parametrize(("queued", "holder_wins"), [(0, True), (900, True), (1100, False)])

@@ -134,6 +134,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
             report.pages_total, report.pages_available = load.pages_total, load.pages_available
             report.prefill_tokens_per_second = load.stats.prefill_tokens_per_second
             report.decode_step_seconds = load.stats.decode_step_seconds
+            report.decode_tokens_per_step = load.stats.decode_tokens_per_step
             report.steps = load.stats.steps
         return report
 

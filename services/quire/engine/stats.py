@@ -66,7 +66,8 @@ class EngineStats:
     `queue_seconds`: from arrival to the first step. `first_token_seconds`: from arrival to the first token drawn.
     `inter_token_seconds`: from each token to the next of its request; those that come together count once, so that this
     and `first_token_seconds` count the sequences of all steps that drew tokens. `request_seconds`: from arrival to the
-    end, of requests that came to an end of their own. `finished`: requests by the value of their FinishReason.
+    end, of requests that came to an end of their own. `decode_tokens_per_step` is of one
+    sequence. `finished`: requests by the value of their FinishReason.
     """
 
     steps: int = 0
@@ -80,6 +81,7 @@ class EngineStats:
     )
     prefill_tokens_per_second: float = 0.0
     decode_step_seconds: float = 0.0
+    decode_tokens_per_step: float = 0.0
     step_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
     step_tokens: Histogram = field(default_factory=lambda: Histogram(_TOKENS))
     queue_seconds: Histogram = field(default_factory=lambda: Histogram(_SECONDS))
@@ -116,6 +118,9 @@ class EngineStats:
         self.output_tokens += num_tokens
         self.first_token_seconds.add_all(until_first)
         self.inter_token_seconds.add_all(between)
+        if between:
+            drawn = (num_tokens - len(until_first)) / len(between)
+            self.decode_tokens_per_step = _blend(self.decode_tokens_per_step, drawn)
 
     def record_finish(self, reason: FinishReason, seconds: float) -> None:
         """A request ended `seconds` after it had arrived. One that was cut short says nothing of how long they take."""

@@ -21,7 +21,8 @@ class EngineView:
     """What an engine last reported, plus what it has been sent since and can't have reported yet.
 
     `prefill_tokens_per_second` and `decode_step_seconds` are 0 until the engine has measured them; `max_num_seqs` 0
-    and `pages_total` 0 mean not known, hence not short.
+    and `pages_total` 0 mean not known, hence not short. `decode_tokens_per_step` is how many tokens a sequence draws in
+    a step, more than one where drafts are accepted; 0 is not known, hence one.
     """
 
     running: int = 0
@@ -32,6 +33,7 @@ class EngineView:
     max_num_seqs: int = 0
     prefill_tokens_per_second: float = 0.0
     decode_step_seconds: float = 0.0
+    decode_tokens_per_step: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +52,15 @@ def expected_ttft(view: EngineView, uncached_tokens: int, expectations: Expectat
     - prefill: the tokens that the engine has still to compute for others, and these, at the speed it has learned;
     - the step in progress, of which half is over on average, if anything is running;
     - queueing, if slots or pages are short: the number of running requests that must end before this one and those
-      waiting before it fit, times the mean time between two ends. A request runs for `expectations.output_tokens`
-      steps, and `view.running` of them run side by side, so one ends every output_tokens / running steps.
+      waiting before it fit, times the mean time between two ends. A request runs for as many steps as
+      `expectations.output_tokens` take at `view.decode_tokens_per_step`, and `view.running` of them run side by side,
+      so one ends every steps / running steps.
     """
     speed = view.prefill_tokens_per_second or expectations.prefill_tokens_per_second
     tokens = view.pending_prefill_tokens + uncached_tokens
     seconds = tokens / speed
     if view.running and view.decode_step_seconds:
-        steps_between_ends = expectations.output_tokens / view.running
+        steps_between_ends = expectations.output_tokens / (view.decode_tokens_per_step or 1.0) / view.running
         ends = max(_ends_until_a_slot(view), _ends_until_pages(view, tokens))
         seconds += view.decode_step_seconds * (0.5 + ends * steps_between_ends)
     return seconds

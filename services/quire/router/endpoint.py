@@ -52,6 +52,7 @@ class Load:
     phase: Phase
     steps: int = 0
     cache_sequence: int = 0
+    decode_tokens_per_step: float = 0.0
 
 
 NO_LOAD = Load(0, 0, 0, 0, 0, 0.0, 0.0, Phase.READY)
@@ -239,4 +240,5 @@ class Endpoint:
             max_num_seqs=self._max_num_seqs,
             prefill_tokens_per_second=load.prefill_tokens_per_second,
             decode_step_seconds=load.decode_step_seconds,
+            decode_tokens_per_step=load.decode_tokens_per_step,
         )

@@ -116,6 +116,7 @@ def _load(report: engine_pb2.WatchLoadResponse) -> Load:
         pages_available=report.pages_available,
         prefill_tokens_per_second=report.prefill_tokens_per_second,
         decode_step_seconds=report.decode_step_seconds,
+        decode_tokens_per_step=report.decode_tokens_per_step,
         phase=phase,
         steps=report.steps,
         cache_sequence=report.cache_sequence,
