@@ -120,10 +120,8 @@ def paged_attention(queries: Tensor, pages: Tensor, plan: AttentionPlan) -> Tens
 def _decode(queries: Tensor, pages: Tensor, batch: DecodeBatch) -> Tensor:
     num_batches, head_size = queries.shape[0] * pages.shape[1] // 2, queries.shape[-1]
     # The heads of a group share keys: together they are the rows of one product.
-    grouped = queries.to(batch.dtype).reshape(num_batches, -1, head_size)
-    keys, values = (
-        part.view(num_batches, -1, head_size)[:, : batch.num_keys] for part in _gather(pages, batch.pages, batch.dtype)
-    )
+    grouped = queries.type(batch.dtype).reshape(num_batches, -1, head_size)
+    keys, values = _gather(pages, batch.pages, batch.dtype, num_batches, batch.num_keys)
     scale = 1.0 / math.sqrt(head_size)
     if batch.mask is None:
         scores = torch.bmm(grouped * scale, keys.transpose(1, 2))
@@ -137,24 +135,27 @@ def _prefill(queries: Tensor, pages: Tensor, chunk: PrefillChunk, out: Tensor) -
     num_kv_heads = pages.shape[1] // 2
     # Each KV head is a batch entry and its group of query heads are that entry's heads: keys are shared, not copied.
     keys, values = (
-        part.view(num_kv_heads, 1, -1, head_size)[:, :, : chunk.context_len].expand(
-            -1, num_heads // num_kv_heads, -1, -1
-        )
-        for part in _gather(pages, chunk.pages, pages.dtype)
+        part.unsqueeze(1).expand(-1, num_heads // num_kv_heads, -1, -1)
+        for part in _gather(pages, chunk.pages, pages.dtype, num_kv_heads, chunk.context_len)
     )
     grouped = queries.view(num_tokens, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
     result = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=chunk.mask, is_causal=chunk.mask is None)
     out.view(num_tokens, num_kv_heads, -1, head_size).copy_(result.permute(2, 0, 1, 3))
 
 
-def _gather(pages: Tensor, rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Keys and values, [N, page_size × D] each, for rows int64 [2, N] of a plan."""
+def _gather(pages: Tensor, rows: Tensor, dtype: torch.dtype, num_batches: int, num_keys: int) -> tuple[Tensor, Tensor]:
+    """Keys and values, [num_batches, num_keys, D] each, for rows int64 [2, num_batches × P] of a plan."""
     rows_of = pages.view(pages.shape[0] * pages.shape[1], -1)
     if rows.numel() <= _FEW_ROWS:
-        both = rows_of.index_select(0, rows.view(-1)).to(dtype)
-        return both[: rows.shape[1]], both[rows.shape[1] :]
+        both = rows_of.index_select(0, rows.view(-1)).type(dtype)
+        keys, values = both.view(2, num_batches, -1, pages.shape[-1]).narrow(2, 0, num_keys).unbind(0)
+        return keys, values
     # One after the other, so that the first product finds its half in the cache.
-    return rows_of.index_select(0, rows[0]).to(dtype), rows_of.index_select(0, rows[1]).to(dtype)
+    keys, values = (
+        rows_of.index_select(0, half).type(dtype).view(num_batches, -1, pages.shape[-1]).narrow(1, 0, num_keys)
+        for half in rows
+    )
+    return keys, values
 
 
 def _head_pages(tables: Tensor, num_kv_heads: int) -> Tensor:

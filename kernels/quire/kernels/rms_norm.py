@@ -19,6 +19,8 @@ from quire.kernels._triton import (
     tl,
 )
 
+_ZERO = torch.zeros(())
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last dimension.
@@ -29,10 +31,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     if x.is_cuda:
         return rms_norm_triton(x, weight, eps, dtype)
     if x.ndim == 2 and x.shape[0] == 1:
-        # Python's numbers are quicker than five operations on a tensor of one.
+        # Python's numbers are quicker than five operations on a tensor of one, and one fused product than two.
         row = x.view(-1)
         factor = (torch.dot(row, row).item() / x.shape[-1] + eps) ** -0.5
-        return torch.mul(x * factor, weight, out=torch.empty_like(x, dtype=dtype))
+        return torch.addcmul(_ZERO, x, weight, value=factor).type(dtype)
     # The norm is one pass over x, where square().mean() is two and a copy.
     length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     scale = length.square_().mul_(1.0 / x.shape[-1]).add_(eps).rsqrt_()

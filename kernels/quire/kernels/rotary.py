@@ -25,5 +25,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Te
 
     x of any float type [T, heads, D]; cos, sin float32 [T, 1, D], rows of `rotary_table`.
     """
-    swapped = x.roll(x.shape[-1] // 2, -1)
-    return torch.addcmul(x * cos, swapped, sin, out=out)
+    # Three types in one operation cost more than the copies that spare them.
+    given = x.type(torch.float32)
+    turned = given.mul(cos).addcmul_(given.roll(given.shape[-1] // 2, -1), sin)
+    return turned if out is None else out.copy_(turned)

@@ -41,4 +41,4 @@ def write_pages(new: Tensor, pages: Tensor, plan: WritePlan) -> None:
     if plan.fresh_pages is not None:
         pages.index_fill_(0, plan.fresh_pages, 0)
     head_size = pages.shape[-1]
-    pages.view(-1, head_size).index_copy_(0, plan.rows, new.reshape(-1, head_size).to(pages.dtype))
+    pages.view(-1, head_size).index_copy_(0, plan.rows, new.reshape(-1, head_size).type(pages.dtype))

@@ -79,15 +79,17 @@ class Attention:
     def __call__(self, hidden: Tensor, pages: Tensor, step: Step) -> Tensor:
         """hidden [T, hidden_size] of `step.dtype` → the same shape, of a float type; writes the step's keys and values
         into the layer's pages first."""
-        qkv = self.qkv(hidden).view(hidden.shape[0], -1, self.head_size)
-        rotated = qkv[:, : self.num_rotated]
+        num_tokens = hidden.shape[0]
+        qkv = self.qkv(hidden).view(num_tokens, -1, self.head_size)
+        given = qkv.narrow(1, 0, self.num_rotated)
         if self.head_norm is not None:
-            rotated = rms_norm(rotated.to(torch.float32), self.head_norm, self.eps, torch.float32)
-        qkv = qkv.to(pages.dtype)
-        rotary(rotated, step.cos, step.sin, out=qkv[:, : self.num_rotated])
-        write_pages(qkv[:, self.num_heads :], pages, step.writes)
-        attended = paged_attention(qkv[:, : self.num_heads], pages, step.attention[self.window])
-        return self.output(attended.view(hidden.shape[0], -1).to(step.dtype))
+            given = rms_norm(given.to(torch.float32), self.head_norm, self.eps, torch.float32)
+        qkv = qkv.type(pages.dtype)
+        rotary(given, step.cos, step.sin, out=qkv.narrow(1, 0, self.num_rotated))
+        queries, keys_and_values = qkv.split_with_sizes((self.num_heads, qkv.shape[1] - self.num_heads), 1)
+        write_pages(keys_and_values, pages, step.writes)
+        attended = paged_attention(queries, pages, step.attention[self.window])
+        return self.output(attended.view(num_tokens, -1).type(step.dtype))
 
 
 class GatedMlp:

@@ -159,7 +159,8 @@ class PackedLinear:
         return weight.codes.shape[0] % 16 == 0
 
     def __call__(self, x: Tensor) -> Tensor:
-        x = x.to(torch.bfloat16)
+        if x.dtype is not torch.bfloat16:
+            x = x.to(torch.bfloat16)
         if self._planes == 2:
             x = torch.cat((x, x), 1)
         result: Tensor = self._product(x, self._weight, GROUP_SIZE, self._scales)
