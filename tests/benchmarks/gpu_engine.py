@@ -57,6 +57,9 @@ MODELS = {
     },
 }  # fmt: skip
 
+# An EAGLE-3 head as those published for models of this size are.
+HEAD = {"num_hidden_layers": 1, "draft_vocab_size": 32000, "tie_word_embeddings": False}
+
 Work = list[tuple[list[int], int]]  # prompts and how many tokens follow
 
 
@@ -317,14 +320,19 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=0, metavar="K", help="verified of a sequence and step, at most")
     parser.add_argument(
         "--accept", type=float, nargs="+", default=[], metavar="TOKENS",
-        help="synthetic acceptance: each workload once without drafts, and once for so many tokens a step and sequence "
-        "on average where K drafts are verified; 1: all are wrong",
+        help="synthetic acceptance: each workload once for so many tokens a step and sequence on average where K "
+        "drafts are verified; 1: all are wrong (default: no drafts)",
     )  # fmt: skip
+    parser.add_argument("--head", action="store_true", help="an EAGLE-3 head makes the drafts: else they cost no time")
     parser.add_argument("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where figures go as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[arguments.model]))
+        head = Path(folder) / "head"
+        head.mkdir()
+        shape = MODELS[arguments.model] | HEAD | {"target_hidden_size": MODELS[arguments.model]["hidden_size"]}
+        (head / "config.json").write_text(json.dumps(shape))
         if arguments.cublas:
             GpuLinears.on = classmethod(lambda cls, device, dtype: cls(device, dtype, None))  # type: ignore[method-assign,assignment]
         if arguments.prefetch is not None:
@@ -338,6 +346,7 @@ def main() -> None:
                 max_waiting=100000, enable_prefix_caching=not arguments.no_prefix_caching,
                 speculation=Speculation.AUTO if arguments.drafts else Speculation.OFF,
                 num_speculative_tokens=arguments.drafts or 1,
+                speculative_model=str(head) if arguments.head else "",
             ),
             lambda *_: None,
         )  # fmt: skip
@@ -367,7 +376,7 @@ def main() -> None:
     for workload in WORKLOADS:
         if wanted and workload.name not in wanted:
             continue
-        for length in [None, *arguments.accept]:
+        for length in arguments.accept or [None]:
             told.tell(length, arguments.drafts)
             if workload.warm is not None:
                 run(core, workload.warm(), key)
@@ -380,7 +389,10 @@ def main() -> None:
             if gaps is not None:
                 found["idle between steps"] = round(gaps.share(), 5)
             key += 10000
-            name = workload.name if length is None else f"{workload.name}, {arguments.drafts} drafts, {length:g} a step"
+            made = "by a head" if arguments.head else "without a head's time"
+            name = workload.name
+            if length is not None:
+                name += f", {arguments.drafts} drafts {made}, {length:g} a step"
             figures[name] = found
             print(name, json.dumps(found), flush=True)
             if trace:

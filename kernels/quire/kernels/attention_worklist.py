@@ -74,6 +74,7 @@ class Tile:
     num_stages: int  # of `keys` each, in flight
     programs_per_sm: int  # contexts are cut while there are fewer than this
     min_part: int  # keys: a smaller part is not worth combining
+    combined: int = 0  # rows whose parts are combined at a time; 0: up to 4 of a group
 
     def __post_init__(self) -> None:
         if self.min_part % self.keys != 0:

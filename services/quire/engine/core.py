@@ -167,6 +167,8 @@ class EngineCore:
         else:
             self._last_commit = 0.0
             self._look_for_late_masks(_IDLE_S)
+        if self._speculator is not None:
+            self._speculator.learn()
         updates, self._updates = self._updates, []
         return updates
 
@@ -277,7 +279,9 @@ class EngineCore:
             num_places = max(work.num_wanted for work in schedule.plan.work)
             # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
             usual = bool(schedule.plan.drafts) or step.ahead or not self._run_ahead
-            self._speculator.observe_step(num_computed, seconds if usual else None, num_places, result.draft_seconds)
+            if result.repeatable:
+                told = seconds if usual else None
+                self._speculator.observe_step(num_computed, told, num_places, result.draft_seconds)
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:
@@ -334,7 +338,7 @@ class EngineCore:
         elif reason is not None:
             self._finish(sequence, Finished(reason), token_ids[:count], logprobs[:count], drafts)
         else:
-            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs, None, drafts))
+            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs[:count], None, drafts))
         return count
 
     def _end_expired(self) -> None:

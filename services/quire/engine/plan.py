@@ -81,7 +81,8 @@ class StepPlan:
 class StepResult:
     """`token_ids[i]` is the last token that work i drew, -1 if it drew none or its logits were not finite. The first
     `accepted[i]` of its drafts come before it; works without drafts are not in there. `drafts[i]` may come after it; to
-    make all of them, one place after another, took `draft_seconds`.
+    make all of them, one place after another, took `draft_seconds`. Not `repeatable`: the step took longer than its
+    like will, because something was compiled or captured.
 
     `logprobs[i]` reports on the tokens that were drawn and count, `prompt_logprobs[i]` on work i's prompt tokens, where
     that was asked for.
@@ -93,3 +94,4 @@ class StepResult:
     accepted: dict[int, int] = field(default_factory=dict)
     drafts: dict[int, tuple[int, ...]] = field(default_factory=dict)
     draft_seconds: float = 0.0
+    repeatable: bool = True

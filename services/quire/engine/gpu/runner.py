@@ -61,6 +61,7 @@ class GpuPendingStep:
     logprobs: TokenReport | None = None
     prompt_logprobs: list[PromptReport] = field(default_factory=list)
     drafts: PendingDrafts | None = None
+    num_captured: int = 0  # graphs
 
     def draw(self, masks: StepMasks | None) -> None:
         if not self.drawn:
@@ -81,7 +82,8 @@ class GpuPendingStep:
         prompts = {report.item: tuple(report.read()) for report in self.prompt_logprobs}
         drafts = self.drafts.read() if self.drafts is not None else {}
         seconds = self.drafts.seconds if self.drafts is not None else 0.0
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompts, draws.kept(accepted), drafts, seconds)
+        kept, repeatable = draws.kept(accepted), self.num_captured == 0
+        return StepResult(tuple(token_ids.tolist()), logprobs, prompts, kept, drafts, seconds, repeatable)
 
 
 class GpuRunner:
@@ -149,12 +151,13 @@ class GpuRunner:
     def launch(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
         """Starts a step; see quire.engine.runner.Runner."""
         with self._on_stream():
-            staged = self._batch.stage(plan)
+            staged, num_graphs = self._batch.stage(plan), len(self._graphs)
             step = GpuPendingStep(staged, self._draw)
             if staged.work.score.any():
                 self._forward_and_score(step)
             else:
                 self._forward(staged)
+            step.num_captured = len(self._graphs) - num_graphs
             if not masked:
                 self._draw(step, None)
         return step
@@ -284,7 +287,7 @@ class GpuRunner:
 
     def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
         with torch.inference_mode(), self._on_stream():
-            staged, count = step.staged, len(step.staged.draws)
+            staged, count, num_graphs = step.staged, len(step.staged.draws), len(self._graphs)
             if count:
                 num_masks = self._send_masks(staged, masks) if masks is not None and masks.work else 0
                 state, slots = self._batch.sampling, staged.draws.slots
@@ -296,6 +299,7 @@ class GpuRunner:
             if self._drafter is not None:
                 step.drafts = self._drafter.follow(staged)
             self._send_back(step)
+            step.num_captured += len(self._graphs) - num_graphs
         step.drawn = True
 
     def _draw_rows(self, num_rows: int, num_masks: int, adjusted: bool, reported: bool) -> None:

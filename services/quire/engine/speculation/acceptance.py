@@ -32,7 +32,5 @@ class Rates:
 
     def record(self, drafter: Drafter, num_right: int, wrong: bool) -> None:
         """So many drafts were right, one after another, and then one was wrong, or there was no other."""
-        rate = self[drafter]
-        for _ in range(num_right):
-            rate += self.newest * (1.0 - rate)
+        rate = 1.0 - (1.0 - self[drafter]) * (1.0 - self.newest) ** num_right
         self.known[drafter] = rate * (1.0 - self.newest) if wrong else rate

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from typing import Protocol
 
 
-class Drafter(Enum):
+class Drafter(StrEnum):
     """Who proposed tokens; the values name it in metrics."""
 
     FORCED = "forced"  # a grammar that allows nothing else

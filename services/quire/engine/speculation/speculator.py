@@ -7,6 +7,7 @@ are known for drafts that nobody pays for, and speculation comes back when draft
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
@@ -56,14 +57,14 @@ class SpeculationStats:
     verified_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
 
-    def record(self, drafter: Drafter, verified: int, accepted: int) -> None:
-        """A step verified so many drafts of a sequence, and the first `accepted` were right."""
-        self.verified[drafter.value] += verified
-        self.accepted[drafter.value] += accepted
+    def record(self, drafter: Drafter, verified: int, accepted: int, times: int = 1) -> None:
+        """A step verified so many drafts of a sequence, and the first `accepted` were right; so often."""
+        self.verified[drafter.value] += verified * times
+        self.accepted[drafter.value] += accepted * times
         for counts, number in ((self.verified_at, verified), (self.accepted_at, accepted)):
             counts.extend([0] * (number - len(counts)))
             for place in range(number):
-                counts[place] += 1
+                counts[place] += times
 
 
 @dataclass(slots=True)
@@ -110,6 +111,9 @@ class Speculator:
         self._rates = Rates.of_all()
         self._prospects: dict[int, _Prospect] = {}
         self._released: list[int] = []
+        # What is to be learned: whose drafts were how often right, and then wrong; what was verified of them.
+        self._judged: list[tuple[_Prospect, Drafter, int, bool]] = []
+        self._verified: Counter[tuple[Drafter, int, int]] = Counter()
         # Steps that the device may run ahead before drafts are looked for, and those that it has.
         self._lead = self._num_ahead = 0
 
@@ -204,10 +208,10 @@ class Speculator:
         """
         prospect = self._prospect(sequence)
         if num_verified and prospect.verifying is not None:
-            self.stats.record(prospect.verifying, num_verified, len(token_ids) - 1)
-        for drafter in tuple(prospect.pauses):
+            self._verified[prospect.verifying, num_verified, len(token_ids) - 1] += 1
+        for drafter in tuple(prospect.pauses) if prospect.pauses else ():
             prospect.pauses[drafter] = max(0, prospect.pauses[drafter] - len(token_ids))
-        for drafter, offer in tuple(prospect.offers.items()):
+        for drafter, offer in tuple(prospect.offers.items()) if prospect.offers else ():
             self._judge(prospect, drafter, offer, token_ids)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
@@ -221,10 +225,11 @@ class Speculator:
 
     def _judge(self, prospect: _Prospect, drafter: Drafter, offer: tuple[int, ...], token_ids: SequenceOf[int]) -> None:
         """Compares what a drafter offered with what was drawn, whether or not it was verified."""
-        right = _common(offer, token_ids)
-        wrong = right < min(len(offer), len(token_ids))
-        for rates in (prospect.rates, self._rates):
-            rates.record(drafter, right, wrong)
+        most, right = min(len(offer), len(token_ids)), 0
+        while right < most and offer[right] == token_ids[right]:
+            right += 1
+        wrong = right < most
+        self._judged.append((prospect, drafter, right, wrong))
         left = () if wrong else offer[right:]
         if left:
             prospect.offers[drafter] = left
@@ -234,6 +239,16 @@ class Speculator:
             prospect.last_pauses[drafter] = 0
         elif wrong:
             prospect.leave_alone(drafter)
+
+    def learn(self) -> None:
+        """Takes what was observed into account; to be called when the device has its next step: it takes a while."""
+        for prospect, drafter, right, wrong in self._judged:
+            prospect.rates.record(drafter, right, wrong)
+            self._rates.record(drafter, right, wrong)
+        self._judged.clear()
+        for (drafter, verified, accepted), times in self._verified.items():
+            self.stats.record(drafter, verified, accepted, times)
+        self._verified.clear()
 
     def forget(self, key: int) -> None:
         """A sequence has ended."""
@@ -278,13 +293,3 @@ class Speculator:
         if prospect is None:
             prospect = self._prospects[sequence.key] = _Prospect(Rates(start=self._rates))
         return prospect
-
-
-def _common(first: SequenceOf[int], second: SequenceOf[int]) -> int:
-    """How many tokens both begin with."""
-    count = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        count += 1
-    return count
