@@ -179,13 +179,14 @@ class GpuRunner:
     def _all_graphs(self) -> list[Callable[[], None]]:
         """What captures each graph that requests without masks may want: rare ones last, small ones first."""
         wanted: list[tuple[int, int, Callable[[], None]]] = []
-        for grouped, rank in ((False, 0), (True, 2)):
+        for grouped, rank in ((False, 0), (True, 3)):
             wanted += [(rank, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
             wanted += [(rank, size, partial(self._run_mixed, size, 1, grouped)) for size in self._token_sizes.all]
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
         for count in self._verified if self._max_num_draws > self._max_num_seqs else ():
             sizes = [size for size in self._token_sizes.all if size <= self._max_num_draws]
             wanted += [(1, size, partial(self._run_verifications, size, count, False)) for size in sizes]
+            wanted += [(2, size, partial(self._run_mixed, size, count, False)) for size in self._token_sizes.all]
         if self._drafter is not None:
             wanted += [(0, size, run) for size, run in self._drafter.graphs()]
         return [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
