@@ -117,6 +117,37 @@ async def test_an_engine_that_is_found_again_was_never_away(tmp_path: Path, foun
         assert fakes[0].sessions_opened == 2
 
 
+async def test_the_last_engine_stays_until_its_successor_takes_requests(tmp_path: Path, found: Found) -> None:
+    """A pod is ready, and its predecessor told to go, before routers are connected to it: between them there were none.
+
+    Then routers and gateways would be taken out of their Services, too, for as long as a probe's period.
+    """
+    async with (
+        engines(tmp_path, 2) as fakes,
+        router(tmp_path, fakes, wait=False) as service,
+        gateway(service) as session,
+    ):
+        first, second = fakes
+        await second.kill()
+        found.now(first)
+        await until(lambda: connected(service, 1))
+        found.now(second)
+        await until(lambda: len(service.router.fleet.endpoints) == 2)
+        request = request_of(prompt_of(1))
+        await assert_whole(session.submit(request), request)
+        assert service.router.ready and holder_of(fakes, request) is first
+        await second.start()
+        await until(lambda: [each.address for each in service.router.fleet.endpoints] == [second.address])
+        assert service.router.ready
+        found.now(first)
+        await until(lambda: [each.address for each in service.router.fleet.endpoints] == [first.address])
+        # One that drains by itself is waited for no longer.
+        found.now(second)
+        await second.kill()
+        first.drain()
+        await until(lambda: not service.router.ready)
+
+
 async def test_a_withdrawn_engine_that_dies_loses_nothing(tmp_path: Path, found: Found) -> None:
     """A pod's end: out of the list first, then the process. What it still had goes on elsewhere."""
     async with (

@@ -29,6 +29,7 @@ class EngineLinks:
         self._metrics = metrics
         self._link_to = link_to
         self._endpoints: dict[str, Endpoint] = {}
+        self._found: Addresses = {}
 
     async def run(self) -> None:
         """Keeps every engine connected until it is cancelled."""
@@ -37,17 +38,30 @@ class EngineLinks:
                 self._follow(addresses, tasks)
 
     def _follow(self, addresses: Addresses, tasks: asyncio.TaskGroup) -> None:
+        self._found = addresses
         for address, endpoint in self._endpoints.items():
-            if address not in addresses and not endpoint.withdrawn:
-                logger.info("engine withdrawn", extra={"engine": endpoint.name, "in_flight": len(endpoint.flights)})
-                self._router.withdraw_engine(endpoint)
-            elif address in addresses and endpoint.withdrawn:
+            if address in addresses and endpoint.withdrawn:
                 self._router.restore_engine(endpoint)
         for address in sorted(addresses.keys() - self._endpoints.keys()):
             endpoint = self._endpoints[address] = self._router.add_engine(address)
             tasks.create_task(self._keep(endpoint), name=f"engine {address}")
         for address, canary in addresses.items():
             self._endpoints[address].canary = canary
+        self.settle()
+
+    def settle(self) -> None:
+        """Withdraws engines that are not found any more; to be called when any engine may have changed, too.
+
+        The last ones that take requests stay until one of those found does: a successor is ready before its session
+        stands, and between the two there would be none.
+        """
+        found = [endpoint for address, endpoint in self._endpoints.items() if address in self._found]
+        is_waited_for = bool(found) and not any(endpoint.routable for endpoint in found)
+        for address, endpoint in self._endpoints.items():
+            if address in self._found or endpoint.withdrawn or (endpoint.routable and is_waited_for):
+                continue
+            logger.info("engine withdrawn", extra={"engine": endpoint.name, "in_flight": len(endpoint.flights)})
+            self._router.withdraw_engine(endpoint)
 
     async def _keep(self, endpoint: Endpoint) -> None:
         while not endpoint.withdrawn:

@@ -73,7 +73,7 @@ class RouterService:
             async with asyncio.TaskGroup() as group:
                 links = EngineLinks(discovery, self.router, self.metrics, self._link_to)
                 tasks = [
-                    group.create_task(self._report_readiness(), name="readiness"),
+                    group.create_task(self._follow_changes(links), name="changes"),
                     group.create_task(links.run(), name="engines"),
                 ]
                 tasks += [group.create_task(files.watch(config.reload_interval)) for files in self._watched]
@@ -113,11 +113,12 @@ class RouterService:
             logger.warning("the grace period is over", extra={"cut_off": self.router.end_all(error)})
         await self._servicer.close(_LAST_WORDS_SECONDS)
 
-    async def _report_readiness(self) -> None:
+    async def _follow_changes(self, links: EngineLinks) -> None:
         ready = False
         while True:
             await self.router.changed.wait()
             self.router.changed.clear()
+            links.settle()
             if self.router.ready != ready:
                 ready = self.router.ready
                 await self._server.set_serving(ready)
