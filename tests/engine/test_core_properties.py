@@ -103,6 +103,10 @@ class EngineMachine(RuleBasedStateMachine):
         self.finished: dict[int, FinishReason] = {}
         self.scores: dict[int, dict[int, float]] = {}
         self.known_pages: set[bytes] = set()
+        self.ready()
+
+    def ready(self) -> None:
+        """Everything is made, and nothing has run."""
 
     @rule(
         prefix=st.integers(-1, 2),
@@ -274,6 +278,15 @@ class DrafterMachine(EngineMachine):
 
     DRAFTER_IN_PAGES = True
     new_runner = DraftingMachine
+
+    def ready(self) -> None:
+        self.loss, self.scheduler._loss = self.scheduler._loss, self.loss_when_nothing_is_left
+
+    def loss_when_nothing_is_left(self, sequence: Sequence) -> tuple[bool, int, int, int]:
+        """Whoever is preempted must not be so for pages that only the drafter or drafts have a use for."""
+        end = sequence.num_computed + max(1, sequence.num_pending)
+        assert max(len(sequence.block_table), pages_for(end + len(sequence.drafts))) <= pages_for(end)
+        return self.loss(sequence)
 
     def check_size(self, sequence: Sequence) -> None:
         end, most = sequence.num_computed + len(sequence.drafts), 6

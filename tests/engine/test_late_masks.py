@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
+from drafting_machine import DraftingMachine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from page_machine import EOS, VOCAB_SIZE, Grammar, PageMachine, run_alone
@@ -70,11 +71,12 @@ class LateMasks:
 
 
 class Engine:
-    """A core over a PageMachine, and what each request got."""
+    """A core over a PageMachine, with or without a drafter in the pages, and what each request got."""
 
-    def __init__(self, masks: LateMasks, *, run_ahead: bool, num_pages: int = NUM_PAGES) -> None:
-        scheduler = Scheduler(SchedulerConfig(4, 64, MAX_MODEL_LEN), PagePool(num_pages), frozenset({EOS}))
-        machine = PageMachine(num_pages, 4, MAX_MODEL_LEN)
+    def __init__(self, masks: LateMasks, *, run_ahead: bool, num_pages: int = NUM_PAGES, drafter: bool = False) -> None:
+        config = SchedulerConfig(4, 64, MAX_MODEL_LEN, drafter_in_pages=drafter)
+        scheduler = Scheduler(config, PagePool(num_pages), frozenset({EOS}))
+        machine = (DraftingMachine if drafter else PageMachine)(num_pages, 4, MAX_MODEL_LEN)
         self.core = EngineCore(machine, scheduler, masks, VOCAB_SIZE, run_ahead=run_ahead)
         self.requests: dict[int, Request] = {}
         self.tokens: dict[int, list[int]] = {}
@@ -132,13 +134,15 @@ def test_the_others_go_on_meanwhile(run_ahead: bool) -> None:
     delays=st.lists(st.integers(0, 6), max_size=40),
     prompts=st.lists(st.tuples(st.integers(1, 60), st.booleans()), min_size=1, max_size=8),
     run_ahead=st.booleans(),
+    drafter=st.booleans(),
     cancelled=st.sets(st.integers(0, 7), max_size=2),
 )
 def test_late_masks_change_no_output(
-    delays: list[int], prompts: list[tuple[int, bool]], run_ahead: bool, cancelled: set[int]
+    delays: list[int], prompts: list[tuple[int, bool]], run_ahead: bool, drafter: bool, cancelled: set[int]
 ) -> None:
-    """After the sidecar was away, outputs would miss a token, have one twice, or break their grammar."""
-    engine = Engine(LateMasks(delays), run_ahead=run_ahead)
+    """After the sidecar was away, outputs would miss a token, have one twice, or break their grammar; a drafter in the
+    pages would miss one."""
+    engine = Engine(LateMasks(delays), run_ahead=run_ahead, drafter=drafter)
     for key, (prompt, constrained) in enumerate(prompts):
         engine.submit(key, prompt, JSON if constrained else None)
     for _ in range(7):

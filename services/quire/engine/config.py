@@ -41,6 +41,14 @@ class Dtype(Enum):
     BFLOAT16 = "bfloat16"
 
 
+class KVCacheDtype(Enum):
+    """In which type keys and values are kept. AUTO: the model's. FP8 (e4m3, no scales) takes half of bfloat16's memory;
+    GPUs only."""
+
+    AUTO = "auto"
+    FP8 = "fp8"
+
+
 class Speculation(Enum):
     """Whether tokens are drafted and verified. AUTO: as many as make the batch faster by measurement."""
 
@@ -55,7 +63,8 @@ class CoreConfig:
     `max_model_len` 0 is the model's own; `num_pages` 0 is as many as `kv_cache_bytes` hold, and that 0 is 2 GiB on a
     CPU, and on a GPU what `gpu_memory_utilization` of its memory leaves. `max_num_seqs`, `max_num_batched_tokens`
     and `max_mixed_tokens` None are the device's. `enforce_eager`: no CUDA graphs. `num_speculative_tokens` at
-    most are drafted for a sequence and step; `speculative_model` is the folder of an EAGLE head for it, or empty.
+    most are drafted for a sequence and step; `speculative_model` is the folder of an EAGLE head for it, or empty: with
+    speculation servers then use, on a GPU, the one that comes with the package for this model, if there is one.
     """
 
     model: str = ""
@@ -70,6 +79,7 @@ class CoreConfig:
     enable_prefix_caching: bool = True
     num_pages: int = 0
     kv_cache_bytes: int = 0
+    kv_cache_dtype: KVCacheDtype = KVCacheDtype.AUTO
     gpu_memory_utilization: float = 0.9
     enforce_eager: bool = False
     threads: int = 0

@@ -21,7 +21,8 @@ import numpy as np
 
 from quire.engine.masks import MaskBatch, MaskRequest, MaskSource
 from quire.engine.runner import PendingStep, Runner, StepMasks
-from quire.engine.scheduler import Schedule, Scheduler
+from quire.engine.schedule import Schedule
+from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence, SequenceState
 from quire.engine.speculation.speculator import Speculator
 from quire.engine.stats import EngineStats

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from quire.engine.config import CoreConfig, Device, Dtype, LoadFormat, Speculation
+from quire.engine.config import CoreConfig, Device, Dtype, KVCacheDtype, LoadFormat, Speculation
 
 
 def add_core_flags(option: Callable[..., Any], *, speculation: Speculation = Speculation.AUTO) -> None:
@@ -38,6 +38,11 @@ def add_core_flags(option: Callable[..., Any], *, speculation: Speculation = Spe
         help="memory for pages (default: 2 GiB, on a GPU what --gpu-memory-utilization leaves)",
     )  # fmt: skip
     option(
+        "--kv-cache-dtype", default=core.kv_cache_dtype.value, choices=[dtype.value for dtype in KVCacheDtype],
+        help="of keys and values; auto: the model's; fp8: e4m3 without scales, half the memory, on a GPU "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    option(
         "--gpu-memory-utilization", type=float, default=core.gpu_memory_utilization, metavar="SHARE",
         help="of the GPU's memory that may be used (default: %(default)s)",
     )  # fmt: skip
@@ -63,7 +68,8 @@ def add_core_flags(option: Callable[..., Any], *, speculation: Speculation = Spe
     )  # fmt: skip
     option(
         "--speculative-model", default=core.speculative_model, metavar="FOLDER",
-        help="an EAGLE head for the model, as SafeAILab's EAGLE or speculators write it (default: none)",
+        help="an EAGLE head for the model, as SafeAILab's EAGLE or speculators write it (default: on a GPU, the one "
+        "for this model that comes with the package)",
     )  # fmt: skip
     option("--threads", type=int, default=core.threads, metavar="N", help="for the model; 0: one per core")
 
@@ -80,6 +86,7 @@ def core_config(arguments: argparse.Namespace, **others: Any) -> CoreConfig:
         enable_prefix_caching=arguments.prefix_caching,
         num_pages=arguments.num_pages,
         kv_cache_bytes=arguments.kv_cache_bytes,
+        kv_cache_dtype=KVCacheDtype(arguments.kv_cache_dtype),
         gpu_memory_utilization=arguments.gpu_memory_utilization,
         enforce_eager=arguments.enforce_eager,
         threads=arguments.threads,

@@ -31,7 +31,8 @@ from dataclasses import dataclass
 from itertools import count
 
 from quire.engine.page_pool import PagePool
-from quire.engine.plan import Admission, Drafts, PageGrant, StepPlan, Work
+from quire.engine.plan import PageGrant
+from quire.engine.schedule import Schedule, ScheduleBuilder
 from quire.engine.sequence import Sequence, SequenceState, pages_for
 from quire.service.errors import ConfigError, InvalidRequestError, OverloadedError
 from quire.service.pages import PAGE_SIZE
@@ -67,15 +68,6 @@ class SchedulerConfig:
                 "raise it, so that a full batch can decode in one step",
                 field="max_num_batched_tokens",
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Schedule:
-    """A step: the plan for the device, and for the host the sequences of `plan.work`, in the same order."""
-
-    plan: StepPlan
-    sequences: tuple[Sequence, ...]
-    started: tuple[tuple[Sequence, int], ...]  # scheduled for the first time, with their cached prompt tokens
 
 
 class Scheduler:
@@ -176,7 +168,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The next step, which is to be launched; its plan has no work if there is nothing to do."""
-        step = _Step(self._budget())
+        step = ScheduleBuilder(self._budget())
         preempted = self._schedule_running(step)
         # Pages that a preemption freed belong to those who needed them, not to newcomers who would need more soon.
         if not preempted:
@@ -248,13 +240,13 @@ class Scheduler:
             self.pool.publish(sequence.block_table[index], sequence.page_hashes[index])
             sequence.num_published = index + 1
 
-    def _schedule_running(self, step: _Step) -> bool:
+    def _schedule_running(self, step: ScheduleBuilder) -> bool:
         """Gives each running sequence its share; returns whether one had to be preempted for it."""
         preemptions = self.num_preemptions
         prefilling = []
         if self.config.drafter_in_pages:
             for sequence in self._running:
-                if not (sequence.awaits_last_token or self._is_held(sequence)):
+                if sequence.num_computed % PAGE_SIZE == 0 and not sequence.awaits_last_token:
                     self._step_back(sequence)
         self._limit_drafts(step.budget)
         for sequence in tuple(self._running):
@@ -299,13 +291,13 @@ class Scheduler:
             if sequence.drafts:
                 spare_pages -= max(0, pages_for(sequence.num_computed + 1 + len(sequence.drafts)) - own_pages)
 
-    def _continue(self, sequence: Sequence, num_tokens: int, step: _Step) -> None:
+    def _continue(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> None:
         if sequence.num_computed + num_tokens <= len(sequence.block_table) * PAGE_SIZE:
             step.add(sequence, num_tokens)
         elif self._make_room(sequence, num_tokens, step):
             step.add(sequence, num_tokens, self._grow(sequence, num_tokens))
 
-    def _schedule_waiting(self, step: _Step) -> None:
+    def _schedule_waiting(self, step: ScheduleBuilder) -> None:
         put_off = []
         while self._waiting and step.budget > 0 and self._slots:
             entry = heapq.heappop(self._waiting)
@@ -331,12 +323,12 @@ class Scheduler:
         idle = sum(1 for page in cached if self.pool.references(page) == 0)
         return pages_for(len(sequence.token_ids) + 1) - len(cached) <= self.pool.available - idle
 
-    def _is_being_computed(self, sequence: Sequence, num_cached: int, step: _Step) -> bool:
+    def _is_being_computed(self, sequence: Sequence, num_cached: int, step: ScheduleBuilder) -> bool:
         if not self.config.enable_prefix_caching or sequence.scores_prompt:
             return False
         return num_cached < _num_shareable_pages(sequence) and step.computes(sequence.page_hashes[num_cached])
 
-    def _join(self, sequence: Sequence, cached: list[int], step: _Step) -> None:
+    def _join(self, sequence: Sequence, cached: list[int], step: ScheduleBuilder) -> None:
         self._num_waiting -= 1
         self._join_batch(sequence, cached)
         num_tokens = min(sequence.num_pending, step.budget)
@@ -383,7 +375,7 @@ class Scheduler:
         sequence.block_table.extend(pages)
         return PageGrant(sequence.slot, first, tuple(pages))
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, step: _Step) -> bool:
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> bool:
         """Preempts until `sequence` can grow; returns False if it was itself the one to give way."""
         missing = pages_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
         while missing > self.pool.available:
@@ -404,11 +396,13 @@ class Scheduler:
         if 0 < sequence.num_computed == len(sequence.block_table) * PAGE_SIZE:
             sequence.num_computed -= 1
 
-    def _look_ahead(self, step: _Step) -> None:
+    def _look_ahead(self, step: ScheduleBuilder) -> None:
         """Gives the step's sequences slots beyond their tokens, one and as many as drafts are wanted, if pages are left
         over, and cuts what is wanted to that."""
         for sequence, work in step.work.items():
             end, first = work.start + work.num_tokens, len(sequence.block_table)
+            if not work.num_wanted and end < first * PAGE_SIZE:
+                continue
             wanted = max(0, min(work.num_wanted, sequence.max_tokens - end))
             num_pages = pages_for(end + max(1, wanted))
             if num_pages > first:
@@ -423,7 +417,7 @@ class Scheduler:
             if wanted != work.num_wanted:
                 step.work[sequence] = work._replace(num_wanted=wanted)
 
-    def _take_back(self, claimant: Sequence, step: _Step) -> bool:
+    def _take_back(self, claimant: Sequence, step: ScheduleBuilder) -> bool:
         """Frees the pages that only the drafter has a use for; returns whether there were any."""
         before = self.pool.available
         for sequence in self._running:
@@ -443,85 +437,6 @@ class Scheduler:
         shared = sum(1 for page in sequence.block_table if self.pool.references(page) > 1)
         priority = sequence.request.priority
         return (not sequence.awaits_last_token, priority, sequence.num_computed - shared * PAGE_SIZE, -sequence.arrival)
-
-
-class _Step:
-    """A schedule in the making."""
-
-    def __init__(self, budget: int) -> None:
-        self.budget = budget
-        self._admissions: dict[Sequence, Admission] = {}
-        self._grants: dict[Sequence, PageGrant] = {}
-        self.work: dict[Sequence, Work] = {}
-        self._drafts: dict[Sequence, Drafts] = {}
-        self._started: list[tuple[Sequence, int]] = []
-        self._computing: set[bytes] = set()
-        self._num_looked_at = 0
-
-    def computes(self, page_hash: bytes) -> bool:
-        """Whether what was added so far fills the page with this hash."""
-        # Only newcomers ask, so most steps never look at their work this way.
-        for sequence, work in list(self.work.items())[self._num_looked_at :]:
-            end = (work.start + work.num_tokens) // PAGE_SIZE
-            self._computing.update(sequence.page_hashes[sequence.num_published : end])
-        self._num_looked_at = len(self.work)
-        return page_hash in self._computing
-
-    def admit(self, sequence: Sequence, grant: PageGrant) -> None:
-        """A waiting sequence joins with `grant` as its whole block table."""
-        request = sequence.request
-        self._admissions[sequence] = Admission(
-            sequence.slot,
-            tuple(sequence.token_ids),
-            sequence.num_prompt_tokens,
-            request.sampling,
-            tuple(sequence.end_token_ids),
-            request.stop.min_tokens,
-            request.logprobs,
-            request.prompt_logprobs,
-        )
-        self._grants[sequence] = grant
-        if not sequence.started:
-            sequence.started = True
-            self._started.append((sequence, min(sequence.num_computed, sequence.num_prompt_tokens)))
-
-    def add(self, sequence: Sequence, num_tokens: int, grant: PageGrant | None = None) -> None:
-        """A sequence in the batch computes `num_tokens`."""
-        self.budget -= num_tokens
-        start = sequence.num_computed
-        drafts = sequence.drafts
-        sample = start + num_tokens == sequence.num_tokens + len(drafts)
-        # The last row of a prompt is about the first output token.
-        score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
-        wanted = sequence.num_wanted if sample else 0
-        self.work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted)
-        if drafts:
-            self._drafts[sequence] = Drafts(sequence.slot, start + num_tokens - len(drafts), drafts)
-        if grant is not None:
-            self._grants[sequence] = grant
-
-    def extend(self, sequence: Sequence, first: int, pages: tuple[int, ...]) -> None:
-        """Grants more pages, which become entries `first` and on of the sequence's block table."""
-        if (grant := self._grants.get(sequence)) is not None:
-            first, pages = grant.first, grant.pages + pages
-        self._grants[sequence] = PageGrant(sequence.slot, first, pages)
-
-    def remove(self, sequence: Sequence) -> None:
-        """Takes back what `add` decided for a sequence that is preempted later in the same step."""
-        work = self.work.pop(sequence, None)
-        if work is not None:
-            self.budget += work.num_tokens
-        self._grants.pop(sequence, None)
-        self._drafts.pop(sequence, None)
-
-    def schedule(self) -> Schedule:
-        plan = StepPlan(
-            tuple(self._admissions.values()),
-            tuple(self._grants.values()),
-            tuple(self.work.values()),
-            tuple(self._drafts.values()),
-        )
-        return Schedule(plan, tuple(self.work), tuple(self._started))
 
 
 def _num_shareable_pages(sequence: Sequence) -> int:

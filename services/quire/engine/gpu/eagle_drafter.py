@@ -127,7 +127,7 @@ class EagleInPages:
             self._write(count)
         else:
             batches, tokens = self._sizes
-            size = batches(count) if staged.draws_only else tokens(count)
+            size = (batches(count) if staged.draws_only else None) or tokens(count)
             self._write(count) if size is None else self._run_write(size)
         return self._draft(staged)
 
