@@ -185,8 +185,6 @@ def test_make_serve_keys_workers_and_tls(tmp_path: Path) -> None:
     files = CertificateFiles(tmp_path).write(new_ca())
     flags = [*shlex.split(serving, comments=True)[2:], *shlex.split(tls)]
     flags = [str(tmp_path / flag) if (tmp_path / flag).is_file() else flag for flag in flags]
-    # The dtype whose weights are there soonest.
-    flags += ["--dtype", "float32"]
     with serve(tmp_path / "log", *flags, folder=ROOT, ca=files.ca, venv=ready_venv(tmp_path / "venv")) as served:
         trusting = ssl.create_default_context(cafile=files.ca)
         with httpx.Client(base_url=served.url, verify=trusting) as http:
