@@ -7,15 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import tiny_model
+from torch import Tensor
 
-from quire.engine.config import CoreConfig, Device, LoadFormat
-from quire.engine.gpu.loading import choose_gpu
+from quire.engine.config import CoreConfig, Device, KVCacheDtype, LoadFormat
+from quire.engine.gpu.loading import choose_gpu, choose_kv_dtype
+from quire.engine.gpu.runner import GpuRunner
 from quire.engine.loading import load_core
 from quire.engine.models.dummy import DummyWeights
+from quire.engine.models.gpu_decoder import GpuDecoder
 from quire.engine.models.model import ModelDtype
 from quire.engine.models.registry import load_gpu_model
+from quire.engine.plan import Admission, PageGrant, StepPlan, Work
+from quire.kernels.pool_type import FP8
 from quire.service.checkpoint.locate import CheckpointFormat
 from quire.service.errors import ConfigError
+from quire.service.request import SamplingParams
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -55,6 +61,56 @@ def test_wrong_values(given: dict[str, float], words: str) -> None:
     """They must be refused when they are given, not when a model has been loaded for a minute."""
     with pytest.raises(ConfigError, match=words):
         CoreConfig(**given)  # type: ignore[arg-type]
+
+
+def test_fp8_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They halve what pages take, and what they round is little; where they can't be had it is said, before a model is
+    loaded."""
+    tiny_model(tmp_path, "qwen3")
+    config = CoreConfig(str(tmp_path), device=Device.CPU, kv_cache_dtype=KVCacheDtype.FP8)
+    with pytest.raises(ConfigError, match="--kv-cache-dtype is fp8, which takes a GPU, and the model runs on the CPU"):
+        load_core(config, lambda *_: None)
+    gpu, capability = torch.device("cuda"), (8, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "A100")
+    with pytest.raises(ConfigError, match=r"capability 8.9 or newer, and this one, A100, has 8.0: leave it out"):
+        choose_kv_dtype(KVCacheDtype.FP8, gpu)
+    assert choose_kv_dtype(KVCacheDtype.AUTO, gpu) is None
+    capability = (9, 0)
+    assert choose_kv_dtype(KVCacheDtype.FP8, gpu) is FP8
+
+    def load(kv_dtype: torch.dtype | None) -> GpuDecoder:
+        given = (tmp_path, CheckpointFormat.FOLDER, ModelDtype.FLOAT32, torch.device("cpu"), lambda *_: None)
+        return load_gpu_model(*given, kv_dtype=kv_dtype)
+
+    exact, fp8 = load(None), load(FP8)
+    assert exact.kv_page_bytes == 4 * fp8.kv_page_bytes
+    assert all(pages.dtype is FP8 for pages in fp8.new_kv_cache(2).keys + fp8.new_kv_cache(2).values)
+    first, second = (logits_of(model) for model in (exact, fp8))
+    assert not torch.equal(first, second)
+    assert (first - second).abs().mean() < 0.1 * first.std()
+
+
+def logits_of(model: GpuDecoder) -> Tensor:
+    """After each token of a prompt of 40, in two steps: the second reads what the first has stored."""
+    runner = GpuRunner(model, 4, 2, 64, 64, graphs=False)
+    params = SamplingParams(temperature=0.0)
+    prompt = tuple(range(3, 43))
+    plans = [
+        StepPlan((Admission(0, prompt, 40, params),), (PageGrant(0, 0, (0, 1, 2)),), (Work(0, 0, 30, False),)),
+        StepPlan((), (), (Work(0, 30, 10, True),)),
+    ]
+    found: list[Tensor] = []
+    logits = model.logits
+
+    def noted(hidden: Tensor) -> Tensor:
+        found.append(logits(hidden))
+        return found[-1].clone()
+
+    model.logits = noted  # type: ignore[method-assign]
+    for plan in plans:
+        runner.launch(plan, masked=False).wait()
+    return found[-1]
 
 
 def test_random_weights(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels.paged_attention_triton import NewTokens, TritonAttentionPlan, check_layout, launch_attention
+from quire.kernels.pool_type import query_type
 from quire.kernels.rotary_and_write import HeadNorm
 
 
@@ -39,7 +40,7 @@ def attend_new_tokens_triton(
     if table.shape[1:] != (2, 1, shape.head_size) or not table.is_contiguous():
         raise ValueError(f"table must be contiguous, [positions, 2, 1, {shape.head_size}]: it is {list(table.shape)}")
     size = (qkv.shape[0], shape.num_heads, shape.head_size)
-    out = torch.empty(size, dtype=key_pages.dtype, device=qkv.device)
+    out = torch.empty(size, dtype=query_type(key_pages, qkv), device=qkv.device)
     check_layout(out, key_pages, value_pages, shape)
     scale = shape.head_size**-0.5 if scale is None else scale
     new = NewTokens(qkv, table, norm)

@@ -40,6 +40,7 @@ from quire.kernels.attention_worklist import (
     list_work,
     prefix_tile,
 )
+from quire.kernels.pool_type import to_pool
 from quire.kernels.prefix_groups import PrefixGroups
 from quire.kernels.rotary_and_write import HeadNorm
 
@@ -308,10 +309,12 @@ def _attend_kernel(
         head_ptrs = queries_ptr + token * qkv_stride + (kv_head * GROUP + row % GROUP) * HEAD_SIZE
         turn_ptr = turns_ptr + position.to(tl.int64) * (2 * HEAD_SIZE)
         pool: tl.constexpr = keys_ptr.dtype.element_ty
-        q = turn_heads(head_ptrs, query_weight_ptr, turn_ptr, element, there, eps, HEAD_SIZE, NORM).to(pool)
+        query_type: tl.constexpr = out_ptr.dtype.element_ty
+        q = turn_heads(head_ptrs, query_weight_ptr, turn_ptr, element, there, eps, HEAD_SIZE, NORM).to(query_type)
         inside = (row >= 0)[:, None] & (element < HEAD_SIZE)[None, :]
-        k = turn_heads(key_ptrs, key_weight_ptr, turn_ptr, element, inside, eps, HEAD_SIZE, NORM).to(pool)
-        v = tl.load(key_ptrs[:, None] + NUM_KV_HEADS * HEAD_SIZE + element[None, :], mask=inside, other=0.0).to(pool)
+        k = to_pool(turn_heads(key_ptrs, key_weight_ptr, turn_ptr, element, inside, eps, HEAD_SIZE, NORM), pool)
+        v = tl.load(key_ptrs[:, None] + NUM_KV_HEADS * HEAD_SIZE + element[None, :], mask=inside, other=0.0)
+        v = to_pool(v, pool)
         scores = tl.sum(q.to(tl.float32) * k.to(tl.float32), 1)
         scores = cap_scores(scores, scale, soft_cap) if SOFT_CAP else scores * scale
         # Not always the last part: behind a window there may be one without a key.

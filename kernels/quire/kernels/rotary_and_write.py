@@ -23,6 +23,7 @@ from quire.kernels._triton import (
     overlap_option,
     tl,
 )
+from quire.kernels.pool_type import as_stored, query_type, to_pool
 from quire.kernels.rms_norm import rms_norm
 from quire.kernels.rotary import rotary
 from quire.kernels.write_pages import plan_writes, write_pages
@@ -46,7 +47,8 @@ def rotary_and_write(
     value_pages: Tensor,
     norm: HeadNorm | None = None,
 ) -> Tensor:
-    """The turned queries, [T, heads, D] in the pool's type; keys and values are written into their slots.
+    """The turned queries, [T, heads, D] in the pool's type, or in qkv's if that is FP8 (see `quire.kernels.pool_type`);
+    keys and values are written into their slots.
 
     qkv [T, heads + 2 kv_heads, D] of any float type: queries, keys, values; positions int [T]; table float32
     [positions, 2, 1, D] from `rotary_table`; slot_mapping int [T]: page × page_size + offset;
@@ -62,9 +64,9 @@ def rotary_and_write(
         keys = rms_norm(keys.float(), norm.key_weight, norm.eps, torch.float32)
     cos, sin = table[positions].unbind(1)
     plan = plan_writes(slot_mapping.to(torch.int64), num_kv_heads, page_size)
-    write_pages(rotary(keys, cos, sin), key_pages, plan)
-    write_pages(values, value_pages, plan)
-    return rotary(queries, cos, sin).to(key_pages.dtype)
+    write_pages(*as_stored(rotary(keys, cos, sin), key_pages), plan)
+    write_pages(*as_stored(values, value_pages), plan)
+    return rotary(queries, cos, sin).to(query_type(key_pages, qkv))
 
 
 @jit
@@ -118,23 +120,24 @@ def _rotary_and_write_kernel(
         key_high = tl.load(key_weight_ptr + HALF + element, mask=within, other=0.0).to(tl.float32)[None, :]
         low = low * scale * tl.where(is_query, query_low, key_low)
         high = high * scale * tl.where(is_query, query_high, key_high)
-    out_type: tl.constexpr = key_pages_ptr.dtype.element_ty
-    turned_low = (low * cos - high * sin).to(out_type)
-    turned_high = (high * cos + low * sin).to(out_type)
+    query_type: tl.constexpr = queries_ptr.dtype.element_ty
+    pool: tl.constexpr = key_pages_ptr.dtype.element_ty
+    turned_low = low * cos - high * sin
+    turned_high = high * cos + low * sin
 
     query = queries_ptr + (token * NUM_HEADS + head[:, None]) * (2 * HALF) + element[None, :]
-    tl.store(query, turned_low, mask=inside & is_query)
-    tl.store(query + HALF, turned_high, mask=inside & is_query)
+    tl.store(query, turned_low.to(query_type), mask=inside & is_query)
+    tl.store(query + HALF, turned_high.to(query_type), mask=inside & is_query)
 
     written = inside & (slot >= 0)
     kv_head = head - tl.where(head < NUM_HEADS + NUM_KV_HEADS, NUM_HEADS, NUM_HEADS + NUM_KV_HEADS)
     place = ((slot // PAGE_SIZE) * NUM_KV_HEADS + kv_head[:, None]) * PAGE_SIZE + slot % PAGE_SIZE
     place = place * (2 * HALF) + element[None, :]
     is_key = written & ~is_query & ~is_value
-    tl.store(key_pages_ptr + place, turned_low, mask=is_key)
-    tl.store(key_pages_ptr + place + HALF, turned_high, mask=is_key)
-    tl.store(value_pages_ptr + place, raw_low.to(out_type), mask=written & is_value)
-    tl.store(value_pages_ptr + place + HALF, raw_high.to(out_type), mask=written & is_value)
+    tl.store(key_pages_ptr + place, to_pool(turned_low, pool), mask=is_key)
+    tl.store(key_pages_ptr + place + HALF, to_pool(turned_high, pool), mask=is_key)
+    tl.store(value_pages_ptr + place, to_pool(raw_low, pool), mask=written & is_value)
+    tl.store(value_pages_ptr + place + HALF, to_pool(raw_high, pool), mask=written & is_value)
 
 
 def rotary_and_write_triton(
@@ -154,7 +157,8 @@ def rotary_and_write_triton(
     num_tokens, num_all_heads, head_size = qkv.shape
     num_kv_heads, page_size = key_pages.shape[1:3]
     num_heads = num_all_heads - 2 * num_kv_heads
-    queries = torch.empty((num_tokens, num_heads, head_size), dtype=key_pages.dtype, device=qkv.device)
+    dtype = query_type(key_pages, qkv)
+    queries = torch.empty((num_tokens, num_heads, head_size), dtype=dtype, device=qkv.device)
     # Few tokens: more programs, each with little to wait for. Many: fewer, as each reads its token's angles.
     block_heads = 4 if num_tokens <= 32 else 16
     overlaps = may_overlap(qkv.device)

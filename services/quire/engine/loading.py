@@ -18,7 +18,7 @@ from quire.engine.config import CoreConfig, Dtype, LoadFormat, Speculation
 from quire.engine.core import EngineCore
 from quire.engine.cpu_runner import CpuRunner
 from quire.engine.gpu.eagle import GpuEagle, load_gpu_eagle
-from quire.engine.gpu.loading import choose_gpu, size_pages
+from quire.engine.gpu.loading import choose_gpu, choose_kv_dtype, size_pages
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.masks import MaskSource
 from quire.engine.messages import Ready
@@ -75,13 +75,14 @@ def load_core(
     began = time.perf_counter()
     checkpoint = locate(config.model)
     gpu = choose_gpu(config.device)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype, gpu)
     speculation = SpeculationConfig(config.num_speculative_tokens) if config.speculation is Speculation.AUTO else None
     limits = config.batch_limits(on_gpu=gpu is not None)
     if speculation is not None and gpu is not None:
         limits = replace(limits, max_draft_tokens=_most_drafts(limits, speculation, _GPU_DRAFT_TOKENS))
     # Who brings drafts has chosen; a server takes what the sidecar and a head have.
     shipped = shipped_head(checkpoint.name) if speculation is not None and make_drafts is None else None
-    load = _load_cpu if gpu is None else partial(_load_gpu, gpu, shipped)
+    load = _load_cpu if gpu is None else partial(_load_gpu, gpu, kv_dtype, shipped)
     loaded = load(config, checkpoint, limits, progress)
     pool = PagePool(loaded.num_pages)
     limits = replace(limits, max_model_len=loaded.max_model_len, drafter_in_pages=gpu is not None and loaded.drafts)
@@ -145,6 +146,7 @@ def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfi
 
 def _load_gpu(
     gpu: torch.device,
+    kv_dtype: torch.dtype | None,
     shipped: Path | None,
     config: CoreConfig,
     checkpoint: Checkpoint,
@@ -153,7 +155,7 @@ def _load_gpu(
 ) -> _Loaded:
     dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
     dummy = config.load_format is LoadFormat.DUMMY
-    model = load_gpu_model(checkpoint.path, checkpoint.format, dtype, gpu, progress, dummy=dummy)
+    model = load_gpu_model(checkpoint.path, checkpoint.format, dtype, gpu, progress, dummy=dummy, kv_dtype=kv_dtype)
     head = _load_head(config, model, shipped)
     weights_at = time.perf_counter()
     max_model_len = _max_model_len(config, model.config)

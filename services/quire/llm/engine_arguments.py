@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, TypeVar
 
-from quire.engine.config import CoreConfig, Device, Dtype, LoadFormat, Speculation
+from quire.engine.config import CoreConfig, Device, Dtype, KVCacheDtype, LoadFormat, Speculation
 from quire.llm.arguments import ArgumentError, Unsupported, check_arguments, check_number
 
 C = TypeVar("C", bound=Enum)
@@ -17,7 +17,7 @@ C = TypeVar("C", bound=Enum)
 _ARGUMENTS = (
     *("model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("enable_prefix_caching", "kv_cache_bytes", "kv_cache_memory_bytes", "num_pages", "seed", "threads"),
-    *("device", "gpu_memory_utilization", "enforce_eager", "load_format", "speculative_config"),
+    *("device", "gpu_memory_utilization", "enforce_eager", "load_format", "speculative_config", "kv_cache_dtype"),
 )
 _ONE_DEVICE = "the model runs on one device: leave it out"
 _UNSUPPORTED: Unsupported = {
@@ -26,7 +26,6 @@ _UNSUPPORTED: Unsupported = {
     "data_parallel_size": ((None, 1), _ONE_DEVICE),
     "distributed_executor_backend": ((None,), _ONE_DEVICE),
     "quantization": ((None,), "a GGUF file's own quantization is used: leave it out"),
-    "kv_cache_dtype": ((None, "auto"), "it follows dtype: leave it out"),
     "num_gpu_blocks_override": ((None,), "set num_pages"),
     "block_size": ((None, 16), "pages have 16 tokens: leave it out"),
     "swap_space": ((None, 0), "what is preempted is computed again: leave it out"),
@@ -82,7 +81,9 @@ def check_call(call: str, others: Mapping[str, object], known: Sequence[str]) ->
     check_arguments(call, others, known, _CALL_UNSUPPORTED)
 
 
-def core_config(dtype: Any, device: Any, load_format: Any, others: Mapping[str, object], **given: Any) -> CoreConfig:
+def core_config(
+    dtype: Any, device: Any, load_format: Any, kv_cache_dtype: Any, others: Mapping[str, object], **given: Any
+) -> CoreConfig:
     """The core's configuration from those arguments that are not None; `others` are those that LLM does not know.
 
     Raises ConfigError for a wrong value, ArgumentError for a wrong name or type.
@@ -97,6 +98,9 @@ def core_config(dtype: Any, device: Any, load_format: Any, others: Mapping[str, 
         dtype=_choice("dtype", Dtype, {"float": "float32"}.get(_name(dtype), _name(dtype))),
         device=_choice("device", Device, "auto" if device is None else str(device)),
         load_format=_choice("load_format", LoadFormat, "auto" if load_format is None else str(load_format)),
+        kv_cache_dtype=_choice(
+            "kv_cache_dtype", KVCacheDtype, "auto" if kv_cache_dtype is None else _name(kv_cache_dtype)
+        ),
         max_waiting=sys.maxsize,
         **given_ones,
     )

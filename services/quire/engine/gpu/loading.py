@@ -6,16 +6,19 @@ import gc
 
 import torch
 
-from quire.engine.config import CoreConfig, Device
+from quire.engine.config import CoreConfig, Device, KVCacheDtype
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.models.gpu_decoder import GpuDecoder
 from quire.engine.scheduler import SchedulerConfig
 from quire.engine.sequence import pages_for
+from quire.kernels.pool_type import FP8
 from quire.service.errors import ConfigError
 
 # For captured graphs, which need about what a step of their largest size does, and what the driver takes.
 _RESERVED = 768 << 20
+# Older ones convert no e4m3.
+_FP8_CAPABILITY = (8, 9)
 
 
 def choose_gpu(device: Device) -> torch.device | None:
@@ -27,6 +30,25 @@ def choose_gpu(device: Device) -> torch.device | None:
             field="device",
         )
     return torch.device("cuda", torch.cuda.current_device()) if available else None
+
+
+def choose_kv_dtype(dtype: KVCacheDtype, gpu: torch.device | None) -> torch.dtype | None:
+    """What keys and values are kept in, None for the model's type; raises ConfigError where it can't be had."""
+    if dtype is KVCacheDtype.AUTO:
+        return None
+    if gpu is None:
+        raise ConfigError(
+            f"--kv-cache-dtype is {dtype.value}, which takes a GPU, and the model runs on the CPU: leave it out",
+            field="kv_cache_dtype",
+        )
+    capability = torch.cuda.get_device_capability(gpu)
+    if capability < _FP8_CAPABILITY:
+        raise ConfigError(
+            f"--kv-cache-dtype is {dtype.value}, which takes a GPU of compute capability 8.9 or newer, and this one, "
+            f"{torch.cuda.get_device_name(gpu)}, has {capability[0]}.{capability[1]}: leave it out",
+            field="kv_cache_dtype",
+        )
+    return FP8
 
 
 def size_pages(

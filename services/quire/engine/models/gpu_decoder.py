@@ -69,7 +69,8 @@ class GpuKVCache:
 class GpuDecoder:
     """A model whose weights are on `device`. `load_layer` is what makes it a model of its family.
 
-    `embedding` [vocab_size, hidden_size]; `linears` made its products, and makes those that run between them.
+    `embedding` [vocab_size, hidden_size]; `linears` made its products, and makes those that run between them. Keys and
+    values are kept in `kv_dtype`; None is the model's type.
     """
 
     def __init__(
@@ -80,12 +81,14 @@ class GpuDecoder:
         dtype: ModelDtype,
         device: torch.device,
         progress: Callable[[float], None],
+        kv_dtype: torch.dtype | None = None,
     ) -> None:
         self.config = config
         self.device = device
         self.dtype = torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16
         self.kv_page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_size
-        self.kv_page_bytes *= self.dtype.itemsize
+        self.kv_dtype = kv_dtype or self.dtype
+        self.kv_page_bytes *= self.kv_dtype.itemsize
         self.linears = linears = GpuLinears.on(device, self.dtype)
         try:
             embedding = weights.matrix("model.embed_tokens.weight", config.vocab_size, config.hidden_size)
@@ -114,7 +117,9 @@ class GpuDecoder:
         shape = (num_pages, self.config.num_kv_heads, PAGE_SIZE, self.config.head_size)
         try:
             keys, values = (
-                tuple(torch.empty(shape, dtype=self.dtype, device=self.device) for _ in range(self.config.num_layers))
+                tuple(
+                    torch.empty(shape, dtype=self.kv_dtype, device=self.device) for _ in range(self.config.num_layers)
+                )
                 for _ in range(2)
             )
         except torch.OutOfMemoryError as error:

@@ -65,14 +65,18 @@ def load_gpu_model(
     progress: Progress,
     *,
     dummy: bool = False,
+    kv_dtype: torch.dtype | None = None,
 ) -> GpuDecoder:
-    """As `load_model`, for a GPU.
+    """As `load_model`, for a GPU; `kv_dtype` of keys and values is the model's, or FP8.
 
     Raises ModelError if the GPU's memory does not suffice, too.
     """
     made = _dummy(path, format, dtype, device) if dummy else None
     weights, config, family = open_weights(path, format, progress, made)
-    model = GpuDecoder(weights, config, family.load_layer, dtype, device, lambda done: progress(done, _activity(made)))
+    activity = _activity(made)
+    model = GpuDecoder(
+        weights, config, family.load_layer, dtype, device, lambda done: progress(done, activity), kv_dtype
+    )
     weights.finish()
     return model
 
