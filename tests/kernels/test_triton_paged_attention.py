@@ -197,23 +197,17 @@ def test_a_step_without_sequences_does_nothing() -> None:
     heads=st.sampled_from([(4, 2), (9, 3), (32, 8)]),
     programs=st.sampled_from([1, 7, 40]),
     decode_query_len=st.sampled_from([1, 4]),
-    combined=st.sampled_from([0, 8]),
     window=st.sampled_from([0, 100]),
 )
 def test_the_list_covers_all_keys_once_and_fits(
-    seqs: list[tuple[int, int]],
-    heads: tuple[int, int],
-    programs: int,
-    decode_query_len: int,
-    window: int,
-    combined: int,
+    seqs: list[tuple[int, int]], heads: tuple[int, int], programs: int, decode_query_len: int, window: int
 ) -> None:
     """Without it some batch's list overruns its buffers, or leaves out or counts twice some keys."""
     shape = AttentionShape(*heads, 64, window)
     starts = torch.tensor([0, *(count for count, _ in seqs)]).cumsum(0)
     total = int(starts[-1])
     limits = AttentionLimits(max(total, 70), len(seqs), 70, decode_query_len)
-    tiles = (Tile(64, 32, 1, 2, programs, 32, combined), Tile(32, 16, 1, 2, programs, 64, combined))
+    tiles = (Tile(64, 32, 1, 2, programs, 32), Tile(32, 16, 1, 2, programs, 64))
     lens = torch.tensor([length for _, length in seqs], dtype=torch.int32, device=DEVICE)
     tables = torch.zeros(len(seqs), 1, dtype=torch.int32, device=DEVICE)
     plan = plan_attention_triton(starts.to(torch.int32).to(DEVICE), lens, tables, shape, limits, tiles=tiles)

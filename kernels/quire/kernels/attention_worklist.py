@@ -74,7 +74,6 @@ class Tile:
     num_stages: int  # of `keys` each, in flight
     programs_per_sm: int  # contexts are cut while there are fewer than this
     min_part: int  # keys: a smaller part is not worth combining
-    combined: int = 0  # rows whose parts are combined at a time; 0: up to 4 of a group
 
     def __post_init__(self) -> None:
         if self.min_part % self.keys != 0:
@@ -93,9 +92,13 @@ class WorkList:
     arrivals: Tensor  # int32 [slots, kv_heads], how many parts are done; 0 between launches
 
 
-def decode_tile(group: int, query_len: int) -> Tile:
-    """For few queries of a sequence: bound by reading keys and values."""
-    return Tile(max(16, next_power_of_2(group * query_len)), 64, 4, 3, 4, 128)
+def decode_tile(group: int, query_len: int, head_size: int = 128) -> Tile:
+    """For few queries of a sequence: bound by reading keys and values.
+
+    For more than one query, a key must have at most 256 bytes.
+    """
+    keys = 128 if query_len > 1 and head_size <= 128 else 64
+    return Tile(max(16, next_power_of_2(group * query_len)), keys, 4, 3, 4, 128)
 
 
 def prefill_tile(head_size: int) -> Tile:
@@ -121,7 +124,10 @@ def list_work(
 
     prefix_lens int32 [S]: so many keys of each sequence are left out.
     """
-    decode, prefill = tiles or (decode_tile(shape.group, limits.decode_query_len), prefill_tile(shape.head_size))
+    decode, prefill = tiles or (
+        decode_tile(shape.group, limits.decode_query_len, shape.head_size),
+        prefill_tile(shape.head_size),
+    )
     if limits.decode_query_len * shape.group > decode.rows or shape.group > prefill.rows:
         raise ValueError(
             f"{limits.decode_query_len} queries of {shape.group} heads do not fit a tile of {decode.rows} rows, "

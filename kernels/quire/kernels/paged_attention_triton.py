@@ -164,7 +164,7 @@ def launch_attention(
     """Launches one list's work; `bulk` and `prefix` are the kernel's."""
     shape, tile, prefixes = plan.shape, work.tile, plan.prefixes
     block_size = max(16, next_power_of_2(shape.head_size))
-    combine_rows = tile.combined or min(4, next_power_of_2(shape.group))
+    combine_rows = min(4, next_power_of_2(shape.group))
     overlaps, norm = may_overlap(queries.device), None if new is None else new.norm
     _attend_kernel[(shape.num_kv_heads, work.items.shape[0])](
         queries if new is None else new.qkv,

@@ -171,6 +171,7 @@ def _load_gpu(
         max_model_len,
         graphs=not config.enforce_eager,
         max_draft_tokens=limits.max_draft_tokens or 0,
+        num_speculative_tokens=config.num_speculative_tokens,
         head=head,
     )
     return _Loaded(runner, model.config, num_pages, max_model_len, weights_at, head is not None)

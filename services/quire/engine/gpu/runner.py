@@ -43,10 +43,11 @@ from quire.service.request import MAX_LOGPROBS, TokenLogprobs
 _LARGEST_GRAPH = 2048
 # Rows whose histories are counted side by side, each in as many numbers as the vocabulary has tokens.
 _ADJUSTED_AT_ONCE = 64
-# How many rows of a sequence that verifies drafts attention may take together; more are attended to as prompts are.
-_VERIFIED = (4, 8, 16)
-# What their heads that share a KV head may take of a program's memory, beside the keys and values.
-_VERIFIED_BYTES = 16 << 10
+# Of a sequence that verifies drafts attention takes at most so many rows together; more are attended to as prompts are.
+_MOST_VERIFIED = 16
+# What their heads that share a KV head may take of a program's memory, beside blocks of keys and values, each of which
+# may be so long.
+_VERIFIED_BYTES, _KEY_BYTES = 16 << 10, 256
 
 
 @dataclass(slots=True)
@@ -102,10 +103,11 @@ class GpuRunner:
         *,
         graphs: bool = True,
         max_draft_tokens: int = 0,
+        num_speculative_tokens: int = 8,
         head: GpuEagle | None = None,
     ) -> None:
-        """`max_draft_tokens`: of a step, of all sequences together. With a `head` the scheduler's configuration must
-        say `drafter_in_pages`."""
+        """`max_draft_tokens`: of a step, of all sequences together. Up to `num_speculative_tokens` of a sequence are
+        verified fastest. With a `head` the scheduler's configuration must say `drafter_in_pages`."""
         device, on_gpu = model.device, model.device.type == "cuda"
         name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
         self.info = DeviceInfo(name, str(model.dtype).removeprefix("torch."), torch.get_num_threads())
@@ -121,7 +123,7 @@ class GpuRunner:
         self._batch_sizes = batch_sizes(max_num_seqs)
         self._draw_sizes = batch_sizes(self._max_num_draws)
         self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
-        self._verified = _verified_at_once(model) if max_draft_tokens else (1,)
+        self._verified = _verified_at_once(model, num_speculative_tokens) if max_draft_tokens else 1
         self._pads = on_gpu
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
         self._inputs = StepInputs(
@@ -183,13 +185,18 @@ class GpuRunner:
             wanted += [(rank, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
             wanted += [(rank, size, partial(self._run_mixed, size, 1, grouped)) for size in self._token_sizes.all]
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
-        for count in self._verified if self._max_num_draws > self._max_num_seqs else ():
+        if (count := self._verified) > 1:
             sizes = [size for size in self._token_sizes.all if size <= self._max_num_draws]
             wanted += [(1, size, partial(self._run_verifications, size, count, False)) for size in sizes]
             wanted += [(2, size, partial(self._run_mixed, size, count, False)) for size in self._token_sizes.all]
         if self._drafter is not None:
             wanted += [(0, size, run) for size, run in self._drafter.graphs()]
-        return [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
+        # The largest before all: the others fit into the memory that they leave, which would else grow with each.
+        largest: list[Callable[[], None]] = [
+            partial(self._run_draw, self._draw_sizes.all[-1], 0, False, False),
+            partial(self._run_mixed, self._token_sizes.all[-1], 1, True),
+        ]
+        return largest + [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
 
     def _synchronize(self) -> None:
         if self._stream is not None:
@@ -212,7 +219,7 @@ class GpuRunner:
 
     def _forward(self, staged: StagedStep) -> None:
         """Leaves the hidden states of the rows that are drawn in `_hidden`."""
-        most, verified = int(staged.work.counts.max()), self._verified_at_once(staged)
+        most, verified = int(staged.work.counts.max()), self._verified if staged.work.drafts.any() else 1
         size = self._token_sizes(staged.num_tokens) if self._pads else None
         decodes = self._batch_sizes(len(staged.work)) if self._pads and staged.draws_only and most == 1 else None
         if decodes is not None:
@@ -225,13 +232,6 @@ class GpuRunner:
             # All slots, so that kernels that look at all sequences are compiled once.
             limits = AttentionLimits(staged.num_tokens, self._max_num_seqs, most, min(verified, most))
             self._forward_padded(limits, len(staged.draws), staged.grouped)
-
-    def _verified_at_once(self, staged: StagedStep) -> int:
-        """Of how many rows of a sequence attention reads the keys and values at once, as for one: a decode, or a
-        verification."""
-        most = 1 + int(staged.work.drafts.max())
-        fitting = [count for count in self._verified if count >= most]
-        return 1 if most == 1 else min(fitting, default=self._verified[-1])
 
     def _run_decodes(self, size: int, grouped: bool) -> None:
         limits = AttentionLimits(size, size, 1)
@@ -370,7 +370,7 @@ class GpuRunner:
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
         work, state = step.staged.work, self._batch.sampling
-        most, verified = int(work.counts.max()), self._verified_at_once(step.staged)
+        most, verified = int(work.counts.max()), self._verified if work.drafts.any() else 1
         limits = AttentionLimits(step.staged.num_tokens, len(work), most, min(verified, most))
         hidden = self._hidden_states(limits, None)
         firsts = np.cumsum(work.counts) - work.counts
@@ -383,7 +383,12 @@ class GpuRunner:
         self._keep(hidden.index_select(0, self._batch.columns.logit_rows[: len(step.staged.draws)]))
 
 
-def _verified_at_once(model: GpuDecoder) -> tuple[int, ...]:
-    config = model.config
-    row_bytes = config.num_heads // config.num_kv_heads * config.head_size * model.dtype.itemsize
-    return tuple(count for count in _VERIFIED if count * row_bytes <= _VERIFIED_BYTES) or (1,)
+def _verified_at_once(model: GpuDecoder, num_drafts: int) -> int:
+    """Of how many rows of a sequence attention reads the keys and values at once, as a decode does for one."""
+    config, key_bytes = model.config, model.config.head_size * model.dtype.itemsize
+    row_bytes, most = config.num_heads // config.num_kv_heads * key_bytes, _MOST_VERIFIED
+    if key_bytes > _KEY_BYTES:
+        return 1
+    while most > 1 and (most * row_bytes > _VERIFIED_BYTES or most >= 2 * (1 + num_drafts)):
+        most //= 2
+    return most
