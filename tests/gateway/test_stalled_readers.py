@@ -152,6 +152,30 @@ async def test_a_slow_reader_of_a_long_answer_gets_all_of_it(
     assert asyncio.get_running_loop().time() - began > 2 * 0.3
 
 
+async def test_one_who_reads_is_never_taken_for_one_who_stalls(
+    start: Start, router: FakeRouter, encode: Callable[[str], list[int]]
+) -> None:
+    """Without it a look at a moment when an event is on its way would end the stream of a client that reads."""
+    gateway = await start(write_timeout=0.05)
+    word = encode(" word")
+    async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as http:
+        for _ in range(4):
+            # On one connection: what is left of an answer must not count against the next.
+            asked = asyncio.create_task(http.post("/v1/completions", json={"model": MODEL, "prompt": "Hi"}))
+            (await router.next()).send(word, cached=0, finish=FinishReason.STOP)
+            assert (await asked).status_code == 200
+            stream = asyncio.create_task(http.post("/v1/completions", json=ENDLESS | {"model": MODEL}))
+            submission = await router.next()
+            submission.send(cached=0)
+            end = asyncio.get_running_loop().time() + 0.12
+            while asyncio.get_running_loop().time() < end:
+                submission.send(word)
+                await asyncio.sleep(0)
+            submission.send(word, finish=FinishReason.STOP)
+            assert "[DONE]" in (await stream).text
+    assert await stalled_readers(gateway.url) == 0
+
+
 async def test_a_grpc_reader_that_stalls(start: Start, router: FakeRouter) -> None:
     """Without it the same readers would only have to come through the other door."""
     gateway = await start(write_timeout=0.5, grpc_listen="127.0.0.1:0")

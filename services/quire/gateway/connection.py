@@ -62,7 +62,8 @@ class Connection(HttpToolsProtocol):
         self._lingering: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(cast("asyncio.Transport", Gathered(transport, self.loop)))
+        self._gathered = Gathered(transport, self.loop)
+        super().connection_made(cast("asyncio.Transport", self._gathered))
         self._limit_unread(transport)
         self._expect_request()
 
@@ -158,6 +159,7 @@ class Connection(HttpToolsProtocol):
         self._stop_writing_timer()
 
     def on_response_complete(self) -> None:
+        self._gathered.flush()
         super().on_response_complete()
         if not self._in_head and self._reading is None:
             # It was answered before all of it was here: what is left must come in time.
@@ -176,12 +178,13 @@ class Connection(HttpToolsProtocol):
     def _expect_reading(self) -> None:
         self._stop_writing_timer()
         if waiting := self.transport.get_write_buffer_size():
-            self._writing = self.loop.call_later(self._limits.write_timeout, self._check_progress, waiting)
+            timeout, taken = self._limits.write_timeout, self._gathered.written - waiting
+            self._writing = self.loop.call_later(timeout, self._check_progress, taken + min(waiting, _HIGH_WATER))
 
-    def _check_progress(self, before: int) -> None:
+    def _check_progress(self, expected: int) -> None:
         self._writing = None
-        # Of a long answer some may be left, as long as the reader takes it by more than drops.
-        if self.transport.get_write_buffer_size() > max(before - _HIGH_WATER, 0):
+        # What waited at the beginning must be gone by now, and of a long answer more than drops.
+        if self._gathered.written - self.transport.get_write_buffer_size() < expected:
             self._stalled()
         else:
             self._expect_reading()
