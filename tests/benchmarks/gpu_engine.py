@@ -36,7 +36,7 @@ from quire.engine.plan import StepPlan  # noqa: E402
 from quire.engine.speculation.speculator import SpeculationStats  # noqa: E402
 from quire.kernels.linear_tiles import LinearTile  # noqa: E402
 from quire.service.pages import PAGE_SIZE  # noqa: E402
-from quire.service.request import Constraint, Request, SamplingParams, StopConditions  # noqa: E402
+from quire.service.request import CacheKey, Constraint, Request, SamplingParams, StopConditions  # noqa: E402
 
 MODELS = {
     "llama-8b": {
@@ -176,14 +176,23 @@ WORKLOADS = [
 
 
 def run(
-    core: EngineCore, work: Work, first_key: int, trace: list[Step] | None = None, constraint: Constraint | None = None
+    core: EngineCore,
+    work: Work,
+    first_key: int,
+    trace: list[Step] | None = None,
+    constraint: Constraint | None = None,
+    salt: str = "",
 ) -> dict[str, Any]:
-    """Submits everything at once and steps until it is done; `trace` gets every step."""
+    """Submits everything at once and steps until it is done; `trace` gets every step. Prompts that were run with
+    another salt are not in the cache."""
     waited = HostWait()
     began = time.perf_counter()
     for index, (prompt, output) in enumerate(work):
         key, stop = first_key + index, StopConditions(output, ignore_eos=constraint is None)
-        request = Request(str(key), "m", tuple(prompt), SamplingParams(temperature=0.0), stop, constraint=constraint)
+        request = Request(
+            str(key), "m", tuple(prompt), SamplingParams(temperature=0.0), stop, constraint=constraint,
+            cache_key=CacheKey(salt),
+        )  # fmt: skip
         core.submit(key, request)
     tokens = steps = 0
     last, preempted = began, core.scheduler.num_preemptions
@@ -309,6 +318,7 @@ def main() -> None:
     parser.add_argument("--max-mixed-tokens", type=int, default=None)
     parser.add_argument("--cublas", action="store_true", help="also for products of few rows")
     parser.add_argument("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
+    parser.add_argument("--rehearse", action="store_true", help="what is run before a workload is the workload itself")
     parser.add_argument("--no-prepare", action="store_true", help="graphs are captured when a workload wants them")
     parser.add_argument("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
     parser.add_argument("--profile", default="", help="workload whose steady steps are profiled")
@@ -379,11 +389,11 @@ def main() -> None:
         for length in arguments.accept or [None]:
             told.tell(length, arguments.drafts)
             if workload.warm is not None:
-                run(core, workload.warm(), key)
+                run(core, workload.make() if arguments.rehearse else workload.warm(), key, salt="before")
                 key += 10000
             trace: list[Step] | None = [] if arguments.trace else None
             gaps = StepGaps(runner) if arguments.gaps else None
-            found = run(core, workload.make(), key, trace)
+            found = run(core, workload.make(), key, trace, salt=str(length))
             if core.stats.speculation is not None:
                 found["drafts"] = drafted(core.stats.speculation)
             if gaps is not None:

@@ -323,7 +323,10 @@ class EngineCore:
     ) -> int:
         """Adds what a step drew after it had verified `num_drafts` drafts; returns how many tokens count."""
         count, reason, drafts = 0, None, None
-        for token_id in token_ids if error is None else ():
+        # Most steps end nothing.
+        if error is None and token_ids[-1] >= 0 and self.scheduler.extend(sequence, token_ids):
+            count = len(token_ids)
+        for token_id in token_ids[count:] if error is None else ():
             if token_id < 0:
                 error = InternalError("the model's logits are not finite: its weights or this input are broken")
                 break

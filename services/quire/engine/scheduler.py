@@ -194,6 +194,14 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self._publish(sequence)
 
+    def extend(self, sequence: Sequence, token_ids: tuple[int, ...]) -> bool:
+        """`append` of all these tokens at once, if none of them ends the sequence; returns whether it did."""
+        if not sequence.extend(token_ids):
+            return False
+        if sequence.state is SequenceState.RUNNING:
+            self._publish(sequence)
+        return True
+
     def accept(self, sequence: Sequence, num_drafts: int) -> None:
         """The first `num_drafts` of a sequence's drafts are drawn, too: `append` is to be called for each, and then for
         the token after them. What the others computed is void, and their pages are given back."""

@@ -100,6 +100,20 @@ class Sequence:
             parent = self.page_hashes[-1] if self.page_hashes else root_hash(self.request.cache_key)
             self.page_hashes.append(next_hash(parent, self.token_ids[-PAGE_SIZE:]))
 
+    def extend(self, token_ids: tuple[int, ...]) -> bool:
+        """Adds all that a step in flight has drawn, unless one of them may end the output; returns whether it did."""
+        before = len(self.token_ids)
+        after = before + len(token_ids)
+        if after >= self.max_tokens or not self.end_token_ids.isdisjoint(token_ids):
+            return False
+        if before // PAGE_SIZE == after // PAGE_SIZE:
+            self.num_drawn -= len(token_ids)
+            self.token_ids.extend(token_ids)
+        else:
+            for token_id in token_ids:
+                self.append(token_id)
+        return True
+
     def finish_reason(self) -> FinishReason | None:
         """Whether the last token ended the output, and how."""
         if self.token_ids[-1] in self.end_token_ids:

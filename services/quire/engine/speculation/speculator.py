@@ -82,7 +82,9 @@ class _Prospect:
 
     def best(self) -> Drafter | None:
         """Whose offer is most likely to be right."""
-        return max(self.offers, key=lambda drafter: self.rates[drafter], default=None)
+        if len(self.offers) < 2:
+            return next(iter(self.offers), None)
+        return max(self.offers, key=lambda drafter: self.rates[drafter])
 
     def leave_alone(self, drafter: Drafter) -> None:
         """It had nothing, or nothing right: twice as long as the last time."""
