@@ -207,7 +207,7 @@ def collect(core: EngineCore, outputs: dict[int, list[int]]) -> None:
 
 def test_a_batch_with_everything_in_it(heads: Heads) -> None:
     """What few random batches do all of: chunks, hits, preemption, drafts of which some are right."""
-    requests, num_pages = [5, 4, 7, 6, 8], 7
+    requests, num_pages = [5, 8, 6, 7], 6
     config = SchedulerConfig(3, 20, MAX_MODEL_LEN, max_draft_tokens=12, drafter_in_pages=True)
     runner = CheckingRunner(
         heads, GpuRunner(heads.gpu, num_pages, 3, 20, MAX_MODEL_LEN, max_draft_tokens=12, head=heads.head), 0.7
@@ -217,12 +217,12 @@ def test_a_batch_with_everything_in_it(heads: Heads) -> None:
     core = EngineCore(runner, scheduler, None, VOCAB_SIZE, run_ahead=True, speculator=speculator)
     outputs: dict[int, list[int]] = {key: [] for key in range(len(requests))}
     for key, number in enumerate(requests):
-        stop = StopConditions(12)
+        stop = StopConditions(8)
         core.submit(key, Request(str(key), "m", PROMPTS[number], SamplingParams(temperature=0.0), stop))
     while core.has_work:
         collect(core, outputs)
     for key, number in enumerate(requests):
-        assert outputs[key] == heads.answer(PROMPTS[number])[:12], f"request {key}"
+        assert outputs[key] == heads.answer(PROMPTS[number])[:8], f"request {key}"
     verified, accepted = (sum(counts.values()) for counts in (speculator.stats.verified, speculator.stats.accepted))
     assert 0 < accepted < verified
     assert scheduler.num_preemptions and core.stats.cached_prompt_tokens
