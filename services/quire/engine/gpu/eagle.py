@@ -12,11 +12,12 @@ drawn or a prompt's. That slots 1 to s are right when it begins follows by induc
   behind them, that at a + 1 being drawn. The next step begins at a + 1, or earlier where the host takes a draw back.
 - Rows behind a wrong draft write slots from a + 2 on, as drafting does: the next step writes all of these again, or
   they are behind its end, before anything reads them.
-- A sequence that joins with c tokens in pages that are there begins at c - 1, not to write slot c - 1, which it may
-  share, but c; so does one whose slot e had no page (`Scheduler`). Such a slot's entry in the block table is the page
-  past the model's last, which this head has, too.
+- A sequence that joins with c tokens in pages that are there begins at c - 1: of these c the head's slots are right,
+  and the state of c - 1 is what slot c needs. (The model's slot c - 1 is written once more, with the same.) So does one
+  whose slot e had no page, in the scheduler's words: there the entry in the block table is the page past the model's
+  last, which the head has, too, for what nobody reads.
 
-Preemption and moves begin at position 0 or with such pages.
+After a preemption or a move a sequence begins at 0, or with pages that are there.
 """
 
 from __future__ import annotations

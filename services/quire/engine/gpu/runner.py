@@ -1,4 +1,5 @@
-"""Runs steps on a GPU: two graphs a step, forward and draw, over a batch that stays on the device.
+"""Runs steps on a GPU: two graphs a step, forward and draw, over a batch that stays on the device; with an EAGLE head
+those of `quire.engine.gpu.eagle_drafter` follow.
 
 `launch` sends the plan and starts both; nothing waits until the core reads the tokens. Where tokens are masked, the
 draw is launched when the masks are there. Everything happens on one stream, in the order of the launches: what a
