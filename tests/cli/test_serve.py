@@ -61,7 +61,7 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
         Path(file).write_text("")
     config = replace(config, tool_call_format="hermes", **dict(zip(TLS, files, strict=True)))
     config = replace(config, speculation="auto", num_speculative_tokens=4)
-    config = replace(config, device="cuda", gpu_memory_utilization=0.5)
+    config = replace(config, device="cuda", gpu_memory_utilization=0.5, kv_cache_dtype="fp8")
     planned = commands(tmp_path, config)
     assert list(planned) == ["gateway", "router", "engine-0", "engine-1", "sidecar-0", "sidecar-1"]
     assert len(planned) == config.num_processes
@@ -85,6 +85,7 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
             f"--name=engine-{index}", "--dtype=float32", "--max-model-len=512", "--max-num-seqs=8", "--num-pages=99",
             f"--kv-cache-bytes={1 << 30}", "--threads=3", "--speculation=auto", "--num-speculative-tokens=4",
             f"--sidecar=unix:{tmp_path}/sidecar-{index}.sock", "--device=cuda", "--gpu-memory-utilization=0.5",
+            "--kv-cache-dtype=fp8",
         } <= set(planned[f"engine-{index}"])  # fmt: skip
         assert "--model=m.gguf" in planned[f"sidecar-{index}"]
 
@@ -94,7 +95,7 @@ def test_services_have_their_own_defaults(tmp_path: Path) -> None:
     given = {flag.partition("=")[0] for flag in commands(tmp_path, ServeConfig())["engine-0"]}
     assert not given & {
         "--max-model-len", "--max-num-seqs", "--num-pages", "--kv-cache-bytes", "--model", "--speculation",
-        "--num-speculative-tokens", "--gpu-memory-utilization",
+        "--num-speculative-tokens", "--gpu-memory-utilization", "--kv-cache-dtype",
     }  # fmt: skip
 
 

@@ -110,6 +110,9 @@ def _parser() -> Parser:
         help="of the engines; auto: GPUs, one each, if there are any (default: %(default)s)",
     )  # fmt: skip
     add(
+        "--kv-cache-dtype", choices=["auto", "fp8"], help="fp8: pages of half the size, on a GPU (default: the model's)"
+    )
+    add(
         "--gpu-memory-utilization", type=float, metavar="SHARE",
         help="of a GPU's memory that its engine may use (default: the engine's)",
     )  # fmt: skip

@@ -64,6 +64,8 @@ class ServeConfig:
     # What they run on: auto, cpu or cuda; how much of a GPU's memory each may take, a share.
     device: str = "auto"
     gpu_memory_utilization: float | None = None
+    # In which type they keep keys and values: auto or fp8.
+    kv_cache_dtype: str | None = None
     # A GPU for each engine; none is what each finds.
     gpus: tuple[str, ...] = ()
 
@@ -200,6 +202,7 @@ def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> Ch
         "--num-pages": config.num_pages,
         "--kv-cache-bytes": config.kv_cache_bytes,
         "--gpu-memory-utilization": config.gpu_memory_utilization,
+        "--kv-cache-dtype": config.kv_cache_dtype,
         "--threads": config.threads_per_engine,
         "--grace": GRACE_SECONDS,
     }
