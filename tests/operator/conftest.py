@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 
 import pytest
 from control_plane import HOW_TO_GET_THEM, ControlPlane, control_plane, missing_programs
+from kubernetes_validate import utils as validation
 from operator_process import OperatorProcess, Services, install
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def schemas_are_read_once() -> Iterator[None]:
+    """The package reads a megabyte of them for every object."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(validation, "schema_contents", functools.cache(validation.schema_contents))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +48,11 @@ def services(plane: ControlPlane) -> Services:
     namespace = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": labels}}
     plane.api.request("POST", "/api/v1/namespaces", namespace)
     return Services(plane.api, name)
+
+
+@pytest.fixture
+def idle_plane(plane: ControlPlane, operator: OperatorProcess) -> Iterator[ControlPlane]:
+    """While no operator runs."""
+    operator.stop()
+    yield plane
+    operator.start()

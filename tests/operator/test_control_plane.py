@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from control_plane import ControlPlane, until
+from control_plane import ApiError, ControlPlane, until
 from operator_process import USER, OperatorProcess, Services
 
-from quire.operator.kinds import CHILD_OF, CHILDREN, POD
+from quire.operator.kinds import BUILT_IN, CHILD_OF, OPTIONAL, POD, Kind
 
 pytestmark = [pytest.mark.e2e, pytest.mark.usefixtures("operator")]
 
@@ -18,7 +18,7 @@ Document = dict[str, Any]
 def children_of(services: Services, name: str) -> list[Document]:
     return [
         {"kind": kind.name, **each}
-        for kind in CHILDREN
+        for kind in BUILT_IN
         for each in services.api.items(kind.path(services.namespace), f"quire.dev/service={name}")
     ]
 
@@ -306,6 +306,69 @@ def test_a_container_in_trouble(
     assert services.condition("demo", "Degraded")["reason"] == reason
 
 
+def is_served(services: Services, kind: Kind) -> bool:
+    try:
+        return services.api.get(kind.everywhere) is not None
+    except ApiError as error:
+        # It is being prepared.
+        assert error.status == 429
+        return False
+
+
+def install_kind(services: Services, group: str, kind: Kind) -> str:
+    """A CRD that takes anything; returns where it is."""
+    name = f"{kind.plural}.{group}"
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    version = {"name": "v1", "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}
+    crd: Document = {
+        "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
+        "metadata": {"name": name, "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"}},
+        "spec": {
+            "group": group, "scope": "Namespaced", "versions": [version],
+            "names": {"kind": kind.name, "plural": kind.plural, "singular": kind.name.lower()},
+        },
+    }  # fmt: skip
+    path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+    services.api.request("POST", path, crd)
+    until(f"{name} is served", lambda: is_served(services, kind))
+    return f"{path}/{name}"
+
+
+def test_kinds_that_a_cluster_need_not_have(operator: OperatorProcess, services: Services) -> None:
+    """Without Gateway API or Prometheus operator the service serves, and says what lacks; with them it is made so."""
+    route = {"gateways": [{"name": "public"}], "hostnames": ["llm.example"]}
+    spec: Document = {"gateway": {"httpRoute": route}, "observability": {"podMonitor": {}}}
+    services.apply("demo", spec)
+    said = services.until("demo", "Degraded", "True", "KindNotInstalled")
+    assert "the cluster knows no HTTPRoute, which spec.gateway.httpRoute asks for: install the Gateway API" in str(said)
+    services.until("demo", "Ready", "True", "Serving")
+
+    crds = [install_kind(services, kind.group, kind) for kind in OPTIONAL]
+    (route_path, monitor_path) = (
+        kind.path(services.namespace, name) for kind, name in zip(OPTIONAL, ("demo-gateway", "demo"), strict=True)
+    )
+    # It looks again by itself, too, but not as soon.
+    services.apply("demo", {**spec, "router": {"holdSeconds": 6}})
+    services.until("demo", "Degraded", "False", "AsWanted")
+    made = services.api.get(route_path) or {}
+    assert made["spec"]["parentRefs"] == [{"name": "public"}]
+    assert made["spec"]["rules"][0]["backendRefs"] == [{"name": "demo-gateway", "port": 8000}]
+    assert (services.api.get(monitor_path) or {})["spec"]["selector"]["matchLabels"]["quire.dev/service"] == "demo"
+
+    # What somebody does to them is seen in the next list.
+    operator.stop()
+    operator.start()
+    services.api.patch(route_path, {"spec": {"hostnames": ["theirs"]}})
+    until("it is put right", lambda: (services.api.get(route_path) or {})["spec"]["hostnames"] == ["llm.example"])
+    services.apply("demo", {})
+    for path in (route_path, monitor_path):
+        until("it is gone", lambda path=path: services.api.get(path) is None)
+    for crd in crds:
+        services.api.request("DELETE", crd)
+    services.apply("demo", {"engine": {"replicas": 2}})
+    until("it goes on", lambda: (services.get("demo") or {})["status"]["engines"] == "2/2")
+
+
 def test_pods_that_the_cluster_refuses(services: Services) -> None:
     """A quota leaves no pod behind whose status could be read."""
     quota = {
@@ -367,6 +430,7 @@ def test_the_operator_has_no_right_to_more(plane: ControlPlane, operator: Operat
         ("create", "secrets", "no"),
         ("delete", "pods", "no"),
         ("create", "pods", "no"),
+        ("patch", "pods", "yes"),
         ("patch", "deployments.apps", "yes"),
         ("patch", "inferenceservices.quire.dev", "no"),
         ("patch", "inferenceservices.quire.dev/status", "yes"),

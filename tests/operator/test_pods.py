@@ -21,7 +21,7 @@ from openai import OpenAI
 from operator_process import OperatorProcess, Services, install
 from own_network import HOST, in_own_network
 
-from quire.operator.kinds import CHILD_OF, CHILDREN, POD
+from quire.operator.kinds import BUILT_IN, CHILD_OF, POD
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -134,6 +134,15 @@ def life(services: Services, kubelet: Kubelet) -> None:
     apply()
     services.until("demo", "Ready", "True", "Serving", seconds=SECONDS)
     address = (services.api.get(CHILD_OF["Service"].path("models", "demo-gateway")) or {})["spec"]["clusterIP"]
+    services.until("demo", *settled, seconds=SECONDS)
+    conditions = (services.get("demo") or {})["status"]["conditions"]
+    assert {each["type"]: (each["status"], each["reason"]) for each in conditions} == {
+        "Ready": ("True", "Serving"),
+        "ModelReady": ("True", "Loaded"),
+        **{f"{part}Ready": ("True", "Available") for part in ("Engines", "Router", "Gateway")},
+        "Progressing": ("False", "Settled"),
+        "Degraded": ("False", "AsWanted"),
+    }
     users = Users(f"http://{address}:8000/v1", 2)
     assert "Paris" in users.ask("What is the capital of France?")
 
@@ -220,5 +229,5 @@ def evict(services: Services, pod: Document) -> bool:
 
 def left(services: Services) -> list[Document]:
     return [
-        each for kind in (*CHILDREN, POD) for each in services.api.items(kind.path("models"), "quire.dev/service=demo")
+        each for kind in (*BUILT_IN, POD) for each in services.api.items(kind.path("models"), "quire.dev/service=demo")
     ]

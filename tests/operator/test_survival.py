@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ from operator_process import OperatorProcess, Services
 
 from quire.operator.cluster import Cluster
 from quire.operator.config import OperatorConfig
-from quire.operator.kinds import CHILDREN, Kind
+from quire.operator.kinds import BUILT_IN, Kind
 from quire.operator.listing import fill
 from quire.operator.reconciler import Reconciler
 from quire.operator.spec import Key
@@ -60,7 +59,7 @@ def state(services: Services) -> Document:
     """What matters of a service and its children, in any namespace."""
     found = {
         (kind.name, each["metadata"]["name"]): each.get("spec") or each.get("data") or each.get("rules")
-        for kind in CHILDREN
+        for kind in BUILT_IN
         for each in services.api.items(kind.path(services.namespace), "quire.dev/service=demo")
     }
     plain: Document = json.loads(
@@ -72,14 +71,6 @@ def state(services: Services) -> Document:
             if isinstance(each, dict):
                 each.pop(drawn, None)
     return plain
-
-
-@pytest.fixture
-def idle_plane(plane: ControlPlane, operator: OperatorProcess) -> Iterator[ControlPlane]:
-    """While no operator runs."""
-    operator.stop()
-    yield plane
-    operator.start()
 
 
 async def test_killed_after_every_single_write(idle_plane: ControlPlane) -> None:

@@ -305,7 +305,9 @@ def _start(stack: ExitStack, folder: Path, name: str, *arguments: str) -> subpro
     process = subprocess.Popen(
         [str(program), *arguments], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment
     )
-    stack.callback(end, process)
+    # Nothing of it is needed any more, and an API server takes its time to end.
+    stack.callback(process.wait)
+    stack.callback(process.kill)
     return process
 
 

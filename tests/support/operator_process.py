@@ -54,7 +54,8 @@ class OperatorProcess:
 
     def start(self) -> OperatorProcess:
         """Starts it; it leads when it can."""
-        flags = ["--namespace=quire-system", f"--identity={self.name}", "--lease-duration=4", "--resync=3600"]
+        flags = ["--namespace=quire-system", f"--identity={self.name}"]
+        flags += ["--lease-duration=4", "--resync=3600", "--look-again=1"]
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "quire.operator", *flags, *self._flags],

@@ -47,14 +47,32 @@ _engines = st.fixed_dictionaries(
         "tolerations": st.lists(st.just({"key": "a", "operator": "Exists"}), max_size=2),
     },
 )
-_gateways = st.fixed_dictionaries(
-    {},
-    optional={
-        "replicas": st.integers(1, 4),
-        "apiKeys": st.fixed_dictionaries({"name": _names}),
-        "tlsSecret": _names,
-        "serviceType": st.sampled_from(["ClusterIP", "NodePort", "LoadBalancer"]),
-    },
+_labels = st.dictionaries(_names, _names, max_size=2)
+_ways_in = {
+    "ingress": st.fixed_dictionaries(
+        {"host": st.just("llm.example")},
+        optional={"className": _names, "tlsSecret": _names, "annotations": _labels},
+    ),
+    "httpRoute": st.fixed_dictionaries(
+        {
+            "gateways": st.lists(
+                st.fixed_dictionaries({"name": _names}, optional={"section": _names}), min_size=1, max_size=2
+            )
+        },
+        optional={"hostnames": st.just(["llm.example", "*.example"])},
+    ),
+}
+_certificates = {"tlsSecret": _names}
+_gateways = st.sampled_from([_ways_in, _certificates]).flatmap(
+    lambda more: st.fixed_dictionaries(
+        {},
+        optional={
+            **more,
+            "replicas": st.integers(1, 4),
+            "apiKeys": st.fixed_dictionaries({"name": _names}),
+            "serviceType": st.sampled_from(["ClusterIP", "NodePort", "LoadBalancer"]),
+        },
+    )
 )
 _canaries = st.fixed_dictionaries(
     {},
@@ -65,7 +83,13 @@ _canaries = st.fixed_dictionaries(
         "maxErrorPercent": st.integers(0, 100),
     },
 )
-_observability = st.fixed_dictionaries({}, optional={"otlpEndpoint": st.just("http://collector:4317")})
+_observability = st.fixed_dictionaries(
+    {},
+    optional={
+        "otlpEndpoint": st.just("http://collector:4317"),
+        "podMonitor": st.fixed_dictionaries({}, optional={"labels": _labels, "intervalSeconds": st.integers(1, 60)}),
+    },
+)
 
 specs = st.fixed_dictionaries(
     {},

@@ -100,6 +100,7 @@ def build_config(arguments: argparse.Namespace) -> OperatorConfig:
         ),
         lease_duration=arguments.lease_duration,
         resync=arguments.resync,
+        look_again=arguments.look_again,
         scale_interval=arguments.scale_interval,
         workers=arguments.workers,
         metrics_port=arguments.metrics_port,
@@ -146,6 +147,13 @@ def build_parser() -> argparse.ArgumentParser:
         default=default.resync,
         metavar="SECONDS",
         help="how often everything is listed anew (default: %(default)s)",
+    )
+    option(
+        "--look-again",
+        type=float,
+        default=default.look_again,
+        metavar="SECONDS",
+        help="when to look again at a service that lacks a Secret or the like (default: %(default)s)",
     )
     option(
         "--scale-interval",

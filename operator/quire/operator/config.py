@@ -28,6 +28,8 @@ class OperatorConfig:
     lease_duration: int = 15
     # Everything is listed anew this often, in case a change went unnoticed.
     resync: float = 300.0
+    # After this long a service is looked at again that lacks what nobody tells of, such as a Secret.
+    look_again: float = 10.0
     # Between two measurements of the load of services that scale with it.
     scale_interval: float = 15.0
     # Services that are reconciled at a time.
@@ -44,6 +46,8 @@ class OperatorConfig:
             raise ConfigError(f"--lease-duration is {self.lease_duration}: it must lie in [3, 3600] seconds")
         if not 1 <= self.resync <= 86400:
             raise ConfigError(f"--resync is {self.resync:g}: it must lie in [1, 86400] seconds")
+        if not 0.1 <= self.look_again <= 3600:
+            raise ConfigError(f"--look-again is {self.look_again:g}: it must lie in [0.1, 3600] seconds")
         if not 0.1 <= self.scale_interval <= 3600:
             raise ConfigError(f"--scale-interval is {self.scale_interval:g}: it must lie in [0.1, 3600] seconds")
         if not 1 <= self.workers <= 256:

@@ -15,8 +15,10 @@ from quire.operator.resources.cache import cache
 from quire.operator.resources.disruption import budgets
 from quire.operator.resources.engine import CanaryEngines, canary, engine
 from quire.operator.resources.environment import environment
+from quire.operator.resources.exposure import exposure
 from quire.operator.resources.gateway import gateway
 from quire.operator.resources.metadata import Component, Manifest
+from quire.operator.resources.monitor import monitors
 from quire.operator.resources.network import engine_policy, policies
 from quire.operator.resources.router import router
 from quire.operator.resources.services import canary_service, services
@@ -45,6 +47,8 @@ def children(service: InferenceService, images: Images, on_trial: CanaryEngines 
             engine(service, images),
             router(service, images),
             gateway(service, images),
+            *exposure(service),
+            *monitors(service),
             *(_of_canary(on_trial, images) if on_trial else ()),
         )
     ]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from quire.operator import names
+from quire.operator.kinds import CHILD_OF, OPTIONAL
 from quire.operator.observed import Observed, Refusal
 from quire.operator.resources import model
 from quire.operator.resources.metadata import Component, Manifest
@@ -62,10 +63,14 @@ def _missing(service: InferenceService, observed: Observed) -> Iterator[Problem]
         yield from _missing_entries(service, observed, Component.ENGINE, field, hub.token_secret, is_about_model=True)
     if keys:
         yield from _missing_entries(service, observed, Component.GATEWAY, "spec.gateway.apiKeys", keys)
-    if spec.gateway.tls_secret:
-        for entry in ("tls.crt", "tls.key"):
-            wanted = SecretKey(name=spec.gateway.tls_secret, key=entry)
-            yield from _missing_entries(service, observed, Component.GATEWAY, "spec.gateway.tlsSecret", wanted)
+    ingress = spec.gateway.ingress
+    for field, name in (
+        ("spec.gateway.tlsSecret", spec.gateway.tls_secret),
+        ("spec.gateway.ingress.tlsSecret", ingress and ingress.tls_secret),
+    ):
+        for entry in ("tls.crt", "tls.key") if name else ():
+            wanted = SecretKey(name=name or "", key=entry)
+            yield from _missing_entries(service, observed, Component.GATEWAY, field, wanted)
     for name in spec.image_pull_secrets:
         if name not in observed.secrets:
             yield _no_secret(service, Component.ENGINE, "spec.imagePullSecrets", name)
@@ -116,6 +121,13 @@ def _no_secret(
 
 
 def _refused(service: InferenceService, refusal: Refusal) -> Problem:
+    if refusal.is_unknown:
+        project, field = OPTIONAL[CHILD_OF[refusal.kind]]
+        return Problem(
+            Component.GATEWAY,
+            "KindNotInstalled",
+            f"the cluster knows no {refusal.kind}, which {field} asks for: install {project}, or leave {field} out",
+        )
     component = next((each for each in Component if refusal.name == f"{service.name}-{each.value}"), Component.ENGINE)
     return Problem(
         component,

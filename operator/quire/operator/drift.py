@@ -37,7 +37,7 @@ def covers(live: Any, desired: Any, *, inside: str = "") -> bool:
 
 
 def _list_covers(live: list[Any], desired: list[Any], inside: str) -> bool:
-    key = next((key for key in ("name", "uid") if desired and all(_has(each, key) for each in desired)), "")
+    key = next((key for key in ("name", "uid") if desired and _tells_apart(key, desired)), "")
     if not key:
         return len(live) == len(desired) and all(
             covers(there, wanted, inside=inside) for there, wanted in zip(live, desired, strict=True)
@@ -47,5 +47,7 @@ def _list_covers(live: list[Any], desired: list[Any], inside: str) -> bool:
     return all(each[key] in by_key and covers(by_key[each[key]], each, inside=inside) for each in desired)
 
 
-def _has(entry: Any, key: str) -> bool:
-    return isinstance(entry, dict) and key in entry
+def _tells_apart(key: str, entries: list[Any]) -> bool:
+    # A route may lead through several listeners of one Gateway.
+    found = [each[key] for each in entries if isinstance(each, dict) and key in each]
+    return len(set(found)) == len(entries) == len(found)

@@ -60,7 +60,7 @@ class EngineSpec(Spec, frozen=True):
     image: Annotated[
         Annotated[str, Meta(min_length=1, max_length=512)] | None, Meta(description="Left out, the operator's own.")
     ] = None
-    gpus: Annotated[int, Meta(description="NVIDIA GPUs of each engine; 0 runs on the CPU.", ge=0, le=1)] = 0
+    gpus: Annotated[int, Meta(description="NVIDIA GPUs of each engine; 0 runs on the CPU.", ge=0)] = 0
     resources: Annotated[ResourceSpec, Meta(description="Of the engine's container, GPUs aside.")] = field(
         default_factory=ResourceSpec
     )
@@ -109,6 +109,13 @@ class EngineSpec(Spec, frozen=True):
 
     rules = (
         matches("image", IMAGE, f"image is not an image: {IMAGE_ADVICE}"),
+        Rule(
+            "self <= 1",
+            "gpus is more than 1: an engine runs on one GPU and spans neither GPUs nor nodes; raise engine.replicas to "
+            "use more",
+            lambda gpus: gpus <= 1,
+            "gpus",
+        ),
         matches(
             "kv_cache", MEMORY, "kvCache is not an amount of memory: write a number with Mi, Gi or Ti, such as 8Gi"
         ),
@@ -123,6 +130,13 @@ class EngineSpec(Spec, frozen=True):
             "extraArgs sets a flag that the operator sets: use maxModelLen, dtype, kvCache or maxNumSeqs for those, "
             "and leave out --listen, --name, --model, --sidecar, --metrics-port, --grace and the log's",
             lambda flags: not any(matches("", _TAKEN, "").holds(flag) for flag in flags),
+            "extra_args",
+        ),
+        Rule(
+            "!self.exists(flag, flag.matches('^--tls-'))",
+            "extraArgs sets up TLS, which neither routers nor probes speak to engines: leave it out, and encrypt "
+            "connections between pods by a mesh or by the cluster's network",
+            lambda flags: not any(flag.startswith("--tls-") for flag in flags),
             "extra_args",
         ),
         Rule(

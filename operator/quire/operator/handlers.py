@@ -14,7 +14,7 @@ import kopf
 
 from quire.operator.cluster import Cluster
 from quire.operator.config import OperatorConfig
-from quire.operator.kinds import SERVICE, Kind
+from quire.operator.kinds import OPTIONAL, SERVICE, Kind
 from quire.operator.listing import LABELLED, SELECTOR, Listing, fill
 from quire.operator.metrics import OperatorMetrics
 from quire.operator.queue import WakeQueue
@@ -81,7 +81,10 @@ class Watching:
             stop.set()
             await self._close()
 
+        # Optional kinds come and go with their projects, and a watch would end with them: lists have to do.
         for kind in (SERVICE, *LABELLED):
+            if kind in OPTIONAL:
+                continue
             subscribe = kopf.on.event(kind.group, _version(kind), kind.plural, registry=registry, id=kind.plural)
             subscribe(self._handler(kind))
         return registry

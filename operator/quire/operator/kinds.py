@@ -38,15 +38,26 @@ SECRET = Kind("v1", "Secret", "secrets")
 CLAIM = Kind("v1", "PersistentVolumeClaim", "persistentvolumeclaims")
 EVENT = Kind("events.k8s.io/v1", "Event", "events")
 
-CHILDREN = (
+# Of other projects: a cluster need not have them. Whose they are, and which field asks for one.
+OPTIONAL = {
+    Kind("gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes"): ("the Gateway API", "spec.gateway.httpRoute"),
+    Kind("monitoring.coreos.com/v1", "PodMonitor", "podmonitors"): (
+        "the Prometheus operator",
+        "spec.observability.podMonitor",
+    ),
+}
+
+BUILT_IN = (
     Kind("v1", "ServiceAccount", "serviceaccounts"),
     Kind("rbac.authorization.k8s.io/v1", "Role", "roles"),
     Kind("rbac.authorization.k8s.io/v1", "RoleBinding", "rolebindings"),
     Kind("v1", "ConfigMap", "configmaps"),
     CLAIM,
     Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies"),
+    Kind("networking.k8s.io/v1", "Ingress", "ingresses"),
     Kind("v1", "Service", "services"),
     Kind("policy/v1", "PodDisruptionBudget", "poddisruptionbudgets"),
     Kind("apps/v1", "Deployment", "deployments"),
 )
+CHILDREN = (*BUILT_IN, *OPTIONAL)
 CHILD_OF = {kind.name: kind for kind in CHILDREN}

@@ -13,7 +13,7 @@ import aiohttp
 
 from quire.operator import names
 from quire.operator.cluster import ApiException, Cluster
-from quire.operator.kinds import CHILDREN, POD, SERVICE, Kind
+from quire.operator.kinds import CHILDREN, OPTIONAL, POD, SERVICE, Kind
 from quire.operator.resources.metadata import Manifest
 from quire.operator.spec import Key
 from quire.operator.store import Store, slim
@@ -28,11 +28,16 @@ _RETRY_SECONDS = 2.0
 
 
 async def fill(cluster: Cluster, store: Store, kinds: Iterable[Kind] = (SERVICE, *LABELLED)) -> set[Key]:
-    """Lists all objects of these kinds into the store; returns the services about which there was news."""
+    """Lists all objects of these kinds into the store; returns the services about which there was news.
+
+    Optional kinds are left out where the cluster does not have them.
+    """
     news: set[Key] = set()
     for kind in kinds:
         found: list[Manifest] = []
         at = 0
+        if kind in OPTIONAL and not await cluster.serves(kind):
+            continue
         async for page, version in cluster.pages(kind, SELECTOR if kind in LABELLED else ""):
             found += [slim(kind, each) for each in page]
             at = version

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from quire.operator import names
 from quire.operator.resources.metadata import Component, Manifest, child_name
 from quire.operator.spec import InferenceService
 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A child that the API server would not take, in its words."""
+    """A child that the API server would not take, in its words. `is_unknown`: it has no such kind."""
 
     kind: str
     name: str
     message: str
+    is_unknown: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,8 @@ def references(service: InferenceService) -> References:
         secrets.add(spec.gateway.api_keys.name)
     if spec.gateway.tls_secret:
         secrets.add(spec.gateway.tls_secret)
+    if spec.gateway.ingress and spec.gateway.ingress.tls_secret:
+        secrets.add(spec.gateway.ingress.tls_secret)
     claims = {spec.model.claim.name} if spec.model.claim else set()
     return References(frozenset(secrets), frozenset(claims))
 
@@ -56,6 +60,15 @@ class Observed:
     def child(self, kind: str, name: str) -> Manifest | None:
         """The child of that kind and name."""
         return next((each for each in self.children if key_of(each) == (kind, name)), None)
+
+    def pods_of(self, component: Component) -> tuple[Manifest, ...]:
+        """The component's pods that are not on their way out."""
+        return tuple(
+            pod
+            for pod in self.pods
+            if pod["metadata"]["labels"].get(names.COMPONENT) == component.value
+            and not pod["metadata"].get("deletionTimestamp")
+        )
 
     def deployment(self, service: InferenceService, component: Component) -> Manifest | None:
         """The component's Deployment."""

@@ -14,8 +14,9 @@ from quire.operator import names
 from quire.operator.cluster import ApiException, Cluster
 from quire.operator.config import OperatorConfig
 from quire.operator.core import changes
+from quire.operator.deletion_cost import priced
 from quire.operator.events import events
-from quire.operator.kinds import CHILD_OF, CLAIM, EVENT, SECRET, SERVICE
+from quire.operator.kinds import CHILD_OF, CLAIM, EVENT, OPTIONAL, POD, SECRET, SERVICE
 from quire.operator.observed import Observed, Refusal, key_of, references
 from quire.operator.resources.engine import CanaryEngines
 from quire.operator.resources.metadata import Manifest
@@ -29,9 +30,6 @@ from quire.operator.strangers import Strangers
 from quire.service.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-
-# Something that nobody tells the operator of may have been put right: a Secret, a quota.
-_LOOK_AGAIN_SECONDS = 10.0
 
 # Answers that stay the same until somebody changes something.
 _REFUSED = frozenset({400, 403, 404, 422})
@@ -76,6 +74,10 @@ class Reconciler:
             status = invalid_status(error.message, generation, previous, self._now())
             await self._tell(key, previous, status)
             return None
+        return await self._keep(service, previous)
+
+    async def _keep(self, service: InferenceService, previous: Manifest) -> float | None:
+        """Makes the service true whose status is `previous`."""
         observed = await self._observe(service)
         scale = self._follow(service, observed, previous)
         rollout = rollout_of(
@@ -87,6 +89,8 @@ class Reconciler:
             now=self._now(),
         )
         service = rollout.service
+        for pod in priced(service, observed, scale.costs):
+            await self._price(pod)
         refusals = await self._write(service, observed, rollout.canary)
         status = status_of(
             service,
@@ -100,13 +104,14 @@ class Reconciler:
         # Events go first: once the status is written, its transitions are none any more.
         for event in events(service, previous, status, self._now(), self._config.identity):
             await self._announce(event)
-        await self._tell(key, previous, status)
+        await self._tell(service.key, previous, status)
         wanted = references(service)
         is_waiting = refusals or any(
             condition.type == "Degraded" and condition.status == "True" for condition in status.conditions
         )
         if is_waiting and (refusals or wanted.secrets or wanted.claims):
-            return min(_LOOK_AGAIN_SECONDS, rollout.look_again or _LOOK_AGAIN_SECONDS)
+            # Something that nobody tells of may have been put right: a Secret, a quota.
+            return min(self._config.look_again, rollout.look_again or self._config.look_again)
         return rollout.look_again
 
     async def _observe(self, service: InferenceService) -> Observed:
@@ -131,7 +136,8 @@ class Reconciler:
             except ApiException as error:
                 if error.status not in _REFUSED:
                     raise
-                refusals.append(Refusal(*key_of(child), error.reason))
+                is_unknown = error.status == 404 and CHILD_OF[child["kind"]] in OPTIONAL
+                refusals.append(Refusal(*key_of(child), error.reason, is_unknown))
         for child in found.delete:
             await self._cluster.delete(CHILD_OF[child["kind"]], child)
             self._store.remove(CHILD_OF[child["kind"]], child)
@@ -149,6 +155,15 @@ class Reconciler:
                 reason="one of this name is there already and not the service's: delete it, or rename the service",
             )
         self._store.put(kind, await self._cluster.apply(kind, child))
+
+    async def _price(self, pod: Manifest) -> None:
+        try:
+            await self._cluster.apply(POD, pod)
+        except ApiException as error:
+            if error.status not in _REFUSED | {409}:
+                raise
+            # It is gone, or its owner's business: then the ReplicaSet chooses as it ever does.
+            logger.info("can't say what a pod's end costs: %s", error.reason)
 
     async def _announce(self, event: Manifest) -> None:
         try:

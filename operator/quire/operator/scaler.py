@@ -40,12 +40,15 @@ _SHOWN_STEP = 10
 class Scale:
     """What is known of a service: `replicas` engines are wanted; `load` is in percent of the nearest target.
 
-    `trial` is what the step of a canary has shown that its status tells of.
+    `trial` is what the step of a canary has shown that its status tells of; `costs` is what each engine would lose by
+    going, by its pod's address.
     """
 
     replicas: int
     load: int | None = None
     trial: Trial = field(default_factory=Trial)
+    # Different at every measurement, and nobody is to be woken for it.
+    costs: Mapping[str, int] = field(default_factory=dict, compare=False)
 
 
 # Finds the scale of a service from what is there and the status that it has.
@@ -112,7 +115,7 @@ class Scaler:
         if step != followed.step:
             # What was counted says nothing about the step that has begun.
             followed.step, followed.scale = step, replace(followed.scale, trial=Trial())
-        return followed.scale
+        return replace(followed.scale, costs=_costs(followed.loads))
 
     def forget(self, key: Key) -> None:
         """The service is gone."""
@@ -194,10 +197,15 @@ def _rounded(load: int) -> int:
 
 def _addresses(observed: Observed, component: Component, port: int) -> Iterable[str]:
     """Of the component's ready pods."""
-    for pod in observed.pods:
-        metadata, status = pod["metadata"], pod.get("status", {})
-        is_going = metadata.get("deletionTimestamp")
+    for pod in observed.pods_of(component):
+        status = pod.get("status", {})
         is_ready = any(each["type"] == "Ready" and each["status"] == "True" for each in status.get("conditions", ()))
         address = status.get("podIP")
-        if metadata["labels"].get(names.COMPONENT) == component.value and address and is_ready and not is_going:
+        if address and is_ready:
             yield f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _costs(loads: Loads | None) -> dict[str, int]:
+    """By the pod's address; of who did not tell it is not known."""
+    engines = loads.engines.items() if loads else ()
+    return {address.rpartition(":")[0].strip("[]"): int(load.pages_used) for address, load in engines if load}

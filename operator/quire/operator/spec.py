@@ -14,6 +14,7 @@ import msgspec
 from msgspec import Meta, field
 
 from quire.operator.engine_spec import EngineSpec, SidecarSpec
+from quire.operator.exposure_spec import HttpRouteSpec, IngressSpec, PodMonitorSpec
 from quire.operator.model_spec import ModelSpec
 from quire.operator.rollout_spec import RolloutSpec
 from quire.operator.rules import Rule, Spec, each_matches, matches
@@ -71,6 +72,8 @@ class GatewaySpec(Spec, frozen=True):
     service_type: Annotated[
         Literal["ClusterIP", "NodePort", "LoadBalancer"], Meta(description="How the Service is reached.")
     ] = "ClusterIP"
+    ingress: Annotated[IngressSpec | None, Meta(description="Left out, there is none.")] = None
+    http_route: Annotated[HttpRouteSpec | None, Meta(description="Left out, there is none.")] = None
     drain_seconds: Annotated[
         int, Meta(description="How long answers in flight may go on when a gateway stops.", ge=0, le=3600)
     ] = 30
@@ -78,6 +81,12 @@ class GatewaySpec(Spec, frozen=True):
     rules = (
         matches("image", IMAGE, f"image is not an image: {IMAGE_ADVICE}"),
         matches("tls_secret", NAME, f"tlsSecret is not a Secret's name: use {NAME_ADVICE}"),
+        Rule(
+            "!has(self.tlsSecret) || !(has(self.ingress) || has(self.httpRoute))",
+            "ingress and httpRoute reach gateways over plain HTTP: leave gateway.tlsSecret out and give the "
+            "certificate to ingress.tlsSecret or to the Gateway",
+            lambda gateway: gateway.tls_secret is None or not (gateway.ingress or gateway.http_route),
+        ),
     )
 
 
@@ -88,6 +97,7 @@ class ObservabilitySpec(Spec, frozen=True):
         Annotated[str, Meta(max_length=512)] | None,
         Meta(description="Where spans go over OTLP, such as http://collector:4317; left out, nowhere."),
     ] = None
+    pod_monitor: Annotated[PodMonitorSpec | None, Meta(description="Left out, there is none.")] = None
     log_level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="Of all containers.")] = "info"
 
     rules = (
