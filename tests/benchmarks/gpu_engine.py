@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,6 +26,7 @@ import torch  # noqa: E402
 from told_drafts import ToldDrafts  # noqa: E402
 
 import quire.kernels.linear  # noqa: E402
+from quire.cli.bench.workloads import Job, Lengths, Work, Workloads  # noqa: E402
 from quire.engine.config import CoreConfig, Device, LoadFormat, Speculation  # noqa: E402
 from quire.engine.core import EngineCore  # noqa: E402
 from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
@@ -59,8 +59,6 @@ MODELS = {
 
 # An EAGLE-3 head as those published for models of this size are.
 HEAD = {"num_hidden_layers": 1, "draft_vocab_size": 32000, "tie_word_embeddings": False}
-
-Work = list[tuple[list[int], int]]  # prompts and how many tokens follow
 
 
 @dataclass(frozen=True)
@@ -144,22 +142,13 @@ def print_trace(trace: list[Step], shape: dict[str, Any]) -> None:
         )
 
 
+# Both models have more tokens than the prompts are of.
+PROMPTS = Workloads(100_000)
+fixed, shared_prefix = PROMPTS.fixed, PROMPTS.shared_prefix
+
+
 def mixed(count: int, seed: int, lo: int = 100, hi: int = 1024) -> Work:
-    draw = random.Random(seed)
-    return [
-        ([draw.randrange(10, 100000) for _ in range(draw.randint(lo, hi))], draw.randint(lo, hi)) for _ in range(count)
-    ]
-
-
-def fixed(count: int, prompt: int, output: int, seed: int) -> Work:
-    draw = random.Random(seed)
-    return [([draw.randrange(10, 100000) for _ in range(prompt)], output) for _ in range(count)]
-
-
-def shared_prefix(count: int, prefix: int, suffix: int, output: int, seed: int) -> Work:
-    draw = random.Random(seed)
-    start = [draw.randrange(10, 100000) for _ in range(prefix)]
-    return [(start + [draw.randrange(10, 100000) for _ in range(suffix)], output) for _ in range(count)]
+    return PROMPTS.mixed(count, Lengths(lo, hi), Lengths(lo, hi), seed)
 
 
 # The first prompt of `eight` is that of `one`, and so in the cache: the runs before them are alike in that, too.
@@ -411,7 +400,7 @@ def main() -> None:
         print("profile of", name)
         told.tell(arguments.accept[0] if arguments.accept else None, arguments.drafts)
         work = next(workload for workload in WORKLOADS if workload.name == name).make()
-        profile(core, [(prompt[::-1], output) for prompt, output in work], key, arguments.skip, 20)
+        profile(core, [Job(prompt[::-1], output) for prompt, output in work], key, arguments.skip, 20)
         key += 10000
     if arguments.waste:
         figures["waste"] = round(waste(core, mixed(1024, 4), key), 4)
