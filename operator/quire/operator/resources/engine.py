@@ -97,6 +97,9 @@ def _deployment(service: InferenceService, images: Images, component: Component,
 
 def _flags(spec: EngineSpec) -> list[str]:
     found = [f"--dtype={spec.dtype}"]
+    if spec.gpus:
+        # An engine that can't use the GPU it has must not run on the CPU instead.
+        found.append("--device=cuda")
     if spec.max_model_len is not None:
         found.append(f"--max-model-len={spec.max_model_len}")
     if spec.kv_cache is not None:
