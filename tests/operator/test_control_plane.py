@@ -183,7 +183,7 @@ def test_a_canary_is_rolled_back_or_promoted(services: Services) -> None:
     until("all have it", lambda: "--max-waiting=9" in arguments())
     services.until("demo", "Progressing", "False", "Settled")
     assert services.condition("demo", "Degraded")["reason"] == "AsWanted"
-    assert told() == []
+    until("routers are told no more", lambda: told() == [])
 
 
 def test_scale_subresource(plane: ControlPlane, services: Services) -> None:

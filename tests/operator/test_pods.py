@@ -193,6 +193,7 @@ def life(services: Services, kubelet: Kubelet) -> None:
         # Routers are replaced, too, since from now on they hold requests that no engine takes.
         autoscaling = {"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 2}
         apply(maxNumSeqs=5, replicas=1, autoscaling=autoscaling)
+        services.until("demo", "Progressing", "True", seconds=SECONDS)
         services.until("demo", *settled, seconds=SECONDS)
         users.until_more()
     assert not users.broken

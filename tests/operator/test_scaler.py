@@ -225,6 +225,22 @@ async def test_a_canarys_requests_are_counted_from_the_beginning_of_its_step(pod
     await woken.scaler.close()
 
 
+async def test_the_last_engine_stays_until_every_router_holds_requests() -> None:
+    """A router from before spec.engine.autoscaling is not ready without an engine, nor is a gateway behind it then."""
+    scaler = Scaler(lambda key: None, interval=60)
+
+    def wanted(engines: int, updated: int) -> int:
+        engine = {"kind": "Deployment", "metadata": {"name": "demo-engine"}, "spec": {"replicas": engines}}
+        status = {"replicas": 1, "availableReplicas": 1, "updatedReplicas": updated}
+        router = {"kind": "Deployment", "metadata": {"name": "demo-router"}, "status": status}
+        return scaler.follow(AUTOSCALED, Observed((engine, router)), {"desiredReplicas": 0}).replicas
+
+    assert (wanted(engines=1, updated=0), wanted(engines=1, updated=1)) == (1, 0)
+    # Nobody's sleep ends because routers are replaced.
+    assert wanted(engines=0, updated=0) == 0
+    await scaler.close()
+
+
 async def test_an_operator_goes_on_where_another_ended(pods: Pods) -> None:
     """Its successor must not begin with spec.engine.replicas while the load is what it is."""
     woken = Woken(pods, {"desiredReplicas": 3})

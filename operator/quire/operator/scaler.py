@@ -19,6 +19,7 @@ from quire.operator.autoscaling_spec import Autoscaling, ScalingTargets
 from quire.operator.canary import Attempts, Trial, counted
 from quire.operator.load import Loads, engine_load, router_load, sample
 from quire.operator.observed import Observed
+from quire.operator.pod_counts import PodCounts
 from quire.operator.resources.metadata import Component
 from quire.operator.scaling import History, changed, decide, load_percent, observe
 from quire.operator.spec import InferenceService, Key
@@ -115,7 +116,8 @@ class Scaler:
         if step != followed.step:
             # What was counted says nothing about the step that has begun.
             followed.step, followed.scale = step, replace(followed.scale, trial=Trial())
-        return replace(followed.scale, costs=_costs(followed.loads))
+        scale = replace(followed.scale, costs=_costs(followed.loads))
+        return replace(scale, replicas=1) if not bounded and _is_needed(service, observed) else scale
 
     def forget(self, key: Key) -> None:
         """The service is gone."""
@@ -193,6 +195,13 @@ def _shown(before: int | None, load: int | None) -> int | None:
 
 def _rounded(load: int) -> int:
     return _SHOWN_STEP * round(load / _SHOWN_STEP)
+
+
+def _is_needed(service: InferenceService, observed: Observed) -> bool:
+    """Whether the last engine must stay: routers that don't hold requests without one are still being replaced."""
+    engines, routers = (observed.deployment(service, each) for each in (Component.ENGINE, Component.ROUTER))
+    is_there = engines is not None and engines["spec"].get("replicas", 0) > 0
+    return service.scales_to_zero and is_there and not PodCounts.of(routers, service.spec.router.replicas).is_settled
 
 
 def _addresses(observed: Observed, component: Component, port: int) -> Iterable[str]:
