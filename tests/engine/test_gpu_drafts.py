@@ -32,7 +32,7 @@ from quire.engine.runner import Runner  # noqa: E402
 from quire.engine.scheduler import Scheduler, SchedulerConfig  # noqa: E402
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator  # noqa: E402
 from quire.service.checkpoint.locate import CheckpointFormat  # noqa: E402
-from quire.service.request import Constraint, ConstraintKind  # noqa: E402
+from quire.service.request import Constraint, ConstraintKind, Request, SamplingParams, StopConditions  # noqa: E402
 
 ON_GPU = DEVICE == "cuda"
 MAX_MODEL_LEN = 64
@@ -96,3 +96,23 @@ def test_no_draft_changes_an_output(models: Models, data: st.DataObject) -> None
     found = run(core(gpu, speculator, run_ahead=data.draw(st.booleans(), label="run ahead")), wanted, arrivals)
     event(f"drafts kept: {sum(speculator.stats.accepted.values()) > 0}")
     same_outputs(found, expected)
+
+
+def test_a_grammar_that_ends_behind_a_draft_it_allows(models: Models) -> None:
+    """The draft is drawn, and what is drawn after it does not count: nor does its log-probability."""
+    stop, constraint = StopConditions(9), Constraint(ConstraintKind.JSON_OBJECT)
+    greedy = SamplingParams(temperature=0.0)
+    wanted = [Request("r", "m", (3, 127), greedy, stop, logprobs=0, constraint=constraint)]
+    limits = SchedulerConfig(1, 8, MAX_MODEL_LEN, max_draft_tokens=1)
+
+    def core(speculator: Speculator | None) -> EngineCore:
+        runner = GpuRunner(models.gpu, 4, 1, 8, MAX_MODEL_LEN, max_draft_tokens=1)
+        scheduler = Scheduler(limits, PagePool(4), frozenset({EOS}))
+        return EngineCore(runner, scheduler, Grammar({}), VOCAB_SIZE, speculator=speculator)
+
+    expected = run(core(None), wanted, [0])
+    assert expected[0].reason == "ERROR"
+    for quality in (1.0, 0.9, 0.8, 0.7):
+        oracle = Oracle(lambda _: [3, 127, *expected[0].token_ids], quality, VOCAB_SIZE)
+        speculator = Speculator(oracle, SpeculationConfig(1), cost=FreeSteps())
+        same_outputs(run(core(speculator), wanted, [0]), expected)
