@@ -201,7 +201,11 @@ def test_make_serve_keys_workers_and_tls(tmp_path: Path) -> None:
 def planned(target: str, *variables: str) -> str:
     """What `make TARGET` would run."""
     return subprocess.run(
-        ["make", "--dry-run", target, *variables], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", target, *variables],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout
 
 
