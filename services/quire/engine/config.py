@@ -63,8 +63,8 @@ class CoreConfig:
     `max_model_len` 0 is the model's own; `num_pages` 0 is as many as `kv_cache_bytes` hold, and that 0 is 2 GiB on a
     CPU, and on a GPU what `gpu_memory_utilization` of its memory leaves. `max_num_seqs`, `max_num_batched_tokens`
     and `max_mixed_tokens` None are the device's. `enforce_eager`: no CUDA graphs. `num_speculative_tokens` at
-    most are drafted for a sequence and step; `speculative_model` is the folder of an EAGLE head for it, or empty: with
-    speculation servers then use, on a GPU, the one that comes with the package for this model, if there is one.
+    most are drafted for a sequence and step; `speculative_model` is the folder of an EAGLE head for it, or empty: a GPU
+    then drafts nothing, unless who loads the core brings drafts.
     """
 
     model: str = ""

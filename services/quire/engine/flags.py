@@ -68,8 +68,8 @@ def add_core_flags(option: Callable[..., Any], *, speculation: Speculation = Spe
     )  # fmt: skip
     option(
         "--speculative-model", default=core.speculative_model, metavar="FOLDER",
-        help="an EAGLE head for the model, as SafeAILab's EAGLE or speculators write it (default: on a GPU, the one "
-        "for this model that comes with the package)",
+        help="an EAGLE head for the model, as SafeAILab's EAGLE or speculators write it (default: none, and a GPU "
+        "then drafts nothing)",
     )  # fmt: skip
     option("--threads", type=int, default=core.threads, metavar="N", help="for the model; 0: one per core")
 

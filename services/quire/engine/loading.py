@@ -5,7 +5,6 @@ Who calls this: the core process, and the offline API.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,12 +32,9 @@ from quire.engine.sequence import pages_for
 from quire.engine.speculation.drafts import DraftSource
 from quire.engine.speculation.eagle.drafter import EagleDrafter
 from quire.engine.speculation.eagle.head import load_eagle
-from quire.engine.speculation.heads import shipped_head
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.checkpoint.locate import Checkpoint, locate
-from quire.service.errors import ConfigError, ModelError
-
-logger = logging.getLogger(__name__)
+from quire.service.errors import ConfigError
 
 _CPU_KV_CACHE_BYTES = 2 << 30
 
@@ -76,13 +72,11 @@ def load_core(
     checkpoint = locate(config.model)
     gpu = choose_gpu(config.device)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, gpu)
-    speculation = SpeculationConfig(config.num_speculative_tokens) if config.speculation is Speculation.AUTO else None
+    speculation = _speculation(config, gpu, chosen=make_drafts is not None)
     limits = config.batch_limits(on_gpu=gpu is not None)
     if speculation is not None and gpu is not None:
         limits = replace(limits, max_draft_tokens=_most_drafts(limits, speculation, _GPU_DRAFT_TOKENS))
-    # Who brings drafts has chosen; a server takes what the sidecar and a head have.
-    shipped = shipped_head(checkpoint.name) if speculation is not None and make_drafts is None else None
-    load = _load_cpu if gpu is None else partial(_load_gpu, gpu, kv_dtype, shipped)
+    load = _load_cpu if gpu is None else partial(_load_gpu, gpu, kv_dtype)
     loaded = load(config, checkpoint, limits, progress)
     pool = PagePool(loaded.num_pages)
     limits = replace(limits, max_model_len=loaded.max_model_len, drafter_in_pages=gpu is not None and loaded.drafts)
@@ -147,7 +141,6 @@ def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfi
 def _load_gpu(
     gpu: torch.device,
     kv_dtype: torch.dtype | None,
-    shipped: Path | None,
     config: CoreConfig,
     checkpoint: Checkpoint,
     limits: SchedulerConfig,
@@ -156,7 +149,7 @@ def _load_gpu(
     dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
     dummy = config.load_format is LoadFormat.DUMMY
     model = load_gpu_model(checkpoint.path, checkpoint.format, dtype, gpu, progress, dummy=dummy, kv_dtype=kv_dtype)
-    head = _load_head(config, model, shipped)
+    head = _load_head(config, model)
     weights_at = time.perf_counter()
     max_model_len = _max_model_len(config, model.config)
     progress(1.0, "sizing the cache")
@@ -177,18 +170,21 @@ def _load_gpu(
     return _Loaded(runner, model.config, num_pages, max_model_len, weights_at, head is not None)
 
 
-def _load_head(config: CoreConfig, model: GpuDecoder, shipped: Path | None) -> GpuEagle | None:
-    """The head that is asked for, or else `shipped`: of that a model's name alone says that it fits."""
-    dummy = config.load_format is LoadFormat.DUMMY
-    if config.speculative_model:
-        return load_gpu_eagle(Path(config.speculative_model), model, dummy=dummy)
-    if shipped is None or dummy:
+def _load_head(config: CoreConfig, model: GpuDecoder) -> GpuEagle | None:
+    if not config.speculative_model:
         return None
-    try:
-        return load_gpu_eagle(shipped, model)
-    except ModelError as error:
-        logger.warning("the head that comes with the package is not used: %s", error.message)
+    return load_gpu_eagle(Path(config.speculative_model), model, dummy=config.load_format is LoadFormat.DUMMY)
+
+
+def _speculation(config: CoreConfig, gpu: torch.device | None, *, chosen: bool) -> SpeculationConfig | None:
+    """`chosen`: who calls brings drafts."""
+    if config.speculation is not Speculation.AUTO:
         return None
+    # Between two verified steps a GPU waits for the host: at two tokens a step a full batch loses a tenth. So it drafts
+    # only where someone asks for it.
+    if gpu is not None and not chosen and not config.speculative_model:
+        return None
+    return SpeculationConfig(config.num_speculative_tokens)
 
 
 def _max_model_len(config: CoreConfig, model: ModelConfig) -> int:
