@@ -168,7 +168,9 @@ def test_a_reader_that_has_enough_is_no_error() -> None:
     read_end, write_end = os.pipe()
     os.close(read_end)
     command = [sys.executable, "-m", "quire.cli.main", "help", "bench"]
-    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False, timeout=60)
+    # Buffered, as it is for most people, the output meets its reader only at the end.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, check=False, timeout=60, env=buffered)
     os.close(write_end)
     assert done.stderr == b""
     assert done.returncode in (0, 141)

@@ -37,7 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0, 1 after a failure, 2 for a wrong line, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        return _dispatch(arguments)
+        try:
+            return _dispatch(arguments)
+        finally:
+            # Python's own flush at exit can only complain.
+            sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
