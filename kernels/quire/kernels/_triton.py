@@ -27,6 +27,7 @@ except ModuleNotFoundError:
 
 __all__ = [
     "TensorDescriptor",
+    "before_each_compilation",
     "ceil_div",
     "gdc_launch_dependents",
     "gdc_wait",
@@ -52,6 +53,18 @@ def overlap_option(overlaps: bool) -> dict[str, bool]:
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit`, typed as what it is to its callers: something that is indexed with a grid and called."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def before_each_compilation(tell: Callable[[], None]) -> None:
+    """Calls `tell`, in the thread that launches it, before this process compiles a kernel or finds it on the disk."""
+
+    def hook(**_: object) -> bool:
+        tell()
+        # Whether not to compile it.
+        return False
+
+    if triton is not None:
+        triton.knobs.runtime.jit_cache_hook = hook
 
 
 def ceil_div(a: int, b: int) -> int:
