@@ -14,8 +14,8 @@ from quire.engine.sidecar_drafts import SidecarDrafts
 from quire.engine.speculation.drafts import DraftRequest
 
 TEXT = [11, 12, 13, 14, 15, 16, 17, 18]
-# An answer from a machine that does other things beside it.
-PATIENT_S = 5.0
+# An answer from a machine that does other things beside it, or stands still for seconds.
+PATIENT_S = 30.0
 
 
 @pytest.fixture(scope="module")

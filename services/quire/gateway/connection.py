@@ -178,13 +178,14 @@ class Connection(HttpToolsProtocol):
     def _expect_reading(self) -> None:
         self._stop_writing_timer()
         if waiting := self.transport.get_write_buffer_size():
-            timeout, taken = self._limits.write_timeout, self._gathered.written - waiting
-            self._writing = self.loop.call_later(timeout, self._check_progress, taken + min(waiting, _HIGH_WATER))
+            due, taken = self.loop.time() + self._limits.write_timeout, self._gathered.written - waiting
+            self._writing = self.loop.call_at(due, self._check_progress, due, taken + min(waiting, _HIGH_WATER))
 
-    def _check_progress(self, expected: int) -> None:
+    def _check_progress(self, due: float, expected: int) -> None:
         self._writing = None
+        stood_still = self.loop.time() - due > self._limits.write_timeout
         # What waited at the beginning must be gone by now, and of a long answer more than drops.
-        if self._gathered.written - self.transport.get_write_buffer_size() < expected:
+        if not stood_still and self._gathered.written - self.transport.get_write_buffer_size() < expected:
             self._stalled()
         else:
             self._expect_reading()
