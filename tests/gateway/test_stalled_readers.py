@@ -83,7 +83,7 @@ async def test_a_reader_that_stalls_is_told_and_cut_off(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without it clients that stop reading would hold an engine's slot, and the memory of what they don't read."""
-    gateway = await start(write_timeout=0.5)
+    gateway = await start(write_timeout=1.0)
     stalled, reading = await connect(gateway.url), await connect(gateway.url)
     await stalled.post(ENDLESS | {"model": MODEL})
     lost = await router.next()
