@@ -57,7 +57,7 @@ def test_gpus_become_ranks() -> None:
     for each in flags(spec_of(2)):
         assert {
             "--tensor-parallel-size=16", "--nnodes=2", "--node-rank=$(LWS_WORKER_INDEX)",
-            "--master-addr=$(LWS_LEADER_ADDRESS)", "--master-port=29500",
+            "--master-addr=$(LWS_LEADER_ADDRESS)", "--master-port=29500", "--rendezvous-timeout=1800",
         } <= each  # fmt: skip
 
 
