@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,7 +40,8 @@ def long_request() -> Request:
 
 def send(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 async def until_not_serving(pod: Engine) -> None:
@@ -76,6 +77,7 @@ async def test_only_a_core_that_hangs_ends_its_engine(tmp_path: Path, capfd: pyt
         lost, kept = sessions[0].submit(long_request()), sessions[2].submit(long_request())
         await asyncio.gather(lost.until_tokens(3), kept.until_tokens(3))
         still = [core_of(idle.process.pid), paused.process.pid, core_of(paused.process.pid)]
+        stack.callback(send, still, signal.SIGCONT)
         send(still, signal.SIGSTOP)
         core = core_of(hanging.process.pid)
         health = asyncio.create_task(until_not_serving(hanging))
