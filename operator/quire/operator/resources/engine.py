@@ -106,7 +106,7 @@ def _container(
         resources=resources_of(spec.resources, gpus=spec.gpus),
         # Shared with the sidecar, and between the processes of several GPUs.
         mounts=[sidecar.SHARED_MOUNT, *model.mounts(service), *mounts],
-        env=[own_name(), *model.environment(service)],
+        env=[own_name(), *model.environment(service), *model.kernel_cache(service)],
         **more,
     )
 

@@ -68,3 +68,13 @@ def environment(service: InferenceService) -> list[Manifest]:
         secret = {"name": hub.token_secret.name, "key": hub.token_secret.key}
         found.append({"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": secret}})
     return found
+
+
+def kernel_cache(service: InferenceService) -> list[Manifest]:
+    """Where a GPU's kernels stay once they are compiled: beside what was downloaded, which outlives a pod if it is kept.
+
+    Elsewhere it is the pod's own scratch folder.
+    """
+    if service.spec.model.hub is None or not service.spec.engine.gpus:
+        return []
+    return [{"name": "TRITON_CACHE_DIR", "value": f"{_CACHE}/triton"}]
