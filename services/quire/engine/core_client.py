@@ -9,6 +9,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 
+from quire.engine.config import CoreConfig
 from quire.engine.messages import LENGTH, FromCore, StartCore, ToCore, encode
 
 # A step of the largest prompt chunk on a slow CPU.
@@ -35,7 +36,7 @@ class CoreClient:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
-                env=_environment(start.config.threads),
+                env=_environment(start.config),
                 # Ctrl-C goes to the whole foreground group; this process is to end when its server does.
                 start_new_session=True,
             )
@@ -71,9 +72,12 @@ class CoreClient:
             return await self._process.wait()
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(config: CoreConfig) -> dict[str, str]:
     environment = dict(os.environ)
-    if threads:
+    if config.threads:
         # OpenMP reads this once, when torch is imported.
-        environment["OMP_NUM_THREADS"] = str(threads)
+        environment["OMP_NUM_THREADS"] = str(config.threads)
+    if config.interpreted:
+        # So does Triton.
+        environment["TRITON_INTERPRET"] = "1"
     return environment

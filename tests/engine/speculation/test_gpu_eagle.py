@@ -136,6 +136,9 @@ class CheckingRunner:
     def prepare(self) -> bool:
         return self.runner.prepare()
 
+    def close(self) -> None:
+        self.runner.close()
+
     def tell(self, text: list[int], count: int) -> tuple[int, ...]:
         prompt = max((prompt for prompt in PROMPTS if tuple(text[: len(prompt)]) == prompt), key=len)
         truth = [*prompt, *self.heads.answer(prompt), *[0] * count][len(text) : len(text) + count]
