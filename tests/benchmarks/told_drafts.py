@@ -1,8 +1,8 @@
 """Drafts that are right as often as a benchmark is told, whatever the model says: synthetic acceptance.
 
-Weights are random, so no drafter can be any good: which drafts of a step are right is drawn here, each with the same
-probability if those before it are. What a step computes, and what the host does with it, is as ever; only the tokens
-that the host believes are others than those on the device, which costs nothing.
+Weights are random, so no drafter can be any good: how many drafts of a sequence are right is drawn on the device, each
+with the same probability if those before it are. What a step computes, and what the host does with it, is as ever; only
+the tokens that the host believes are others than those on the device, which costs nothing.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
+import torch
 
 from quire.engine.core import EngineCore
 from quire.engine.gpu.runner import GpuPendingStep, GpuRunner
@@ -20,6 +20,8 @@ from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 
 # What is drafted without a head; any token will do.
 _DRAFT = 17
+# Drafts of a sequence in a step.
+_MOST = 64
 
 
 def rate_for(length: float, num_drafts: int) -> float:
@@ -33,24 +35,17 @@ def rate_for(length: float, num_drafts: int) -> float:
 
 @dataclass
 class ToldStep:
-    """See quire.engine.runner.PendingStep. `right`: whether the draft that each row's draw stands in front of is."""
+    """See quire.engine.runner.PendingStep."""
 
     pending: GpuPendingStep
     plan: StepPlan
-    right: npt.NDArray[np.bool_]
     told: ToldDrafts
 
     def draw(self, masks: StepMasks | None) -> None:
         self.pending.draw(masks)
 
     def wait(self) -> StepResult:
-        pending = self.pending
-        assert pending.token_ids is not None
-        if pending.done is not None:
-            pending.done.synchronize()
-        drawn = pending.token_ids[: len(self.right)].numpy()
-        pending.staged = replace(pending.staged, drafted=np.where(self.right, drawn, -1))
-        return self.told.believe(self.plan, pending.wait())
+        return self.told.believe(self.plan, self.pending.wait())
 
 
 @dataclass
@@ -64,7 +59,7 @@ class ToldDrafts:
     offered: dict[int, int] = field(default_factory=dict)  # by slot: what was drafted to follow and not verified
 
     def __post_init__(self) -> None:
-        self._launch = self.runner.launch
+        self._launch, self._verify = self.runner.launch, self.runner._verify
 
     def tell(self, length: float | None, num_drafts: int) -> None:
         """From here on up to `num_drafts` drafts are verified, of a mean of `length` tokens a step; None: no drafts.
@@ -73,21 +68,29 @@ class ToldDrafts:
         """
         self.offered = {}
         self.core._speculator = self.core.stats.speculation = None
-        self.runner.launch = self._launch  # type: ignore[method-assign]
+        self.runner.launch, self.runner._verify = self._launch, self._verify  # type: ignore[method-assign]
         if length is not None:
             self.rate = rate_for(length, num_drafts)
             self.core._speculator = Speculator(None, SpeculationConfig(num_drafts), on_device=True)
             self.core.stats.speculation = self.core._speculator.stats
             self.runner.launch = self.launch  # type: ignore[method-assign,assignment]
+            self.runner._verify = self.verify  # type: ignore[method-assign]
 
     def launch(self, plan: StepPlan, *, masked: bool) -> ToldStep:
-        pending = self._launch(plan, masked=masked)
-        return ToldStep(pending, plan, self.random.random(len(pending.staged.draws)) < self.rate, self)
+        return ToldStep(self._launch(plan, masked=masked), plan, self)
+
+    def verify(self) -> None:
+        """In the place of the runner's own: what it counts is of no use."""
+        columns, accepted = self.runner._batch.columns, self.runner._batch.accepted
+        right = torch.rand(len(accepted), _MOST, device=accepted.device) < self.rate
+        num_drafts = torch.zeros_like(accepted)
+        num_drafts.scatter_reduce_(0, columns.slots.to(torch.int64), columns.num_drafts, "amax")
+        accepted.copy_(torch.minimum(right.to(torch.int32).cumprod(1).sum(1), num_drafts))
 
     def believe(self, plan: StepPlan, result: StepResult) -> StepResult:
         """`result` with drafts, where there is no head, and with tokens as they were drafted, where nobody verified."""
         token_ids = result.token_ids
-        if self.offered and not plan.drafts:
+        if self.offered and not any(work.num_drafts for work in plan.work):
             chosen = self.random.random(len(plan.work)) < self.rate
             token_ids = tuple(
                 self.offered.get(work.slot, token) if right else token

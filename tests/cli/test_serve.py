@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import re
 import shlex
 import signal
@@ -17,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from processes import until_ended
 from served import MODEL, descendants, free_port
 from terminal import Terminal
 
@@ -245,7 +245,7 @@ def test_a_whole_life_in_a_terminal() -> None:
         # One line each: the bar was taken away before, and after it nothing was drawn.
         assert not [line for line in terminal.screen if "━" in line or "%" in line]
         assert "ERROR" not in terminal.output and "Traceback" not in terminal.output
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    until_ended(pids)
     assert folders and not any(map(Path.exists, folders))
     assert is_free(port) and is_free(grpc_port)
     assert f"http://127.0.0.1:{port}" not in [serving.url for serving in find_serving()]
@@ -277,7 +277,8 @@ def test_ctrl_c_while_it_loads() -> None:
         terminal.type("\x03")
         assert terminal.wait() == 130
         assert "Ready in" not in terminal.output and "Traceback" not in terminal.output
-    assert pids and not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert pids
+    until_ended(pids)
     assert is_free(port)
 
 
@@ -303,9 +304,7 @@ def test_a_closed_window_stops_everything() -> None:
     with terminal:
         terminal.expect("engine-0: ")
         pids = descendants(terminal.process.pid)
-        watches = [os.pidfd_open(pid) for pid in pids]
         terminal.process.send_signal(signal.SIGHUP)
         assert terminal.wait() == 0
-    for watch in watches:
-        os.close(watch)
-    assert pids and not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    assert pids
+    until_ended(pids)

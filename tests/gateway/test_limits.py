@@ -70,7 +70,7 @@ async def test_heads(start: Start, connect: Connect) -> None:
 
 async def test_slow_senders(start: Start, connect: Connect) -> None:
     """Without it connections that send a byte now and then would pile up."""
-    gateway = await start(read_timeout=0.2)
+    gateway = await start(read_timeout=0.5)
     silent, head, body = [await connect(gateway.url) for _ in range(3)]
     await head.send(b"GET /heal")
     await body.send(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")

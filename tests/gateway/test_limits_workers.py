@@ -88,8 +88,9 @@ async def test_life_of_workers(start: Callable[..., Any], router: FakeRouter, tm
     answering = asyncio.create_task(answer_all(router))
     answers = await asyncio.gather(*(ask(process.url, headers=headers) for _ in range(16)))
     assert sorted(answer.status_code for answer in answers) == [200] * 8 + [429] * 8
-    assert {line.split()[2] for line in process.lines if "over http" in line} == {"gateway-0", "gateway-1"}
-    assert await in_flight_and_ended(process.url) == (0, 16)
+    # What has been answered is logged and counted a moment later.
+    assert set(await process.until_logged(r"(gateway-\d).*over http", 16)) == {"gateway-0", "gateway-1"}
+    await eventually(lambda: in_flight_and_ended(process.url), lambda counts: counts == (0, 16))
     answering.cancel()
 
     # Killed: the other goes on, the dead one is started again and counts on where it was.

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import ssl
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ async def test_a_reader_that_stalls_is_told_and_cut_off(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without it clients that stop reading would hold an engine's slot, and the memory of what they don't read."""
-    gateway = await start(write_timeout=0.5)
+    gateway = await start(write_timeout=1.0)
     stalled, reading = await connect(gateway.url), await connect(gateway.url)
     await stalled.post(ENDLESS | {"model": MODEL})
     lost = await router.next()
@@ -150,6 +151,26 @@ async def test_a_slow_reader_of_a_long_answer_gets_all_of_it(
         await asyncio.sleep(0.04)
     assert b"finish_reason" in read
     assert asyncio.get_running_loop().time() - began > 2 * 0.3
+
+
+async def test_a_gateway_that_stood_still_blames_no_reader(
+    start: Start, router: FakeRouter, connect: Connect, encode: Callable[[str], list[int]]
+) -> None:
+    """Without it a pause of the machine, or a process without CPU time, would cut off all who are being answered."""
+    gateway = await start(write_timeout=0.3)
+    client = await connect(gateway.url)
+    await client.post(ENDLESS | {"model": MODEL}, connection="close")
+    submission = await router.next()
+    submission.send(cached=0)
+    connections = gateway._http._server.server_state.connections
+    async with asyncio.timeout(20):
+        while not any(connection._writing for connection in connections):
+            submission.send(LONG_LINES)
+            await asyncio.sleep(0)
+    time.sleep(0.9)  # noqa: ASYNC251 (nothing in this process may run)
+    submission.send(encode(" end"), finish=FinishReason.STOP)
+    assert b"[DONE]" in await client.rest()
+    assert await stalled_readers(gateway.url) == 0
 
 
 async def test_one_who_reads_is_never_taken_for_one_who_stalls(

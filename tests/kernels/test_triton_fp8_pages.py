@@ -10,7 +10,7 @@ import triton_testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_testing import DEVICE, FLOAT_TYPES, assert_close, examples
+from triton_testing import DEVICE, FLOAT_TYPES, assert_close, compiled_for, examples
 
 triton_testing.need_triton()
 
@@ -38,26 +38,15 @@ def in_fp8(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
 @settings(max_examples=examples(12, 100), deadline=None)
 @given(
     seqs=st.lists(st.sampled_from([(1, 1), (1, 17), (1, 130), (5, 20), (40, 57)]), min_size=1, max_size=4),
-    heads=st.sampled_from([(1, 1), (4, 2), (9, 3), (8, 1)]),
-    head_size=st.sampled_from([16, 64, 80]),
-    dtype=st.sampled_from(FLOAT_TYPES),
-    window=st.sampled_from([0, 0, 20]),
-    soft_cap=st.sampled_from([0.0, 2.0]),
-    splits=st.sampled_from([1, 3, 20]),
+    kind=compiled_for([(1, 1), (4, 2), (9, 3), (8, 1)], [16, 64, 80], FLOAT_TYPES, [0, 0, 20], [0.0, 2.0], [1, 3, 20]),
     seed=st.integers(0, 2**32),
 )
 def test_any_mix_of_sequences(
-    seqs: list[tuple[int, int]],
-    heads: tuple[int, int],
-    head_size: int,
-    dtype: torch.dtype,
-    window: int,
-    soft_cap: float,
-    splits: int,
-    seed: int,
+    seqs: list[tuple[int, int]], kind: tuple[tuple[int, int], int, torch.dtype, int, float, int], seed: int
 ) -> None:
     """Without it attention may read FP8 as something else, or compute in it: its error must be that of its own type,
     the pages' rounding aside."""
+    heads, head_size, dtype, window, soft_cap, splits = kind
     shape = AttentionShape(*heads, head_size, window)
     batch, keys, values = in_fp8(make_batch(seqs, shape, dtype, seed))
     limits = AttentionLimits(max(len(batch.queries), 40), len(seqs), 40)
@@ -107,17 +96,15 @@ def interpreted_right(numbers: Tensor) -> Tensor:
 @settings(max_examples=examples(8, 30), deadline=None)
 @given(
     lengths=st.lists(st.sampled_from([1, 16, 17, 64, 130]), min_size=1, max_size=4),
-    heads=st.sampled_from([(1, 1), (4, 2), (9, 3)]),
-    dtype=st.sampled_from(FLOAT_TYPES),
-    normed=st.booleans(),
-    splits=st.sampled_from([1, 3]),
+    kind=compiled_for([(1, 1), (4, 2), (9, 3)], FLOAT_TYPES, [False, True], [1, 3]),
     seed=st.integers(0, 2**32),
 )
 def test_few_decodes_are_as_many(
-    lengths: list[int], heads: tuple[int, int], dtype: torch.dtype, normed: bool, splits: int, seed: int
+    lengths: list[int], kind: tuple[tuple[int, int], torch.dtype, bool, int], seed: int
 ) -> None:
     """Without it a token's own key would count with more digits than later ones find in its page: what a request says
     would depend on how many run beside it."""
+    heads, dtype, normed, splits = kind
     head_size, count = 64, len(lengths)
     shape = AttentionShape(*heads, head_size)
     batch, keys, values = in_fp8(make_batch([(1, length) for length in lengths], shape, dtype, seed))

@@ -10,7 +10,7 @@ import triton_testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton_testing import DEVICE, FLOAT_TYPES, assert_close, poison
+from triton_testing import DEVICE, FLOAT_TYPES, assert_close, compiled_for, examples, poison
 
 triton_testing.need_triton()
 
@@ -48,31 +48,28 @@ sequences = st.lists(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=examples(25, 100), deadline=None)
 @given(
     seqs=sequences,
-    heads=st.sampled_from([(1, 1), (4, 2), (9, 3), (4, 1), (3, 3)]),
-    head_size=st.sampled_from([16, 64, 80]),
-    dtype=st.sampled_from(FLOAT_TYPES),
-    window=st.sampled_from([0, 0, 1, 20, 64]),
-    soft_cap=st.sampled_from([0.0, 0.0, 2.0]),
-    splits=st.sampled_from([1, 3, 20]),
-    decode_query_len=st.sampled_from([1, 3]),
+    kind=compiled_for(
+        [(1, 1), (4, 2), (9, 3), (4, 1), (3, 3)],
+        [16, 64, 80],
+        FLOAT_TYPES,
+        [0, 0, 1, 20, 64],
+        [0.0, 0.0, 2.0],
+        [1, 3, 20],
+        [1, 3],
+    ),
     seed=st.integers(0, 2**32),
 )
 def test_any_mix_of_sequences(
     seqs: list[tuple[int, int]],
-    heads: tuple[int, int],
-    head_size: int,
-    dtype: torch.dtype,
-    window: int,
-    soft_cap: float,
-    splits: int,
-    decode_query_len: int,
+    kind: tuple[tuple[int, int], int, torch.dtype, int, float, int, int],
     seed: int,
 ) -> None:
     """Without it some mix of prefill, verification and decode on a GPU may attend to what it must not, or miss what it
     must see."""
+    heads, head_size, dtype, window, soft_cap, splits, decode_query_len = kind
     shape = AttentionShape(*heads, head_size, window)
     batch = make_batch(seqs, shape, dtype, seed)
     total = sum(count for count, _ in seqs)
@@ -88,7 +85,8 @@ def test_tiles_of_real_launches(seqs: list[tuple[int, int]], dtype: torch.dtype)
     check(make_batch(seqs, shape, dtype, 0), shape, AttentionLimits(256, 4, 150), layers=1)
 
 
-@pytest.mark.parametrize("head_size", [64, 80, 96, 128, 256])
+# 64, 80 and 128 are those of the tests above.
+@pytest.mark.parametrize("head_size", [96, 256])
 def test_head_sizes(head_size: int) -> None:
     """Without it a model with an unusual head size reads its neighbour head's elements."""
     shape = AttentionShape(4, 2, head_size)
@@ -194,15 +192,13 @@ def test_a_step_without_sequences_does_nothing() -> None:
         min_size=1,
         max_size=5,
     ),
-    heads=st.sampled_from([(4, 2), (9, 3), (32, 8)]),
-    programs=st.sampled_from([1, 7, 40]),
-    decode_query_len=st.sampled_from([1, 4]),
-    window=st.sampled_from([0, 100]),
+    kind=compiled_for([(4, 2), (9, 3), (32, 8)], [1, 7, 40], [1, 4], [0, 100]),
 )
 def test_the_list_covers_all_keys_once_and_fits(
-    seqs: list[tuple[int, int]], heads: tuple[int, int], programs: int, decode_query_len: int, window: int
+    seqs: list[tuple[int, int]], kind: tuple[tuple[int, int], int, int, int]
 ) -> None:
     """Without it some batch's list overruns its buffers, or leaves out or counts twice some keys."""
+    heads, programs, decode_query_len, window = kind
     shape = AttentionShape(*heads, 64, window)
     starts = torch.tensor([0, *(count for count, _ in seqs)]).cumsum(0)
     total = int(starts[-1])

@@ -7,7 +7,7 @@ import torch
 import triton_testing
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton_testing import DEVICE, FLOAT_TYPES, assert_close, examples
+from triton_testing import DEVICE, FLOAT_TYPES, assert_close, compiled_for, examples
 
 triton_testing.need_triton()
 
@@ -82,23 +82,16 @@ def check_groups(batch: Batch, groups: PrefixGroups) -> None:
         min_size=1,
         max_size=7,
     ),
-    heads=st.sampled_from([(4, 2), (9, 3), (4, 1)]),
-    head_size=st.sampled_from([16, 80]),
-    dtype=st.sampled_from(FLOAT_TYPES),
-    soft_cap=st.sampled_from([0.0, 2.0]),
-    splits=st.sampled_from([1, 8]),
+    kind=compiled_for([(4, 2), (9, 3), (4, 1)], [16, 80], FLOAT_TYPES, [0.0, 2.0], [1, 8]),
     seed=st.integers(0, 2**32),
 )
 def test_shared_prefixes_change_nothing_but_the_reading(
     seqs: list[tuple[tuple[int, int], int, int]],
-    heads: tuple[int, int],
-    head_size: int,
-    dtype: torch.dtype,
-    soft_cap: float,
-    splits: int,
+    kind: tuple[tuple[int, int], int, torch.dtype, float, int],
     seed: int,
 ) -> None:
     """Without it sequences that begin alike may lose keys, count them twice, or read those of another group."""
+    heads, head_size, dtype, soft_cap, splits = kind
     shape = AttentionShape(*heads, head_size)
     batch = make_batch([(count, count + before) for (count, before), _, _ in seqs], shape, dtype, seed)
     share_pages(batch, [family for _, family, _ in seqs], [pages for _, _, pages in seqs])

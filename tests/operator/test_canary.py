@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 import kubernetes_validate
@@ -12,19 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_strategies import document, services
+from paper_cluster import Paper
 
 from quire.operator.canary import Judgement, Tally, Trial, counted, judge
-from quire.operator.config import Images
-from quire.operator.core import changes
-from quire.operator.events import events
-from quire.operator.observed import Observed, key_of
 from quire.operator.revision import Revision
-from quire.operator.rollout import Rollout, rollout_of
 from quire.operator.rollout_spec import Canary
 from quire.operator.spec import InferenceService, parse
-from quire.operator.status import plain, status_of
-
-IMAGES = Images()
 
 Document = dict[str, Any]
 
@@ -77,56 +68,6 @@ def test_a_revision_is_read_as_it_was_written(service: InferenceService) -> None
     assert revision.within(service) == service
     for other in ("", "{", "[]", '{"engine":{"replicas":"x"}}'):
         assert Revision.read(other) is None
-
-
-@dataclass
-class Paper:
-    """A cluster in which everything is ready at once, but for what `broken` says."""
-
-    children: dict[tuple[str, str], Document] = field(default_factory=dict)
-    pods: tuple[Document, ...] = ()
-    status: Document = field(default_factory=dict)
-    now: datetime = datetime(2026, 1, 1, tzinfo=UTC)
-    is_ready: bool = True
-
-    def look(self, spec: Document, trial: Trial = Trial()) -> Rollout:  # noqa: B008
-        """As the reconciler does."""
-        service = parse(document(spec))
-        observed = Observed(tuple(self.children.values()), self.pods)
-        found = rollout_of(service, observed, IMAGES, previous=self.status, trial=trial, now=self.now)
-        wanted = changes(found.service, observed, IMAGES, found.canary)
-        for each in wanted.delete:
-            del self.children[key_of(each)]
-        for each in wanted.apply:
-            self.children[key_of(each)] = {**each, "status": self._status(each)}
-        status = status_of(found.service, observed, rollout=found.state, previous=self.status, now=self.now)
-        self.told = events(found.service, self.status, status, self.now, "x")
-        self.status = plain(status)
-        return found
-
-    def _status(self, child: Document) -> Document:
-        if child["kind"] != "Deployment":
-            return {}
-        replicas = child["spec"]["replicas"]
-        ready = 0 if "canary" in child["metadata"]["name"] and not self.is_ready else replicas
-        return {"replicas": replicas, "updatedReplicas": replicas, "availableReplicas": ready}
-
-    def finish_start(self) -> None:
-        self.is_ready = True
-        for each in self.children.values():
-            each["status"] = self._status(each)
-
-    def arguments(self, name: str) -> Sequence[str]:
-        found: Sequence[str] = self.children["Deployment", name]["spec"]["template"]["spec"]["containers"][0]["args"]
-        return found
-
-    @property
-    def percent(self) -> str:
-        """What routers are told."""
-        return str(self.children["Service", "demo-canary"]["metadata"]["labels"]["quire.dev/canary-percent"])
-
-    def condition(self, kind: str) -> Document:
-        return next(each for each in self.status["conditions"] if each["type"] == kind)
 
 
 def spec_of(flag: str, replicas: int = 4, **canary: Any) -> Document:
@@ -252,11 +193,23 @@ def test_new_engines_that_are_never_ready_are_rolled_back() -> None:
     paper.pods = (canary_pod(paper, {"state": {"waiting": {"reason": "ErrImagePull"}}}),)
     paper.look(NEW)
     assert (paper.status["rollout"]["phase"], paper.condition("Degraded")["reason"]) == ("Canary", "ImagePullFailed")
-    late = {"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded"}
-    paper.children["Deployment", "demo-canary"]["status"]["conditions"] = [late]
+    paper.now += timedelta(seconds=1800)
+    assert paper.look(NEW).look_again == 60
+    paper.now += timedelta(seconds=60)
     paper.look(NEW)
     assert is_as_before(paper)
-    assert "not ready within spec.engine.loadSeconds" in paper.condition("Degraded")["message"]
+    assert "not ready within spec.engine.loadSeconds (1800)" in paper.condition("Degraded")["message"]
+
+
+def test_where_nobody_asks_no_new_engine_is_late() -> None:
+    """A service asleep for a night would have rolled back a change that nothing is wrong with."""
+    paper = Paper(is_ready=False)
+    for spec in (spec_of("--max-waiting=1", 0), spec_of("--max-waiting=2", 0)):
+        paper.look(spec)
+    for replicas in (0, 1):
+        paper.now += timedelta(days=1)
+        paper.look(spec_of("--max-waiting=2", replicas))
+        assert paper.status["rollout"]["phase"] == "Canary"
 
 
 @pytest.mark.parametrize(

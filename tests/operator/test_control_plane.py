@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from control_plane import ApiError, ControlPlane, until
+from leader_worker_sets import SET as LEADER_WORKER_SET
 from operator_process import USER, OperatorProcess, Services
 
 from quire.operator.kinds import BUILT_IN, CHILD_OF, OPTIONAL, POD, Kind
@@ -343,9 +344,10 @@ def test_kinds_that_a_cluster_need_not_have(operator: OperatorProcess, services:
     assert "the cluster knows no HTTPRoute, which spec.gateway.httpRoute asks for: install the Gateway API" in str(said)
     services.until("demo", "Ready", "True", "Serving")
 
-    crds = [install_kind(services, kind.group, kind) for kind in OPTIONAL]
+    kinds = [kind for kind in OPTIONAL if kind != LEADER_WORKER_SET]
+    crds = [install_kind(services, kind.group, kind) for kind in kinds]
     (route_path, monitor_path) = (
-        kind.path(services.namespace, name) for kind, name in zip(OPTIONAL, ("demo-gateway", "demo"), strict=True)
+        kind.path(services.namespace, name) for kind, name in zip(kinds, ("demo-gateway", "demo"), strict=True)
     )
     # It looks again by itself, too, but not as soon.
     services.apply("demo", {**spec, "router": {"holdSeconds": 6}})
@@ -432,6 +434,7 @@ def test_the_operator_has_no_right_to_more(plane: ControlPlane, operator: Operat
         ("create", "pods", "no"),
         ("patch", "pods", "yes"),
         ("patch", "deployments.apps", "yes"),
+        ("create", "statefulsets.apps", "no"),
         ("patch", "inferenceservices.quire.dev", "no"),
         ("patch", "inferenceservices.quire.dev/status", "yes"),
         ("*", "*", "no"),

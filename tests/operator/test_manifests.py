@@ -10,7 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from operator_strategies import document, services
 
@@ -20,6 +20,7 @@ from quire.operator.config import Images
 from quire.operator.core import changes, children
 from quire.operator.kinds import CHILD_OF, OPTIONAL
 from quire.operator.observed import Observed, key_of
+from quire.operator.resources.group import templates
 from quire.operator.spec import InferenceService, parse
 
 ROOT = Path(__file__).parents[2]
@@ -43,9 +44,21 @@ def test_samples_become_what_the_golden_files_say(sample: Path, capsys: pytest.C
 def test_everything_rendered_is_valid_and_known_to_kubernetes(sample: Path) -> None:
     """Strict: a misspelt field would be dropped by the API server, and a probe with it."""
     for child in yaml.safe_load_all((Path(__file__).parent / "golden" / sample.name).read_text()):
-        if CHILD_OF[child["kind"]] in OPTIONAL:
-            continue
+        assert_is_known(child)
+
+
+def assert_is_known(child: dict[str, Any]) -> None:
+    """Kinds of other projects have no schemas here, but the pods in them do."""
+    if CHILD_OF[child["kind"]] not in OPTIONAL:
         kubernetes_validate.validate(child, KUBERNETES, strict=True)
+    for template in pod_templates(child):
+        wrapped = {"apiVersion": "v1", "kind": "PodTemplate", "template": template}
+        kubernetes_validate.validate(wrapped, KUBERNETES, strict=True)
+
+
+def pod_templates(child: dict[str, Any]) -> list[dict[str, Any]]:
+    """What its pods are made of, if it makes any."""
+    return templates(child) if child["kind"] in ("Deployment", "LeaderWorkerSet") else []
 
 
 @settings(max_examples=25, deadline=None)
@@ -55,8 +68,7 @@ def test_every_service_becomes_valid_objects_of_its_own(service: InferenceServic
     made = children(service, IMAGES)
     assert len({key_of(each) for each in made}) == len(made)
     for child in made:
-        if CHILD_OF[child["kind"]] not in OPTIONAL:
-            kubernetes_validate.validate(child, KUBERNETES, strict=True)
+        assert_is_known(child)
         metadata = child["metadata"]
         assert len(metadata["name"]) <= 63
         assert metadata["labels"][names.SERVICE] == service.name
@@ -68,22 +80,29 @@ def test_every_service_becomes_valid_objects_of_its_own(service: InferenceServic
 def test_selectors_choose_their_own_pods_and_no_others(service: InferenceService) -> None:
     """A selector that is too wide sends gateways' requests to engines."""
     made = children(service, IMAGES)
-    pods = {
-        each["metadata"]["name"]: each["spec"]["template"]["metadata"]["labels"]
-        for each in made
-        if each["kind"] == "Deployment"
-    }
+    pods = [template["metadata"]["labels"] for each in made for template in pod_templates(each)]
+    assert len(pods) == (4 if service.spans_nodes else 3)
     for child in made:
-        spec = child.get("spec", {})
+        spec, name = child.get("spec", {}), child["metadata"]["name"]
         chosen = {
-            "Service": lambda spec: spec["selector"],
-            "Deployment": lambda spec: spec["selector"]["matchLabels"],
-            "PodDisruptionBudget": lambda spec: spec["selector"]["matchLabels"],
-            "NetworkPolicy": lambda spec: spec["podSelector"]["matchLabels"],
+            "Service": lambda spec: {"matchLabels": spec["selector"]},
+            "Deployment": lambda spec: spec["selector"],
+            "PodDisruptionBudget": lambda spec: spec["selector"],
+            "NetworkPolicy": lambda spec: spec["podSelector"],
         }.get(child["kind"])
         if chosen:
-            picked = [name for name, labels in pods.items() if chosen(spec).items() <= labels.items()]
-            assert picked == [child["metadata"]["name"]]
+            picked = [f"demo-{labels[names.COMPONENT]}" for labels in pods if is_picked(labels, chosen(spec))]
+            # Whichever pod of a group goes takes its engine along.
+            is_whole = child["kind"] == "PodDisruptionBudget" and name == "demo-engine" and service.spans_nodes
+            assert picked == [name, *(["demo-engine-worker"] if is_whole else [])]
+
+
+def is_picked(labels: dict[str, str], selector: dict[str, Any]) -> bool:
+    """By labels, and by the one operator that is in use."""
+    either = selector.get("matchExpressions", [])
+    return selector["matchLabels"].items() <= labels.items() and all(
+        each["operator"] == "In" and labels[each["key"]] in each["values"] for each in either
+    )
 
 
 @settings(max_examples=50, deadline=None)
@@ -92,10 +111,8 @@ def test_containers_mount_and_refer_to_what_is_there(service: InferenceService) 
     """A mount without its volume is refused only when the pods are made, long after the apply."""
     made = children(service, IMAGES)
     own = {key_of(each) for each in made}
-    for child in made:
-        if child["kind"] != "Deployment":
-            continue
-        pod = child["spec"]["template"]["spec"]
+    for template in (template for child in made for template in pod_templates(child)):
+        pod = template["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert ("ServiceAccount", pod["serviceAccountName"]) in own
         for container in (*pod.get("initContainers", ()), *pod["containers"]):
@@ -111,9 +128,9 @@ def as_api_server_keeps(child: dict[str, Any]) -> dict[str, Any]:
     live = copy.deepcopy(child)
     live["metadata"] |= {"uid": "x", "resourceVersion": "7", "generation": 1, "managedFields": []}
     live["status"] = {}
-    if live["kind"] == "Deployment":
-        live["spec"]["template"]["spec"] |= {"dnsPolicy": "ClusterFirst", "schedulerName": "default-scheduler"}
-        for container in live["spec"]["template"]["spec"]["containers"]:
+    for template in pod_templates(live):
+        template["spec"] |= {"dnsPolicy": "ClusterFirst", "schedulerName": "default-scheduler"}
+        for container in template["spec"]["containers"]:
             container["terminationMessagePath"] = "/dev/termination-log"
     return live
 
@@ -224,12 +241,34 @@ def test_render_says_what_it_wants(text: str, said: str, tmp_path: Path, capsys:
 @given(service=services)
 def test_every_flag_is_one_that_the_service_knows(service: InferenceService) -> None:
     """The services' own parsers read what their containers are started with; a flag that is gone is a crash loop."""
-    for child in children(service, IMAGES):
-        if child["kind"] != "Deployment":
-            continue
-        pod = child["spec"]["template"]["spec"]
+    assume(service.spec.engine.gpus <= 1 and not service.spans_nodes)
+    assert_flags_are_known(service)
+
+
+@settings(max_examples=10, deadline=None)
+@given(service=services)
+def test_every_flag_of_several_gpus_is_one_that_the_engine_knows(service: InferenceService) -> None:
+    """The same of engines that share a model."""
+    if "--tensor-parallel-size" not in parser_of("quire.engine")().format_help():
+        pytest.skip("this engine runs on one GPU")
+    assume(service.spec.engine.gpus > 1)
+    assert_flags_are_known(service)
+
+
+def parser_of(module: str) -> Any:
+    main = importlib.import_module(f"{module}.__main__")
+    return getattr(main, "build_parser", None) or main._parser
+
+
+def assert_flags_are_known(service: InferenceService) -> None:
+    injected = {"$(LWS_WORKER_INDEX)": "1", "$(LWS_LEADER_ADDRESS)": "demo-engine-0.demo-engine-0.models"}
+    for template in (template for child in children(service, IMAGES) for template in pod_templates(child)):
+        pod = template["spec"]
         for container in (*pod.get("initContainers", ()), *pod["containers"]):
-            module = importlib.import_module(f"{container['command'][-1]}.__main__")
-            parser = getattr(module, "build_parser", None) or module._parser
-            build = getattr(module, "build_config", None) or module._config
-            build(parser().parse_args(container["args"]))
+            words = container["args"]
+            for name, value in injected.items():
+                words = [word.replace(name, value) for word in words]
+            module = container["command"][-1]
+            main = importlib.import_module(f"{module}.__main__")
+            build = getattr(main, "build_config", None) or main._config
+            build(parser_of(module)().parse_args(words))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import itertools
 import time
 from pathlib import Path
 
@@ -54,7 +54,7 @@ async def test_a_stream_goes_on_elsewhere_from_its_last_token(tmp_path: Path, fa
     """An engine that dies, hangs up, gives up or hangs must not be seen by the client: no token lost or doubled."""
     async with (
         engines(tmp_path, 2) as fakes,
-        router(tmp_path, fakes, stall_timeout=0.1 if fault == "stall" else 30) as service,
+        router(tmp_path, fakes, stall_timeout=0.5 if fault == "stall" else 30) as service,
         gateway(service) as session,
     ):
         for fake in fakes:
@@ -431,8 +431,7 @@ async def test_an_engine_that_breaks_the_contract_is_left_alone(tmp_path: Path) 
         await fakes[1].kill()
         fakes[1].page_size = 32
         await fakes[1].start()
-        await fakes[1].until(lambda: fakes[1].sessions_opened == 2)
-        await asyncio.sleep(0)
+        await fakes[1].until(lambda: fakes[1].sessions_opened == 2 and not fakes[1].sessions_open)
         assert not endpoint_of(service, fakes[1]).routable
 
 
@@ -440,7 +439,7 @@ async def test_a_stalled_engine_gets_nothing_until_it_steps_again(tmp_path: Path
     """Its server still answers: without care each request would lose its time there once more."""
     async with (
         engines(tmp_path, 2) as fakes,
-        router(tmp_path, fakes, stall_timeout=0.1) as service,
+        router(tmp_path, fakes, stall_timeout=0.5) as service,
         gateway(service) as session,
     ):
         stuck, well = fakes
@@ -472,9 +471,11 @@ async def test_an_engine_that_steps_for_others_is_not_stalled(tmp_path: Path) ->
         request = request_of(prompt_of(1))
         stream = session.submit(request)
         await fakes[0].until_submitted()
-        for step in range(1, 13):
+        began, steps = time.monotonic(), itertools.count(1)
+        while time.monotonic() - began < 3 * 0.2:
+            step = next(steps)
             fakes[0].set_load(steps=step)
-            await asyncio.sleep(0.05)
+            await until(lambda step=step: endpoint_of(service, fakes[0])._load.steps == step)
         assert fakes[0].sessions_opened == 1
         fakes[0].hold_at(None)
         await assert_whole(stream, request)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import socket
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import free_port
 from sidecar_process import DEADLINE, Row, SidecarProcess, StepClient, eventually, json_schema, lark, regex
 
 from quire.service.checkpoint import TextModel
@@ -189,8 +189,7 @@ def test_opening_twice_ends_the_stream(stream: StepClient) -> None:
 
 @pytest.fixture
 def metered(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[SidecarProcess, int]]:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     with SidecarProcess(tmp_path_factory.mktemp("metered"), "--metrics-port", str(port)) as process:
         process.wait_until_serving()
         yield process, port

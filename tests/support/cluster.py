@@ -26,7 +26,7 @@ class Cluster:
     """One gateway, and as many routers and engines, each engine with its sidecar, as there are names.
 
     `folder` holds sockets and logs; `model` is what all serve, in float32. With `certificates` routers and engines are
-    dialled over TCP, with mutual TLS.
+    dialled over TCP, with mutual TLS. Engines have `engine_flags` besides.
     """
 
     folder: Path
@@ -35,6 +35,7 @@ class Cluster:
     num_engines: int
     stall_timeout: float = 2.0
     certificates: CertificateFiles | None = None
+    engine_flags: tuple[str, ...] = ()
     url: str = ""
     _ports: dict[str, int] = field(default_factory=dict)
     _flags: dict[str, list[str]] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Cluster:
             self._flags[name] = [
                 "quire.engine", model, "--dtype=float32", "--threads=1", "--grace=0.2",
                 f"--sidecar={self.address(sidecar)}", "--kv-cache-bytes=8000000",
+                *self.engine_flags,
             ]  # fmt: skip
         engines = ",".join(self.dialled(name) for name in self.engines)
         for name in self.routers:
@@ -135,6 +137,14 @@ class Cluster:
             status = await self._processes[name].wait()
         assert status == 0, f"{name} ended with {status}:\n{self.log(name)}"
         await self.start(name)
+
+    def pid(self, name: str) -> int:
+        """Of the process itself, not of those that it started."""
+        return self._processes[name].pid
+
+    async def ended(self, name: str) -> int:
+        """Its exit status, once it has ended by itself."""
+        return await asyncio.wait_for(self._processes[name].wait(), DEADLINE)
 
     async def freeze(self, name: str) -> None:
         """SIGSTOP for twice the time after which routers give it up, and SIGCONT."""

@@ -53,13 +53,18 @@ class DraftingMachine(PageMachine):
         text, drafts = self.tokens[work.slot, : position + 1].tolist(), []
         while len(drafts) < work.num_wanted:
             right = self._random.random() < self.quality
-            drafts.append((next_token([*text, *drafts]) + (not right)) % VOCAB_SIZE)
+            drafts.append((self.guess([*text, *drafts]) + (not right)) % VOCAB_SIZE)
             page = self.tables[work.slot, (position + len(drafts) - 1) // PAGE_SIZE]
             assert 0 <= page < len(self.memory), "a draft without a page"
             if len(drafts) > 1:
                 self.write(work.slot, position + len(drafts) - 1, _NOTHING)
         self.num_drafted += len(drafts)
+        self.tokens[work.slot, position + 1 : position + 1 + len(drafts)] = drafts
         return tuple(drafts)
+
+    def guess(self, text: list[int]) -> int:
+        """What follows `text`."""
+        return next_token(text)
 
     def check(self, slot: int, last: int) -> None:
         """What the drafter reads: the slots of tokens 1 to `last` of what the slot holds."""

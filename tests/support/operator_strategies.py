@@ -29,6 +29,12 @@ _models = st.one_of(
     st.fixed_dictionaries({"claim": st.fixed_dictionaries({"name": _names}, optional={"path": st.just("a/b.gguf")})}),
     st.fixed_dictionaries({"image": st.fixed_dictionaries({"reference": st.just("registry.example/m:1")})}),
 )
+
+
+def _with_gpus(engine: Document) -> Document:
+    return {**engine, "gpus": engine.get("gpus") or 1} if engine.get("nodes", 1) > 1 else engine
+
+
 _engines = st.fixed_dictionaries(
     {},
     optional={
@@ -37,7 +43,8 @@ _engines = st.fixed_dictionaries(
             {"maxReplicas": st.integers(3, 9)},
             optional={"minReplicas": st.integers(0, 3), "scaleInSeconds": st.integers(0, 600)},
         ),
-        "gpus": st.integers(0, 1),
+        "gpus": st.integers(0, 8),
+        "nodes": st.sampled_from([1, 1, 1, 2, 4]),
         "resources": _resources,
         "maxModelLen": st.integers(16, 10**6),
         "kvCache": st.sampled_from(["1Mi", "512Mi", "8Gi", "1.5G", "1Ti"]),
@@ -46,7 +53,7 @@ _engines = st.fixed_dictionaries(
         "nodeSelector": st.dictionaries(_names, _names, max_size=2),
         "tolerations": st.lists(st.just({"key": "a", "operator": "Exists"}), max_size=2),
     },
-)
+).map(_with_gpus)
 _labels = st.dictionaries(_names, _names, max_size=2)
 _ways_in = {
     "ingress": st.fixed_dictionaries(

@@ -8,7 +8,7 @@ as true: a mask comes from the output that the source was told of, so one that l
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 
 import numpy as np
@@ -147,6 +147,7 @@ class PageMachine:
         self.tables = np.full((max_num_seqs, pages_for(max_model_len)), -1, dtype=np.int64)
         self.tokens = np.full((max_num_seqs, max_model_len + 1), -1, dtype=np.int64)
         self.num_prompt_tokens = [0] * max_num_seqs
+        self.kept = [0] * max_num_seqs
         self.waiting: Launched | None = None
 
     def launch(self, plan: StepPlan, *, masked: bool) -> Launched:
@@ -160,6 +161,7 @@ class PageMachine:
             self.tables[grant.slot, grant.first : grant.first + len(grant.pages)] = grant.pages
         for drafts in plan.drafts:
             self.tokens[drafts.slot, drafts.position : drafts.position + len(drafts.token_ids)] = drafts.token_ids
+        plan = replace(plan, work=tuple(self.follow(work) for work in plan.work))
         for work in plan.work:
             assert work.num_tokens > work.num_drafts, "work without tokens"
             for position in range(work.start, work.start + work.num_tokens):
@@ -171,6 +173,13 @@ class PageMachine:
         if not masked:
             launched.draw(None)
         return launched
+
+    def follow(self, work: Work) -> Work:
+        """`work` with the start that the host could not know."""
+        if not work.num_open:
+            return work
+        assert 0 <= self.kept[work.slot] <= work.num_open
+        return work._replace(start=work.start + self.kept[work.slot])
 
     def prepare(self) -> bool:
         return False
@@ -198,7 +207,7 @@ class PageMachine:
                 if drawn[index] != drafted:
                     break
             if work.num_drafts:
-                accepted[index] = kept
+                self.kept[work.slot] = accepted[index] = kept
         return tuple(drawn), accepted
 
     def draft(self, plan: StepPlan, accepted: dict[int, int]) -> dict[int, tuple[int, ...]]:

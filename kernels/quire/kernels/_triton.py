@@ -27,6 +27,7 @@ except ModuleNotFoundError:
 
 __all__ = [
     "TensorDescriptor",
+    "before_each_compilation",
     "ceil_div",
     "gdc_launch_dependents",
     "gdc_wait",
@@ -58,6 +59,18 @@ def jit(kernel: Callable[..., Any]) -> Any:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which has to be asked for before Triton is imported."""
     return triton is not None and not isinstance(tl.sum, triton.runtime.jit.JITFunction)
+
+
+def before_each_compilation(tell: Callable[[], None]) -> None:
+    """Calls `tell`, in the thread that launches it, before this process compiles a kernel or finds it on the disk."""
+
+    def hook(**_: object) -> bool:
+        tell()
+        # Whether not to compile it.
+        return False
+
+    if triton is not None:
+        triton.knobs.runtime.jit_cache_hook = hook
 
 
 def ceil_div(a: int, b: int) -> int:

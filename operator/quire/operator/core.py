@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from quire.operator.config import Images
 from quire.operator.drift import covers, stamped
+from quire.operator.engine_pods import still_serving
 from quire.operator.observed import Observed, key_of
 from quire.operator.resources.accounts import accounts
 from quire.operator.resources.cache import cache
@@ -19,7 +20,7 @@ from quire.operator.resources.exposure import exposure
 from quire.operator.resources.gateway import gateway
 from quire.operator.resources.metadata import Component, Manifest
 from quire.operator.resources.monitor import monitors
-from quire.operator.resources.network import engine_policy, policies
+from quire.operator.resources.network import engine_policies, policies
 from quire.operator.resources.router import router
 from quire.operator.resources.services import canary_service, services
 from quire.operator.spec import InferenceService
@@ -60,6 +61,8 @@ def changes(
     """What to write so that the cluster is as the service asks; nothing where it is so already."""
     wanted = children(service, images, on_trial)
     keys = {key_of(each) for each in wanted}
+    if serving := still_serving(service, observed):
+        keys.add(key_of(serving))
     return Changes(
         apply=tuple(each for each in wanted if not _is_so(observed.child(*key_of(each)), each)),
         delete=tuple(each for each in observed.children if key_of(each) not in keys and _may_go(each, service)),
@@ -67,7 +70,11 @@ def changes(
 
 
 def _of_canary(engines: CanaryEngines, images: Images) -> list[Manifest]:
-    return [engine_policy(engines.service, Component.CANARY), canary_service(engines), canary(engines, images)]
+    return [
+        *engine_policies(engines.service, Component.CANARY),
+        canary_service(engines),
+        canary(engines, images),
+    ]
 
 
 def _is_so(live: Manifest | None, desired: Manifest) -> bool:

@@ -75,6 +75,7 @@ def crd() -> Schema:
 def _root() -> Schema:
     rule = InferenceService.name_rule
     name_rule = {"rule": rule.cel.replace("self.", "self.metadata.name."), "message": rule.message}
+    group = InferenceService.group_name_rule
     return {
         "description": "A model served to many users by Quire: gateways, routers and engines that the operator keeps.",
         "type": "object",
@@ -85,7 +86,7 @@ def _root() -> Schema:
             "spec": {**_structural(InferenceServiceSpec), "default": {}},
             "status": _structural(Status),
         },
-        "x-kubernetes-validations": [name_rule],
+        "x-kubernetes-validations": [name_rule, {"rule": group.cel, "message": group.message}],
     }
 
 

@@ -1,7 +1,8 @@
 """Which engines should go first when there are to be fewer: those that lose least. Pure.
 
 A ReplicaSet deletes pods in the order of their annotation, so it is set before the number is lowered. What an engine
-loses is what others have to compute again for the requests that move there: its pages in use.
+loses is what others have to compute again for the requests that move there: its pages in use. Engines that span nodes
+go by their number, the last one first, since a StatefulSet looks at nothing else.
 """
 
 from __future__ import annotations

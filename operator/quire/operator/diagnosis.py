@@ -121,16 +121,16 @@ def _no_secret(
 
 
 def _refused(service: InferenceService, refusal: Refusal) -> Problem:
+    component = next((each for each in Component if refusal.name == f"{service.name}-{each.value}"), None)
     if refusal.is_unknown:
         project, field = OPTIONAL[CHILD_OF[refusal.kind]]
         return Problem(
-            Component.GATEWAY,
+            component or Component.GATEWAY,
             "KindNotInstalled",
             f"the cluster knows no {refusal.kind}, which {field} asks for: install {project}, or leave {field} out",
         )
-    component = next((each for each in Component if refusal.name == f"{service.name}-{each.value}"), Component.ENGINE)
     return Problem(
-        component,
+        component.leader if component else Component.ENGINE,
         "ChildRefused",
         f"{refusal.kind} {refusal.name} was refused: {refusal.message}",
         is_about_model=refusal.kind == "PersistentVolumeClaim",
@@ -166,16 +166,18 @@ def _of_pod(service: InferenceService, pod: Manifest) -> Iterator[Problem]:
 
 def _component_of(pod: Manifest) -> Component | None:
     value = pod["metadata"].get("labels", {}).get(names.COMPONENT)
-    return next((each for each in Component if each.value == value), None)
+    return next((each.leader for each in Component if each.value == value), None)
 
 
 def _unschedulable(service: InferenceService, component: Component, message: str) -> Problem:
     if "nvidia.com/gpu" in message:
+        gpus = service.spec.engine.gpus
+        free = "a free GPU" if gpus <= 1 else f"{gpus} free GPUs"
         return Problem(
             component,
             "InsufficientGPUs",
-            f"no node has a free GPU for another engine ({message}): add a node with nvidia.com/gpu, lower "
-            "spec.engine.replicas, or set spec.engine.gpus to 0",
+            f"no node has {free} for another engine ({message}): add a node with nvidia.com/gpu, lower "
+            "spec.engine.replicas, or lower spec.engine.gpus (0 runs on the CPU)",
         )
     if "PersistentVolumeClaim" in message:
         claims = " and ".join(f"the claim {name}" for name in _claims(service)) or "a claim"

@@ -12,7 +12,8 @@ from quire.operator.spec_parts import IMAGE, IMAGE_ADVICE, MEMORY, ResourceSpec
 
 _OWN_FLAGS = ("listen", "name", "model", "sidecar", "metrics-port", "grace", "log-level", "log-format")
 _FIELD_FLAGS = ("max-model-len", "dtype", "kv-cache-bytes", "max-num-seqs")
-_TAKEN = f"--({'|'.join((*_OWN_FLAGS, *_FIELD_FLAGS))})(=.*)?"
+_GROUP_FLAGS = ("tensor-parallel-size", "nnodes", "node-rank", "master-addr", "master-port")
+_TAKEN = f"--({'|'.join((*_OWN_FLAGS, *_FIELD_FLAGS, *_GROUP_FLAGS))})(=.*)?"
 
 
 class Toleration(Spec, frozen=True):
@@ -43,7 +44,7 @@ class Toleration(Spec, frozen=True):
 
 
 class EngineSpec(Spec, frozen=True):
-    """The pods that run the model, each with a grammar sidecar."""
+    """The engines that run the model, each with a grammar sidecar."""
 
     replicas: Annotated[
         int,
@@ -60,7 +61,24 @@ class EngineSpec(Spec, frozen=True):
     image: Annotated[
         Annotated[str, Meta(min_length=1, max_length=512)] | None, Meta(description="Left out, the operator's own.")
     ] = None
-    gpus: Annotated[int, Meta(description="NVIDIA GPUs of each engine; 0 runs on the CPU.", ge=0)] = 0
+    gpus: Annotated[
+        int,
+        Meta(
+            description="NVIDIA GPUs of each engine, on each of its nodes; 0 runs on the CPU. All of them share each "
+            "layer (tensor parallelism), so their number in all must divide the model's heads.",
+            ge=0,
+            le=64,
+        ),
+    ] = 0
+    nodes: Annotated[
+        int,
+        Meta(
+            description="Nodes that each engine spans. More than one needs LeaderWorkerSet in the cluster, and a fast "
+            "network.",
+            ge=1,
+            le=64,
+        ),
+    ] = 1
     resources: Annotated[ResourceSpec, Meta(description="Of the engine's container, GPUs aside.")] = field(
         default_factory=ResourceSpec
     )
@@ -110,11 +128,10 @@ class EngineSpec(Spec, frozen=True):
     rules = (
         matches("image", IMAGE, f"image is not an image: {IMAGE_ADVICE}"),
         Rule(
-            "self <= 1",
-            "gpus is more than 1: an engine runs on one GPU and spans neither GPUs nor nodes; raise engine.replicas to "
-            "use more",
-            lambda gpus: gpus <= 1,
-            "gpus",
+            "!has(self.nodes) || self.nodes == 1 || (has(self.gpus) && self.gpus > 0)",
+            "nodes is more than 1 without GPUs: set engine.gpus to the number on each node, or raise engine.replicas "
+            "instead of engine.nodes",
+            lambda engine: engine.nodes == 1 or engine.gpus > 0,
         ),
         matches(
             "kv_cache", MEMORY, "kvCache is not an amount of memory: write a number with Mi, Gi or Ti, such as 8Gi"
@@ -128,7 +145,8 @@ class EngineSpec(Spec, frozen=True):
         Rule(
             f"!self.exists(flag, flag.matches('^{_TAKEN}$'))",
             "extraArgs sets a flag that the operator sets: use maxModelLen, dtype, kvCache or maxNumSeqs for those, "
-            "and leave out --listen, --name, --model, --sidecar, --metrics-port, --grace and the log's",
+            "gpus and nodes for those of several GPUs, and leave out --listen, --name, --model, --sidecar, "
+            "--metrics-port, --grace and the log's",
             lambda flags: not any(matches("", _TAKEN, "").holds(flag) for flag in flags),
             "extra_args",
         ),

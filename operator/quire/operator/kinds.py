@@ -40,6 +40,10 @@ EVENT = Kind("events.k8s.io/v1", "Event", "events")
 
 # Of other projects: a cluster need not have them. Whose they are, and which field asks for one.
 OPTIONAL = {
+    Kind("leaderworkerset.x-k8s.io/v1", "LeaderWorkerSet", "leaderworkersets"): (
+        "LeaderWorkerSet (github.com/kubernetes-sigs/lws)",
+        "spec.engine.nodes",
+    ),
     Kind("gateway.networking.k8s.io/v1", "HTTPRoute", "httproutes"): ("the Gateway API", "spec.gateway.httpRoute"),
     Kind("monitoring.coreos.com/v1", "PodMonitor", "podmonitors"): (
         "the Prometheus operator",

@@ -24,11 +24,19 @@ REVISION = f"{GROUP}/revision"
 CANARY_PERCENT = f"{GROUP}/canary-percent"
 # On pod templates: a changed ConfigMap rolls the pods.
 CONFIG_HASH = f"{GROUP}/config-hash"
+# On the first pod of an engine that spans nodes: what the pods of its group are made of.
+TEMPLATE_HASH = f"{GROUP}/template-hash"
+
+# What LeaderWorkerSet's own webhook gives to the pods of a group: variables in containers, and a label.
+LEADER_ADDRESS, WORKER_INDEX = "LWS_LEADER_ADDRESS", "LWS_WORKER_INDEX"
+GROUP_KEY = "leaderworkerset.sigs.k8s.io/group-key"
 
 # Ports inside pods and of Services.
 GATEWAY_HTTP, GATEWAY_GRPC = 8000, 8001
 ROUTER_GRPC, ROUTER_METRICS = 9000, 9090
 ENGINE_GRPC, ENGINE_METRICS, SIDECAR_METRICS = 9100, 9190, 9191
+# Where the nodes of one engine find each other; what they say then goes over ports that NCCL chooses.
+ENGINE_RENDEZVOUS = 29500
 
 # The user and group in every image (see manifests/images).
 USER = 10001

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from quire.operator import names
+from quire.operator.resources.group import KIND
 from quire.operator.resources.metadata import Component, Manifest, child_name
 from quire.operator.spec import InferenceService
 
@@ -73,6 +74,12 @@ class Observed:
     def deployment(self, service: InferenceService, component: Component) -> Manifest | None:
         """The component's Deployment."""
         return self.child("Deployment", child_name(service, component))
+
+    def engines(self, service: InferenceService, component: Component = Component.ENGINE) -> tuple[Manifest, ...]:
+        """What makes the engines' pods: of the kind that the service wants, and of the other while it is replaced."""
+        kinds = (KIND, "Deployment") if service.spans_nodes else ("Deployment", KIND)
+        found = (self.child(kind, child_name(service, component)) for kind in kinds)
+        return tuple(each for each in found if each is not None)
 
 
 def key_of(manifest: Manifest) -> tuple[str, str]:

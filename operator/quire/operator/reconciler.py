@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 
 from quire.operator import names
@@ -92,6 +93,8 @@ class Reconciler:
         for pod in priced(service, observed, scale.costs):
             await self._price(pod)
         refusals = await self._write(service, observed, rollout.canary)
+        # What was just asked for has not happened yet, and the status must not say that it has.
+        observed = replace(observed, children=self._store.children(service.key))
         status = status_of(
             service,
             observed,

@@ -1,8 +1,8 @@
 """How a change of the engines goes on: at once, or tried by a canary first. Pure: the time is given.
 
-What engines were made of stands on their Deployment (see `revision`). While a change is tried, everything is as if the
-service still asked for that, and the new engines run beside it; a change that was rolled back stays so until the
-service asks for another.
+What engines were made of stands on what makes their pods (see `revision`). While a change is tried, everything is as
+if the service still asked for that, and the new engines run beside it; a change that was rolled back stays so until
+the service asks for another.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from quire.operator.diagnosis import problems
 from quire.operator.observed import Observed
 from quire.operator.pod_counts import PodCounts
 from quire.operator.resources.engine import CanaryEngines, engine
+from quire.operator.resources.group import templates
 from quire.operator.resources.metadata import Component, Manifest, digest
 from quire.operator.revision import Revision
 from quire.operator.rollout_spec import Canary
@@ -66,38 +67,58 @@ def rollout_of(
         state = RolloutStatus(phase="Canary", revision=revision)
     if state.phase == "RolledBack":
         return Rollout(old, state=state)
-    if failure := _failure(service, observed, revision):
+    if failure := _failure(service, observed, state, now):
         return Rollout(old, state=_rolled_back(state, failure))
-    seconds = (now - datetime.strptime(state.since, _TIME).replace(tzinfo=UTC)).total_seconds() if state.since else 0.0
+    seconds = _seconds(state.since, now)
     judgement = judge(policy, trial, seconds) if state.since else Judgement.WAIT
     if judgement is Judgement.ROLL_BACK:
         return Rollout(old, state=_rolled_back(state, _too_many(policy, trial)))
     if judgement is Judgement.ADVANCE:
         if state.step >= len(policy.weights) - 1:
             return Rollout(service)
-        state = msgspec.structs.replace(state, step=state.step + 1, since="")
+        state = msgspec.structs.replace(state, step=state.step + 1, since="", began="")
     percent = policy.weights[min(state.step, len(policy.weights) - 1)]
     engines = CanaryEngines(service, revision, _share(service.spec.engine.replicas, percent), state.weight)
-    if not state.since and _is_ready(service, observed, engines):
+    if not state.since:
+        if not _is_ready(service, observed, engines):
+            return _starting(old, engines, state, now)
         state = msgspec.structs.replace(state, weight=percent, since=now.strftime(_TIME))
         engines, seconds = replace(engines, percent=percent), 0.0
     left = policy.interval_seconds - seconds
-    return Rollout(old, engines, state, left if state.since and left > 0 else None)
+    return Rollout(old, engines, state, left if left > 0 else None)
+
+
+def _starting(old: InferenceService, engines: CanaryEngines, state: RolloutStatus, now: datetime) -> Rollout:
+    """While the engines of a step are not all ready."""
+    # Where nobody asks, no engine is started, and none is late.
+    began = (state.began or now.strftime(_TIME)) if engines.replicas else ""
+    left = _patience(engines.service) - _seconds(began, now) if began else None
+    return Rollout(old, engines, msgspec.structs.replace(state, began=began), left)
+
+
+def _seconds(begin: str, now: datetime) -> float:
+    """Since `begin`, as a status has it; 0 if it is empty."""
+    return (now - datetime.strptime(begin, _TIME).replace(tzinfo=UTC)).total_seconds() if begin else 0.0
+
+
+def _patience(service: InferenceService) -> float:
+    """How many seconds new engines may take until they are ready."""
+    return service.spec.engine.load_seconds + 60.0
 
 
 def _as_it_was(service: InferenceService, observed: Observed) -> InferenceService | None:
     """The service as its engines were made of; None if there are none."""
-    deployment = observed.deployment(service, Component.ENGINE)
-    if deployment is None:
+    there = observed.engines(service)
+    if not there:
         return None
-    revision = Revision.read(deployment["metadata"].get("annotations", {}).get(names.MADE_OF, ""))
+    revision = Revision.read(there[0]["metadata"].get("annotations", {}).get(names.MADE_OF, ""))
     return revision and revision.within(service)
 
 
 def _is_tried(service: InferenceService, old: InferenceService, images: Images) -> bool:
     """Whether the change makes other pods, for the gateways that there are."""
-    templates = [engine(each, images)["spec"]["template"] for each in (service, old)]
-    return service.spec.model == old.spec.model and templates[0] != templates[1]
+    wanted, there = (templates(engine(each, images)) for each in (service, old))
+    return service.spec.model == old.spec.model and wanted != there
 
 
 def _state(previous: Mapping[str, Any], revision: str) -> RolloutStatus | None:
@@ -112,25 +133,25 @@ def _share(replicas: int, percent: int) -> int:
 
 
 def _is_ready(service: InferenceService, observed: Observed, engines: CanaryEngines) -> bool:
-    deployment = _deployment(service, observed, engines.revision)
-    return engines.replicas > 0 and PodCounts.of(deployment, engines.replicas).is_settled
+    workload = _workload(service, observed, engines.revision)
+    counts = PodCounts.of(workload, engines.replicas, observed.pods_of(Component.CANARY))
+    return engines.replicas > 0 and counts.is_settled
 
 
-def _deployment(service: InferenceService, observed: Observed, revision: str) -> Manifest | None:
-    found = observed.deployment(service, Component.CANARY)
-    return found if found and found["metadata"]["labels"].get(names.REVISION) == revision else None
+def _workload(service: InferenceService, observed: Observed, revision: str) -> Manifest | None:
+    found = observed.engines(service, Component.CANARY)
+    return next((each for each in found if each["metadata"]["labels"].get(names.REVISION) == revision), None)
 
 
-def _failure(service: InferenceService, observed: Observed, revision: str) -> str:
+def _failure(service: InferenceService, observed: Observed, state: RolloutStatus, now: datetime) -> str:
     """Why engines of the revision will never serve, empty if they may."""
+    revision = state.revision
     own = [each for each in observed.pods if each["metadata"].get("labels", {}).get(names.REVISION) == revision]
     for problem in problems(service, replace(observed, pods=tuple(own))):
         if problem.component is Component.CANARY and problem.reason in _HOPELESS:
             return problem.message
-    deployment = _deployment(service, observed, revision) or {}
-    for condition in deployment.get("status", {}).get("conditions", ()):
-        if condition["type"] == "Progressing" and condition.get("reason") == "ProgressDeadlineExceeded":
-            return f"they were not ready within spec.engine.loadSeconds ({condition.get('message', '')})"
+    if state.began and not state.since and _seconds(state.began, now) >= _patience(service):
+        return f"they were not ready within spec.engine.loadSeconds ({service.spec.engine.load_seconds})"
     return ""
 
 

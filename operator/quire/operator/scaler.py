@@ -19,7 +19,7 @@ from quire.operator.autoscaling_spec import Autoscaling, ScalingTargets
 from quire.operator.canary import Attempts, Trial, counted
 from quire.operator.load import Loads, engine_load, router_load, sample
 from quire.operator.observed import Observed
-from quire.operator.pod_counts import PodCounts
+from quire.operator.pod_counts import PodCounts, is_ready
 from quire.operator.resources.metadata import Component
 from quire.operator.scaling import History, changed, decide, load_percent, observe
 from quire.operator.spec import InferenceService, Key
@@ -199,18 +199,16 @@ def _rounded(load: int) -> int:
 
 def _is_needed(service: InferenceService, observed: Observed) -> bool:
     """Whether the last engine must stay: routers that don't hold requests without one are still being replaced."""
-    engines, routers = (observed.deployment(service, each) for each in (Component.ENGINE, Component.ROUTER))
-    is_there = engines is not None and engines["spec"].get("replicas", 0) > 0
+    is_there = any(each["spec"].get("replicas", 0) > 0 for each in observed.engines(service))
+    routers = observed.deployment(service, Component.ROUTER)
     return service.scales_to_zero and is_there and not PodCounts.of(routers, service.spec.router.replicas).is_settled
 
 
 def _addresses(observed: Observed, component: Component, port: int) -> Iterable[str]:
     """Of the component's ready pods."""
     for pod in observed.pods_of(component):
-        status = pod.get("status", {})
-        is_ready = any(each["type"] == "Ready" and each["status"] == "True" for each in status.get("conditions", ()))
-        address = status.get("podIP")
-        if address and is_ready:
+        address = pod.get("status", {}).get("podIP")
+        if address and is_ready(pod):
             yield f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 

@@ -157,10 +157,23 @@ class InferenceService(msgspec.Struct, frozen=True, kw_only=True):
         "metadata.name becomes a part of DNS names: use at most 50 lower-case letters, digits and '-', a letter first",
     )  # fmt: skip
 
+    # A group's pods are NAME-engine-999-63, and their StatefulSet's name becomes a label with a hash behind it.
+    group_name_rule: ClassVar[Rule] = Rule(
+        "self.spec.engine.nodes == 1 || self.metadata.name.size() <= 40",
+        "metadata.name has more than 40 characters, too many for engines that span nodes: use a shorter one, or set "
+        "engine.nodes to 1",
+        lambda service: not service.spans_nodes or len(service.name) <= 40,
+    )
+
     @property
     def key(self) -> Key:
         """What tells it from others."""
         return Key(self.namespace, self.name)
+
+    @property
+    def spans_nodes(self) -> bool:
+        """Whether an engine is a group of pods."""
+        return self.spec.engine.nodes > 1
 
     @property
     def scales_to_zero(self) -> bool:
@@ -186,10 +199,13 @@ def parse(document: Mapping[str, Any]) -> InferenceService:
         message, _, where = str(error).partition(" - at `$")
         path = f"spec{where.rstrip('`')}"
         raise ConfigError(f"{path}: {message}", field=path) from error
-    return InferenceService(
+    service = InferenceService(
         name=name,
         namespace=metadata.get("namespace") or "default",
         spec=spec,
         uid=metadata.get("uid") or "",
         generation=metadata.get("generation") or 1,
     )
+    if not InferenceService.group_name_rule.holds(service):
+        raise ConfigError(f"{InferenceService.group_name_rule.message}; it is {name!r}", field="spec.engine.nodes")
+    return service

@@ -14,6 +14,7 @@ from typing import Any
 import msgspec
 
 from quire.operator.diagnosis import Problem, problems
+from quire.operator.engine_pods import engine_counts
 from quire.operator.observed import Observed, Refusal
 from quire.operator.pod_counts import PodCounts
 from quire.operator.resources import model
@@ -93,13 +94,10 @@ def plain(status: Status) -> dict[str, Any]:
 
 
 def _pods(service: InferenceService, observed: Observed, component: Component) -> PodCounts:
-    spec = service.spec
-    wanted = {
-        Component.ENGINE: spec.engine.replicas,
-        Component.ROUTER: spec.router.replicas,
-        Component.GATEWAY: spec.gateway.replicas,
-    }[component]
-    return PodCounts.of(observed.deployment(service, component), wanted)
+    if component is Component.ENGINE:
+        return engine_counts(service, observed)
+    spec = service.spec.router if component is Component.ROUTER else service.spec.gateway
+    return PodCounts.of(observed.deployment(service, component), spec.replicas)
 
 
 def _part(service: InferenceService, component: Component, pods: PodCounts, found: Sequence[Problem]) -> Verdict:

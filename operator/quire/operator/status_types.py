@@ -30,6 +30,7 @@ class RolloutStatus(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):
     revision: Annotated[str, Meta(description="Of the new engines; their pods have it as a label.")]
     step: Annotated[int, Meta(description="Which of the weights it has got to, from 0.")] = 0
     weight: Annotated[int, Meta(description="Percent of the requests that the new engines get.")] = 0
+    began: Annotated[str, Meta(description="When the engines of the step were asked for.")] = ""
     since: Annotated[str, Meta(description="When the step began; empty while its engines start.")] = ""
     message: Annotated[str, Meta(description="Why it was rolled back.")] = ""
 

@@ -38,6 +38,7 @@ def _config(arguments: argparse.Namespace) -> EngineConfig:
         name=arguments.name,
         metrics_port=arguments.metrics_port,
         grace_s=arguments.grace,
+        step_timeout_s=arguments.step_timeout,
         log_level=arguments.log_level,
         log_format=LogFormat(arguments.log_format),
         tls=TlsFiles.of_flags(arguments),
@@ -69,6 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         help="how often these files are looked at (default: %(default)s)",
     )  # fmt: skip
     add("--metrics-port", type=int, default=0, metavar="PORT", help="Prometheus metrics over HTTP; 0: off")
+    add(
+        "--step-timeout", type=float, default=120.0, metavar="SECONDS",
+        help="a step that takes longer hangs: the engine fails and ends (default: %(default)s)",
+    )  # fmt: skip
     add("--grace", type=float, default=30.0, metavar="SECONDS", help="for requests in flight at the end")
     add("--log-level", default="info", choices=["debug", "info", "warning", "error"])
     add("--log-format", default="text", choices=[style.value for style in LogFormat])

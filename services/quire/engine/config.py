@@ -207,6 +207,8 @@ class EngineConfig:
     name: str = "engine-0"
     metrics_port: int = 0
     grace_s: float = 30.0
+    # A core that has work and ends no step for so long, nor begins to compile a kernel, hangs.
+    step_timeout_s: float = 120.0
     log_level: str = "info"
     log_format: LogFormat = LogFormat.TEXT
     core: CoreConfig = field(default_factory=CoreConfig)
@@ -218,6 +220,10 @@ class EngineConfig:
         if not self.reload_interval > 0:
             raise ConfigError(
                 f"--reload-interval is {self.reload_interval}: it must be above 0 seconds", field="reload_interval"
+            )
+        if not self.step_timeout_s > 0:
+            raise ConfigError(
+                f"--step-timeout is {self.step_timeout_s:g}: it must be above 0 seconds", field="step_timeout"
             )
         if not 0 <= self.metrics_port < 65536:
             raise ConfigError(

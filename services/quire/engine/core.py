@@ -3,8 +3,9 @@
 On a device that computes beside the host, the core runs ahead: it launches a step before it has read what the one
 before drew, so the device never waits for Python. A sequence that turns out to have ended then is in one step too many,
 whose result for it is dropped. Masks need the tokens before them: the forward pass is launched, the tokens are read,
-the masks asked for, and only the draw waits for them. Drafts need them, too: while there may be any, a step's tokens
-are read before the next is planned.
+the masks asked for, and only the draw waits for them. Drafts that the device makes it also verifies before the host has
+read them: how many are right, and so where the sequence stands, the host learns a step later. Drafts of the host's need
+the tokens before them: where there may be any, a step's tokens are read before the next is planned.
 
 Knows neither gRPC nor processes: `core_process` drives it for the server, the offline API drives it in process. All
 calls come from one thread.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -67,8 +68,8 @@ class _Step:
     began: float
     # Launched while the one before it ran.
     ahead: bool
-    # Its masks did not come: what it draws under them is void.
-    late: bool = False
+    # Indexes of its work whose draws are void: masks did not come, or the tokens before them did not count.
+    void: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +125,7 @@ class EngineCore:
 
     def submit(self, key: int, request: Request) -> None:
         """Queues a request; raises the error of a request that can't be run, which then never existed."""
-        for field, tokens in (
+        for name, tokens in (
             ("prompt_token_ids", request.prompt_token_ids),
             ("output_token_ids", request.output_token_ids),
             ("stop.stop_token_ids", request.stop.stop_token_ids),
@@ -133,7 +134,7 @@ class EngineCore:
         ):
             if (token := max(tokens, default=0)) >= self._vocab_size:
                 raise InvalidRequestError(
-                    f"{field} holds token {token}: the model's tokens are 0 to {self._vocab_size - 1}", field=field
+                    f"{name} holds token {token}: the model's tokens are 0 to {self._vocab_size - 1}", field=name
                 )
         if request.constraint is not None and self._masks is None:
             raise InvalidRequestError(
@@ -158,13 +159,13 @@ class EngineCore:
         self._propose()
         schedule = self.scheduler.schedule()
         step = self._launch(schedule) if schedule.plan.work else None
-        self._commit_in_flight()
+        self._commit_in_flight(step)
         if step is not None:
             self._draw(step)
             if self._run_ahead:
                 self._in_flight = step
             else:
-                self._commit(step)
+                self._commit(step, None)
         else:
             self._last_commit = 0.0
             self._look_for_late_masks(_IDLE_S)
@@ -177,15 +178,20 @@ class EngineCore:
         """Gives sequences their drafts for the next step."""
         if self._speculator is None:
             return
-        if self._in_flight is not None and self._in_flight.schedule.plan.drafts:
-            self._commit_in_flight()
-        if self._speculator.wants(self.scheduler, ahead=self._in_flight is not None):
-            self._commit_in_flight()
-            self._speculator.propose(self.scheduler)
-
-    def _commit_in_flight(self) -> None:
+        if self._in_flight is not None and self._speculator.wants_tokens(self.scheduler):
+            self._commit_in_flight(None)
+        promised: dict[Sequence, int] = {}
         if self._in_flight is not None:
-            self._commit(self._in_flight)
+            schedule, void = self._in_flight.schedule, self._in_flight.void
+            for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
+                if work.num_wanted and index not in void:
+                    promised[sequence] = work.num_wanted
+        self._speculator.propose(self.scheduler, promised)
+
+    def _commit_in_flight(self, following: _Step | None) -> None:
+        """Reads the step in flight; `following` was launched behind it."""
+        if self._in_flight is not None:
+            self._commit(self._in_flight, following)
             self._in_flight = None
 
     def prepare(self) -> bool:
@@ -216,7 +222,8 @@ class EngineCore:
 
     def _draw(self, step: _Step) -> None:
         if step.masks is None:
-            step.masks = self._ask_masks(step.schedule, step.constrained)
+            constrained = tuple(index for index in step.constrained if index not in step.void)
+            step.masks = self._ask_masks(step.schedule, constrained)
         if step.constrained:
             if step.masks is not None and not step.masks.arrive(_PATIENCE_S):
                 step.masks = self._do_without(step, step.masks)
@@ -225,13 +232,18 @@ class EngineCore:
     def _do_without(self, step: _Step, masks: StepMasks) -> StepMasks:
         """The masks of a step whose own are late: they allow everything, and what is drawn is taken back."""
         sequences = tuple(step.schedule.sequences[index] for index in masks.work)
-        for sequence in sequences:
-            self.scheduler.retract(sequence)
-        step.late = self.scheduler.hold_constrained = True
+        for index in masks.work:
+            self._retract(step, index)
+        self.scheduler.hold_constrained = True
         self._late = _LateMasks(masks, sequences)
         num_rows = sum(1 + step.schedule.plan.work[index].num_drafts for index in masks.work)
         rows = np.full((num_rows, -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
         return StepMasks(masks.work, _AllAllowed(MaskBatch(rows, {})))
+
+    def _retract(self, step: _Step, index: int) -> None:
+        """What work `index` of the step that was launched last draws is void."""
+        step.void.add(index)
+        self.scheduler.retract(step.schedule.sequences[index], step.schedule.plan.work[index].num_drafts)
 
     def _look_for_late_masks(self, seconds: float) -> None:
         """If masks that were late have come, the sequences that wait for masks go on: they ask again."""
@@ -256,14 +268,16 @@ class EngineCore:
             if sequence.state is not SequenceState.FINISHED and constraint is not None:
                 work.append(index)
                 forced = self._speculator.max_forced if self._speculator is not None else 0
+                verified = schedule.drafts.get(sequence)
+                drafts = verified.token_ids if verified is not None else ()
                 requests.append(
-                    MaskRequest(sequence.key, constraint, sequence.output_token_ids, tenant, sequence.drafts, forced)
+                    MaskRequest(sequence.key, constraint, sequence.output_token_ids, tenant, drafts, forced)
                 )
         ticket = self._masks.begin(requests, self._released)
         self._released = []
         return StepMasks(tuple(work), ticket)
 
-    def _commit(self, step: _Step) -> None:
+    def _commit(self, step: _Step, following: _Step | None) -> None:
         result, schedule = step.pending.wait(), step.schedule
         now = time.perf_counter()
         # A step that was launched while another ran began when that one ended.
@@ -280,7 +294,7 @@ class EngineCore:
             num_computed = sum(work.num_tokens for work in schedule.plan.work)
             num_places = max(work.num_wanted for work in schedule.plan.work)
             # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
-            usual = bool(schedule.plan.drafts) or step.ahead or not self._run_ahead
+            usual = bool(schedule.drafts) or step.ahead or not self._run_ahead
             if result.repeatable:
                 told = seconds if usual else None
                 self._speculator.observe_step(num_computed, told, num_places, result.draft_seconds)
@@ -290,7 +304,7 @@ class EngineCore:
                 continue
             if work.score and (scores := result.prompt_logprobs.get(index)):
                 self._updates.append(Update(sequence.key, prompt_logprobs=PromptLogprobs(work.start + 1, scores)))
-            if not work.sample or (step.late and index in step.constrained):
+            if not work.sample or index in step.void:
                 continue
             if sequence.last_token_at is None:
                 until_first.append(now - sequence.arrived_at)
@@ -299,20 +313,30 @@ class EngineCore:
             sequence.last_token_at = now
             tokens: tuple[int, ...] = (result.token_ids[index],)
             if self._speculator is not None:
-                grammar = results.get(sequence.key)
-                if work.num_drafts:
-                    tokens = (*sequence.drafts[: result.accepted[index]], *tokens)
-                    if grammar is not None:
+                grammar, verified = results.get(sequence.key), schedule.drafts.get(sequence)
+                if verified is not None:
+                    tokens = (*verified.token_ids[: result.accepted[index]], *tokens)
+                    if grammar is not None and len(tokens) > grammar.num_drafts + 1:
                         # Behind what the grammar allows nothing was masked.
                         tokens = tokens[: grammar.num_drafts + 1]
-                    self.scheduler.accept(sequence, len(tokens) - 1)
-                forced = grammar.forced if grammar is not None else None
-                self._speculator.observe(sequence, work.num_drafts, tokens, forced, result.drafts.get(index))
+                        self._void(following, sequence)
+                    self.scheduler.accept(sequence, len(tokens) - 1, work.num_drafts)
+                drafts, forced = result.drafts.get(index), grammar.forced if grammar is not None else None
+                unread = following.schedule.drafts.get(sequence) if following is not None else None
+                if unread is not None and drafts:
+                    unread.token_ids = drafts[: len(unread.token_ids)]
+                drafter = verified.drafter if verified is not None else None
+                self._speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts)
             error = errors.get(sequence.key)
             num_tokens += self._commit_tokens(sequence, tokens, result.logprobs.get(index, ()), error, work.num_drafts)
         self.stats.record_tokens(until_first, between, num_tokens)
         if not self.scheduler.num_running:
             self._last_commit = 0.0
+
+    def _void(self, step: _Step | None, sequence: Sequence) -> None:
+        """What `step`, if it was launched, draws for a sequence is void: the device counts drafts that are none."""
+        if step is not None and sequence in step.schedule.sequences:
+            self._retract(step, step.schedule.sequences.index(sequence))
 
     def _commit_tokens(
         self,

@@ -8,6 +8,7 @@ import pickle
 import socket
 import sys
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from quire.engine.config import CoreConfig
 from quire.engine.messages import LENGTH, FromCore, StartCore, ToCore, encode
@@ -62,14 +63,23 @@ class CoreClient:
         except (asyncio.IncompleteReadError, ConnectionError):
             return
 
-    async def close(self) -> int:
-        """Closes the socket, which ends the process after its step; kills it if that takes too long."""
+    def kill(self) -> None:
+        """Ends the process, whatever it is doing."""
+        if self._process.returncode is None:
+            self._process.kill()
+
+    async def close(self) -> None:
+        """Closes the socket, which ends the process after its step; kills it if that takes too long.
+
+        One that hangs in the kernel, as in a broken driver, does not even end by that and is left behind.
+        """
         self._writer.close()
         try:
-            return await asyncio.wait_for(self._process.wait(), _END_SECONDS)
+            await asyncio.wait_for(self._process.wait(), _END_SECONDS)
         except TimeoutError:
-            self._process.kill()
-            return await self._process.wait()
+            self.kill()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _END_SECONDS)
 
 
 def _environment(config: CoreConfig) -> dict[str, str]:

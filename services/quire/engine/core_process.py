@@ -24,6 +24,7 @@ from quire.engine.inspection import inspect_core
 from quire.engine.messages import (
     LENGTH,
     Cancel,
+    Compiling,
     Failed,
     FromCore,
     Inspect,
@@ -196,6 +197,7 @@ def _load(config: CoreConfig, link: ServerLink) -> EngineCore:
     began = time.perf_counter()
     # Importing torch is most of a second's work: the server hears from this process before it.
     from quire.engine.loading import load_core
+    from quire.kernels._triton import before_each_compilation
 
     imported = time.perf_counter() - began
     loaded = load_core(
@@ -203,6 +205,8 @@ def _load(config: CoreConfig, link: ServerLink) -> EngineCore:
         lambda progress, activity: link.send(Loading(activity, progress)),
         on_lost=lambda reason: _end_at_once(link, reason),
     )
+    # Minutes, in the first steps of all kinds: each kernel shows that the core does not hang.
+    before_each_compilation(lambda: link.send(Compiling()))
     link.send(replace(loaded.ready, start_seconds={"import": imported, **loaded.ready.start_seconds}))
     return loaded.core
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import torch
 
 from quire.engine.models.model import ForwardBatch
-from quire.engine.plan import Drafts, StepPlan, Work
+from quire.engine.plan import StepPlan, Work
 from quire.engine.sampler import SamplingRows
 from quire.engine.sampling_state import SamplingState
 from quire.engine.sequence import pages_for
@@ -37,13 +37,14 @@ class WorkColumns:
     score: npt.NDArray[np.bool_]
     drafts: npt.NDArray[np.int64]  # how many
     wanted: npt.NDArray[np.int64]  # how many
+    open: npt.NDArray[np.int64]  # how many
 
     @classmethod
     def of(cls, work: Sequence[Work]) -> WorkColumns:
         """Of the items in their order."""
         numbers = np.fromiter(chain.from_iterable(work), np.int64, len(work) * len(Work._fields))
-        slots, starts, counts, sample, score, drafts, wanted = numbers.reshape(len(work), -1).T
-        return cls(slots, starts, counts, sample.astype(bool), score.astype(bool), drafts, wanted)
+        slots, starts, counts, sample, score, *drafts = numbers.reshape(len(work), -1).T
+        return cls(slots, starts, counts, sample.astype(bool), score.astype(bool), *drafts)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -89,15 +90,6 @@ class Draws:
         front of that item's end in `ends`."""
         rows: npt.NDArray[np.int64] = np.repeat(ends[self.items] - self.counts, self.counts) + self.behind
         return rows
-
-    def drafted(self, drafts: Sequence[Drafts]) -> npt.NDArray[np.int64]:
-        """The draft that each draw stands in front of, -1 where there is none; `drafts` are the plan's."""
-        token_ids = np.full(len(self), -1)
-        if drafts:
-            by_slot = {one.slot: one.token_ids for one in drafts}
-            found = [by_slot[slot] for slot in self.slots[self.firsts[self.verified]].tolist()]
-            token_ids[self.behind < np.repeat(self.counts - 1, self.counts)] = list(chain.from_iterable(found))
-        return token_ids
 
     def accepted(self, drawn: npt.NDArray[np.int64], drafted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """How many of each item's drafts are as drawn, int64 [items], by the tokens drawn and drafted for each row;

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -81,14 +82,25 @@ class Hub:
         self._inspections: dict[int, asyncio.Future[Inspection]] = {}
         self._idle = asyncio.Event()
         self._idle.set()
+        self._progressed_at = time.monotonic()
 
     @property
     def in_flight(self) -> int:
         """Requests that have not had their terminal event."""
         return len(self._owners)
 
+    def progressed(self) -> None:
+        """The core has said something, or has just been given something to do."""
+        self._progressed_at = time.monotonic()
+
+    def silent_seconds(self) -> float:
+        """For how long the core has said nothing although it has work; 0 if it has none."""
+        return time.monotonic() - self._progressed_at if self._core_has_work else 0.0
+
     def submit(self, client: Client, key: int, request: Request) -> None:
         """Hands a request to the core; its updates go to `client` under `key`."""
+        if not self._core_has_work:
+            self.progressed()
         core_key = next(self._core_keys)
         client.keys[key] = core_key
         self._owners[core_key] = (client, key)
@@ -132,6 +144,8 @@ class Hub:
 
     async def inspect(self, max_cells: int, max_sequences: int) -> Inspection:
         """What the core holds, between two steps. Raises UnavailableError if it is gone."""
+        if not self._core_has_work:
+            self.progressed()
         ticket = next(self._tickets)
         answer: asyncio.Future[Inspection] = asyncio.get_running_loop().create_future()
         self._inspections[ticket] = answer
@@ -190,6 +204,10 @@ class Hub:
         event = CacheEvent(self.cache_sequence, stored, removed)
         for feed in self._feeds:
             feed.push(event)
+
+    @property
+    def _core_has_work(self) -> bool:
+        return bool(self._owners or self._inspections)
 
     def _forget(self, core_key: int) -> None:
         client, key = self._owners.pop(core_key)

@@ -75,6 +75,11 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Compiling:
+    """The core compiles another kernel: what it does takes longer than it will take later."""
+
+
+@dataclass(frozen=True, slots=True)
 class Failed:
     """The core could not start, or can't go on; it exits after this."""
 
@@ -120,7 +125,7 @@ class Inspected:
 
 
 ToCore = StartCore | Submit | Cancel | Inspect
-FromCore = Loading | Ready | Failed | Stepped | Inspected
+FromCore = Loading | Ready | Compiling | Failed | Stepped | Inspected
 
 
 def encode(message: ToCore | FromCore) -> bytes:

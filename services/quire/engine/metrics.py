@@ -7,7 +7,7 @@ chooses over how long: the hit rate is `cached_input_tokens` by `input_tokens`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, start_http_server
@@ -38,6 +38,7 @@ class EngineMetrics(Collector):
         self._load = Load(0, 0, 0, 0, 0, 0, 0, EngineStats())
         self._ready: Ready | None = None
         self._certificate_stale = False
+        self._silent_seconds: Callable[[], float] = lambda: 0.0
         self.registry.register(self)
 
     def serve(self, port: int) -> None:
@@ -51,6 +52,10 @@ class EngineMetrics(Collector):
                 f"can't serve metrics on port {port} ({error.strerror}): choose another --metrics-port",
                 field="metrics_port",
             ) from error
+
+    def observe(self, silent_seconds: Callable[[], float]) -> None:
+        """Asks this, in whatever thread, for how long no step has ended."""
+        self._silent_seconds = silent_seconds
 
     def record_start(self, ready: Ready) -> None:
         """The core is ready."""
@@ -75,6 +80,8 @@ class EngineMetrics(Collector):
             yield self._gauges("start_seconds", "How long each phase of the start took.", phases, "phase")
         stale = "1 while the file on the disk can't be used and an older version is in its place."
         yield self._gauges("file_stale", stale, [(("tls",), self._certificate_stale)], "file")
+        silent = "For how long no step has ended although there is work; above --step-timeout the engine ends."
+        yield self._gauge("silent_seconds", silent, self._silent_seconds())
         yield self._gauge("running_requests", "Requests in the batch.", load.running)
         yield self._gauge("waiting_requests", "Requests that wait for a slot or for pages.", load.waiting)
         yield self._gauge("pending_prefill_tokens", "Prompt tokens to be computed.", load.pending_prefill_tokens)

@@ -41,7 +41,10 @@ class PageGrant:
 
 @dataclass(frozen=True, slots=True)
 class Drafts:
-    """`token_ids` may be what follows in a slot from `position` on: its work in this step computes them, too."""
+    """`token_ids` may be what follows in a slot from `position` on: its work in this step computes them, too.
+
+    Drafts of a work that a plan does not name are those that the device made in the step before.
+    """
 
     slot: int
     position: int
@@ -51,6 +54,8 @@ class Drafts:
 class Work(NamedTuple):
     """Compute `num_tokens` tokens of a slot from position `start`; if `sample`, draw the token after the last of them.
 
+    Where the step before verifies drafts, and the host does not know yet how many of these are right, the tokens begin
+    as many positions later: up to `num_open`.
     The last `num_drafts` of them are drafts: a token is drawn in front of each, too, as if those before it were right,
     and the first that differs from its draft is the last that counts.
     Drafts are to be made of what follows: up to `num_wanted`, if there is a drafter on the device.
@@ -65,6 +70,7 @@ class Work(NamedTuple):
     score: bool = False
     num_drafts: int = 0
     num_wanted: int = 0
+    num_open: int = 0
 
 
 @dataclass(frozen=True, slots=True)

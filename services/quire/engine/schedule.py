@@ -5,17 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quire.engine.plan import Admission, Drafts, PageGrant, StepPlan, Work
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import UNKNOWN, Sequence
+from quire.engine.speculation.drafts import Drafter
 from quire.service.pages import PAGE_SIZE
+
+
+@dataclass(slots=True)
+class InFlightDrafts:
+    """Drafts of one sequence that a step verifies; `token_ids` are UNKNOWN until the step before is read."""
+
+    drafter: Drafter | None
+    token_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """A step: the plan for the device, and for the host the sequences of `plan.work`, in the same order."""
+    """A step: the plan for the device, and for the host the sequences of `plan.work`, in the same order, and those that
+    verify drafts."""
 
     plan: StepPlan
     sequences: tuple[Sequence, ...]
     started: tuple[tuple[Sequence, int], ...]  # scheduled for the first time, with their cached prompt tokens
+    drafts: dict[Sequence, InFlightDrafts]
 
 
 class ScheduleBuilder:
@@ -27,6 +38,7 @@ class ScheduleBuilder:
         self._grants: dict[Sequence, PageGrant] = {}
         self.work: dict[Sequence, Work] = {}
         self._drafts: dict[Sequence, Drafts] = {}
+        self._verified: dict[Sequence, InFlightDrafts] = {}
         self._started: list[tuple[Sequence, int]] = []
         self._computing: set[bytes] = set()
         self._num_looked_at = 0
@@ -62,14 +74,16 @@ class ScheduleBuilder:
         """A sequence in the batch computes `num_tokens`."""
         self.budget -= num_tokens
         start = sequence.num_computed
-        drafts = sequence.drafts
+        drafts, num_open = sequence.drafts, sequence.num_open
         sample = start + num_tokens == sequence.num_tokens + len(drafts)
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
         wanted = sequence.num_wanted if sample else 0
-        self.work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted)
+        self.work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted, num_open)
         if drafts:
-            self._drafts[sequence] = Drafts(sequence.slot, start + num_tokens - len(drafts), drafts)
+            self._verified[sequence] = InFlightDrafts(sequence.drafter, drafts)
+            if drafts[0] != UNKNOWN:
+                self._drafts[sequence] = Drafts(sequence.slot, start + num_tokens - len(drafts), drafts)
         if grant is not None:
             self._grants[sequence] = grant
 
@@ -86,6 +100,7 @@ class ScheduleBuilder:
             self.budget += work.num_tokens
         self._grants.pop(sequence, None)
         self._drafts.pop(sequence, None)
+        self._verified.pop(sequence, None)
 
     def schedule(self) -> Schedule:
         plan = StepPlan(
@@ -94,4 +109,4 @@ class ScheduleBuilder:
             tuple(self.work.values()),
             tuple(self._drafts.values()),
         )
-        return Schedule(plan, tuple(self.work), tuple(self._started))
+        return Schedule(plan, tuple(self.work), tuple(self._started), self._verified)

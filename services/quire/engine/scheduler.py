@@ -202,24 +202,27 @@ class Scheduler:
             self._publish(sequence)
         return True
 
-    def accept(self, sequence: Sequence, num_drafts: int) -> None:
-        """The first `num_drafts` of a sequence's drafts are drawn, too: `append` is to be called for each, and then for
-        the token after them. What the others computed is void, and their pages are given back."""
-        sequence.drafts = ()
+    def accept(self, sequence: Sequence, num_drafts: int, num_verified: int) -> None:
+        """A step kept the first `num_drafts` of the `num_verified` drafts of a sequence: `append` is to be called for
+        each, and then for the token after them. What the others computed is void, and their pages are given back."""
+        sequence.num_open -= num_verified
         sequence.num_drawn += num_drafts
-        sequence.num_computed += num_drafts
-        self._shrink(sequence)
+        if sequence.state is SequenceState.RUNNING:  # else preempted since
+            sequence.num_computed += num_drafts
+            self._shrink(sequence)
 
-    def retract(self, sequence: Sequence) -> None:
-        """Takes back what the step that was scheduled last draws for a sequence: its last token is computed again."""
-        sequence.drafts = ()
+    def retract(self, sequence: Sequence, num_verified: int) -> None:
+        """Takes back what the step that was scheduled last, which verifies `num_verified` drafts, draws for a sequence:
+        its last token is computed again."""
+        sequence.num_open -= num_verified
         sequence.num_drawn -= 1
-        self._shrink(sequence)
-        sequence.num_computed -= 1
+        if sequence.state is SequenceState.RUNNING:
+            self._shrink(sequence)
+            sequence.num_computed -= 1
 
     def _shrink(self, sequence: Sequence) -> None:
         # A drafter has written the slot of the next token.
-        self._keep(sequence, pages_for(sequence.num_computed + self.config.drafter_in_pages))
+        self._keep(sequence, pages_for(sequence.reach + self.config.drafter_in_pages))
 
     def _keep(self, sequence: Sequence, num_pages: int) -> None:
         if len(sequence.block_table) > num_pages:
@@ -229,10 +232,20 @@ class Scheduler:
     def _is_held(self, sequence: Sequence) -> bool:
         return self.hold_constrained and sequence.request.constraint is not None
 
+    def _is_put_off(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is left out of this step. Drafts in flight may end it, or need a slot of the
+        drafter's that has no page: that is known when they are."""
+        if sequence.may_await_last_token or self._is_held(sequence):
+            return True
+        num_slots = len(sequence.block_table) * PAGE_SIZE
+        return self.config.drafter_in_pages and sequence.num_open > 0 and sequence.reach >= num_slots
+
     def _book(self, schedule: Schedule) -> None:
         """Takes a step as done: later ones may use its pages, which are written before they run."""
         for sequence, work in zip(schedule.sequences, schedule.plan.work, strict=True):
             sequence.num_computed = work.start + work.num_tokens - work.num_drafts
+            sequence.num_open += work.num_drafts
+            sequence.drafts = ()
             if work.sample:
                 sequence.num_drawn += 1
             if work.score:
@@ -254,11 +267,11 @@ class Scheduler:
         prefilling = []
         if self.config.drafter_in_pages:
             for sequence in self._running:
-                if sequence.num_computed % PAGE_SIZE == 0 and not sequence.awaits_last_token:
+                if sequence.num_computed % PAGE_SIZE == 0 and not self._is_put_off(sequence):
                     self._step_back(sequence)
         self._limit_drafts(step.budget)
         for sequence in tuple(self._running):
-            if sequence.awaits_last_token or self._is_held(sequence):
+            if self._is_put_off(sequence):
                 continue
             if sequence.num_pending > 1:
                 prefilling.append(sequence)
@@ -281,26 +294,28 @@ class Scheduler:
         if self.config.max_draft_tokens is not None:
             spare_tokens = min(spare_tokens, self.config.max_draft_tokens)
         needed = (
-            pages_for(sequence.num_computed + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
+            pages_for(sequence.reach + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
             for sequence in self._running
         )
         spare_pages = self.pool.available - sum(max(0, missing) for missing in needed)
         for sequence in drafted:
             limit = 0
-            if sequence.num_pending == 1 and not sequence.awaits_last_token and not self._is_held(sequence):
-                own_pages = pages_for(sequence.num_computed + 1)
+            if sequence.num_pending == 1 and not self._is_put_off(sequence):
+                reach = sequence.reach
+                own_pages = pages_for(reach + 1)
                 if spare_pages >= 0:  # else what it has beyond that may be taken back
                     own_pages = max(len(sequence.block_table), own_pages)
-                room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - sequence.num_computed
+                room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - reach
                 # One token is drawn after the drafts, within the output's length; the one before is computed with them.
-                limit = max(0, min(sequence.max_tokens - sequence.num_tokens - 1, room - 1, spare_tokens))
+                left = sequence.max_tokens - sequence.num_tokens - sequence.num_open
+                limit = max(0, min(left - 1, room - 1, spare_tokens))
             sequence.drafts = sequence.drafts[:limit]
             spare_tokens -= len(sequence.drafts)
             if sequence.drafts:
-                spare_pages -= max(0, pages_for(sequence.num_computed + 1 + len(sequence.drafts)) - own_pages)
+                spare_pages -= max(0, pages_for(reach + 1 + len(sequence.drafts)) - own_pages)
 
     def _continue(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> None:
-        if sequence.num_computed + num_tokens <= len(sequence.block_table) * PAGE_SIZE:
+        if sequence.reach + num_tokens <= len(sequence.block_table) * PAGE_SIZE:
             step.add(sequence, num_tokens)
         elif self._make_room(sequence, num_tokens, step):
             step.add(sequence, num_tokens, self._grow(sequence, num_tokens))
@@ -376,7 +391,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, num_tokens: int) -> PageGrant | None:
         first = len(sequence.block_table)
-        missing = pages_for(sequence.num_computed + num_tokens) - first
+        missing = pages_for(sequence.reach + num_tokens) - first
         if missing <= 0:
             return None
         pages = self.pool.allocate(missing)
@@ -385,7 +400,7 @@ class Scheduler:
 
     def _make_room(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> bool:
         """Preempts until `sequence` can grow; returns False if it was itself the one to give way."""
-        missing = pages_for(sequence.num_computed + num_tokens) - len(sequence.block_table)
+        missing = pages_for(sequence.reach + num_tokens) - len(sequence.block_table)
         while missing > self.pool.available:
             if self.config.drafter_in_pages and self._take_back(sequence, step):
                 continue
@@ -408,7 +423,7 @@ class Scheduler:
         """Gives the step's sequences slots beyond their tokens, one and as many as drafts are wanted, if pages are left
         over, and cuts what is wanted to that."""
         for sequence, work in step.work.items():
-            end, first = work.start + work.num_tokens, len(sequence.block_table)
+            end, first = work.start + work.num_open + work.num_tokens, len(sequence.block_table)
             if not work.num_wanted and end < first * PAGE_SIZE:
                 continue
             wanted = max(0, min(work.num_wanted, sequence.max_tokens - end))
@@ -434,9 +449,9 @@ class Scheduler:
             work, num_tokens = step.work.get(sequence), 0
             if work is not None:
                 num_tokens = work.num_tokens
-            elif sequence.num_pending == 1 and not (sequence.awaits_last_token or self._is_held(sequence)):
+            elif sequence.num_pending == 1 and not self._is_put_off(sequence):
                 num_tokens = 1
-            self._keep(sequence, pages_for(sequence.num_computed + num_tokens))
+            self._keep(sequence, pages_for(sequence.reach + num_tokens))
         return self.pool.available > before
 
     def _loss(self, sequence: Sequence) -> tuple[bool, int, int, int]:

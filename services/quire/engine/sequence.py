@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import InitVar, dataclass, field
 from enum import Enum, auto
 
+from quire.engine.speculation.drafts import Drafter
 from quire.service.pages import PAGE_SIZE, next_hash, prefix_hashes, root_hash
 from quire.service.request import FinishReason, Request
+
+# A draft that the device has made, or is making, and the host has not read yet.
+UNKNOWN = -1
 
 
 class SequenceState(Enum):
@@ -19,14 +23,15 @@ class SequenceState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """`token_ids` is prompt and output, as far as the host knows it; steps in flight draw `num_drawn` tokens more.
+    """`token_ids` is prompt and output, as far as the host knows it; steps in flight draw `num_drawn` tokens more, and
+    as many again as they keep of the `num_open` drafts that they verify.
 
-    The keys and values of the first `num_computed` tokens lie in `block_table`'s pages once the steps in flight are
-    done. `max_tokens` is how many tokens there may be in all. `page_hashes` has a hash for every full page of
-    `token_ids`; the first `num_published` of them are in the pool. `arrived_at` and `last_token_at` (when a token was
-    last drawn here) are the core's, in seconds of a clock of its own.
-    `drafts` may be what follows `token_ids`; the next step, or the one in flight, finds out. `num_wanted` is how many
-    the device is to make of what comes after that.
+    The keys and values of the first `num_computed` tokens, and of drafts that are kept, lie in `block_table`'s pages
+    once the steps in flight are done. `max_tokens` is how many tokens there may be in all. `page_hashes` has a hash for
+    every full page of `token_ids`; the first `num_published` of them are in the pool. `arrived_at` and `last_token_at`
+    (when a token was last drawn here) are the core's, in seconds of a clock of its own.
+    `drafts`, made by `drafter`, may be what follows all tokens that there are: the next step is to find out. Those that
+    only the device knows are UNKNOWN. `num_wanted` is how many the device is to make of what comes after that.
     The log-probabilities of the first `num_scored` prompt tokens are reported or on their way; the first has none.
     """
 
@@ -43,6 +48,7 @@ class Sequence:
     slot: int = -1
     num_computed: int = 0
     num_drawn: int = 0
+    num_open: int = 0
     block_table: list[int] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -50,6 +56,7 @@ class Sequence:
     num_preemptions: int = 0
     num_scored: int = 1
     drafts: tuple[int, ...] = ()
+    drafter: Drafter | None = None
     num_wanted: int = 0
     arrived_at: float = 0.0
     last_token_at: float | None = None
@@ -78,9 +85,19 @@ class Sequence:
         return len(self.token_ids) + self.num_drawn - self.num_computed
 
     @property
+    def reach(self) -> int:
+        """Up to which position, and not with it, steps in flight may write keys and values that count."""
+        return self.num_computed + self.num_open
+
+    @property
     def awaits_last_token(self) -> bool:
         """Whether the last token that it may have is drawn by a step in flight."""
         return len(self.token_ids) + self.num_drawn >= self.max_tokens
+
+    @property
+    def may_await_last_token(self) -> bool:
+        """Whether it is, if all drafts that are verified are kept."""
+        return len(self.token_ids) + self.num_drawn + self.num_open >= self.max_tokens
 
     @property
     def scores_prompt(self) -> bool:

@@ -178,16 +178,16 @@ class Connection(HttpToolsProtocol):
     def _expect_reading(self) -> None:
         self._stop_writing_timer()
         if waiting := self.transport.get_write_buffer_size():
-            timeout, taken = self._limits.write_timeout, self._gathered.written - waiting
-            self._writing = self.loop.call_later(timeout, self._check_progress, taken + min(waiting, _HIGH_WATER))
+            due, taken = self.loop.time() + self._limits.write_timeout, self._gathered.written - waiting
+            self._writing = self.loop.call_at(due, self._check_progress, due, taken + min(waiting, _HIGH_WATER))
 
-    def _check_progress(self, expected: int) -> None:
+    def _check_progress(self, due: float, expected: int) -> None:
         self._writing = None
         # What waited at the beginning must be gone by now, and of a long answer more than drops.
-        if self._gathered.written - self.transport.get_write_buffer_size() < expected:
-            self._stalled()
-        else:
+        if self._gathered.written - self.transport.get_write_buffer_size() >= expected or self._stood_still(due):
             self._expect_reading()
+        else:
+            self._stalled()
 
     def _limit_unread(self, transport: asyncio.Transport) -> None:
         """Bounds what waits for the reader, and has the kernel end a connection that takes nothing for too long.
@@ -216,7 +216,21 @@ class Connection(HttpToolsProtocol):
         event = error_event(stalled_reader(self._limits.write_timeout))
         self.transport.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(event), event))
         self.transport.close()
-        self._lingering = self.loop.call_later(self._limits.write_timeout, self.transport.abort)
+        self._linger()
+
+    def _linger(self) -> None:
+        due = self.loop.time() + self._limits.write_timeout
+        self._lingering = self.loop.call_at(due, self._lingered, due)
+
+    def _lingered(self, due: float) -> None:
+        if self._stood_still(due):
+            self._linger()
+        else:
+            self.transport.abort()
+
+    def _stood_still(self, due: float) -> bool:
+        """Whether this process did, since it comes so late to what was due: readers have had no time either."""
+        return self.loop.time() - due > self._limits.write_timeout
 
     def _report_stall(self) -> None:
         self._limits.stalled()

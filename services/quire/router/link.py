@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from typing import NoReturn, TypeAlias
 
 import grpc
@@ -21,6 +20,7 @@ from quire.service.errors import InternalError
 from quire.service.pages import PAGE_SIZE
 from quire.service.peer_tls import Dialer
 from quire.service.request import Finished, FinishReason, Request, Update
+from quire.service.stalls import until_stalled
 from quire.service.wire import request_to_proto, update_from_proto
 from quire.v1 import engine_pb2, engine_pb2_grpc, session_pb2, session_pb2_grpc
 
@@ -158,17 +158,9 @@ class EngineLink:
 
     async def _watch_progress(self) -> NoReturn:
         """Raises StalledError when the engine does nothing although it has work."""
-        # A clock, looked at often enough to be a quarter late at most.
-        interval = self._stall_timeout / 4
-        while True:
-            looked_at = time.monotonic()
-            await asyncio.sleep(interval)
-            if time.monotonic() - looked_at > 2 * interval:
-                # It was this process that stood still: what the engine has sent meanwhile is still to be read.
-                self._endpoint.progressed()
-            elif self._endpoint.idle_seconds() > self._stall_timeout:
-                self._endpoint.stall()
-                raise StalledError(f"it has done nothing for {self._stall_timeout:g} s although it has work")
+        await until_stalled(self._endpoint.idle_seconds, self._endpoint.progressed, self._stall_timeout)
+        self._endpoint.stall()
+        raise StalledError(f"it has done nothing for {self._stall_timeout:g} s although it has work")
 
     async def _watch_certificates(self, renewal: asyncio.Event) -> None:
         """Raises CallEndedError when the channel can't connect with what it knows, and there are new certificates."""

@@ -54,38 +54,46 @@ class Head:
         return tuple(found)
 
 
-class TimedMachine(PageMachine):
-    """Its steps take the time that `seconds` says for their number of tokens."""
+class HeadMachine(PageMachine):
+    """May have a head, which makes a pass for each place, of all sequences that want a draft there."""
 
     def __init__(
         self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int, head: Head | None = None
     ) -> None:
         super().__init__(PAGES, max_num_seqs, MAX_MODEL_LEN)
-        self.head = head
-        self.clock, self.seconds = clock, seconds
+        self.clock, self.seconds, self.head = clock, seconds, head
+
+    def draft(self, plan: StepPlan, accepted: dict[int, int]) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        for index, work in enumerate(plan.work):
+            if self.head is not None and work.num_wanted:
+                length = work.start + work.num_tokens - work.num_drafts + accepted.get(index, 0)
+                text = [*self.seen(work.slot, length), int(self.tokens[work.slot, length])]
+                found[index] = drafts = self.head.drafts(text, work.num_wanted)
+                self.tokens[work.slot, length + 1 : length + 1 + len(drafts)] = drafts
+        return found
+
+    def draft_seconds(self, plan: StepPlan) -> float:
+        return max(work.num_wanted for work in plan.work) * self.head.seconds if self.head is not None else 0.0
+
+
+class TimedMachine(HeadMachine):
+    """Its steps take the time that `seconds` says for their number of tokens."""
+
+    def __init__(
+        self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int, head: Head | None = None
+    ) -> None:
+        super().__init__(clock, seconds, max_num_seqs, head)
         self.steps: list[int] = []
 
     def launch(self, plan: StepPlan, *, masked: bool) -> Launched:
-        num_tokens = sum(work.num_tokens for work in plan.work)
+        num_tokens, drafting = sum(work.num_tokens for work in plan.work), self.draft_seconds(plan)
         self.steps.append(num_tokens)
         # Machines are not exact: a hundredth more or less.
-        self.clock.now += self.seconds(num_tokens) * (1 + (len(self.steps) * 7 % 5 - 2) / 200)
+        self.clock.now += self.seconds(num_tokens) * (1 + (len(self.steps) * 7 % 5 - 2) / 200) + drafting
         launched = super().launch(plan, masked=masked)
-        if self.head is not None and launched.result is not None:
-            launched.result = self.with_drafts(plan, launched.result, self.head)
+        launched.result = replace(launched.wait(), draft_seconds=drafting)
         return launched
-
-    def with_drafts(self, plan: StepPlan, result: StepResult, head: Head) -> StepResult:
-        """As a head on the device drafts: a pass for each place, of all sequences that want it."""
-        places = max(work.num_wanted for work in plan.work)
-        drafts = {}
-        for index, work in enumerate(plan.work):
-            if work.num_wanted:
-                length = work.start + work.num_tokens - work.num_drafts + result.accepted.get(index, 0)
-                seen = self.seen(work.slot, length)
-                drafts[index] = head.drafts([*seen, result.token_ids[index]], work.num_wanted)
-        self.clock.now += places * head.seconds
-        return replace(result, drafts=drafts, draft_seconds=places * head.seconds)
 
 
 @dataclass
@@ -95,28 +103,32 @@ class Running:
     launched: Launched
     clock: Clock
     done_at: float
+    draft_seconds: float
 
     def draw(self, masks: StepMasks | None) -> None:
         self.launched.draw(masks)
 
     def wait(self) -> StepResult:
         self.clock.now = max(self.clock.now, self.done_at)
-        return self.launched.wait()
+        return replace(self.launched.wait(), draft_seconds=self.draft_seconds)
 
 
-class AheadMachine(PageMachine):
+class AheadMachine(HeadMachine):
     """Computes beside the host, which takes `host` seconds before each launch."""
 
-    def __init__(self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int, host: float) -> None:
-        super().__init__(PAGES, max_num_seqs, MAX_MODEL_LEN)
-        self.clock, self.seconds, self.host = clock, seconds, host
-        self.free_at = 0.0
+    def __init__(
+        self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int, host: float, head: Head | None = None
+    ) -> None:
+        super().__init__(clock, seconds, max_num_seqs, head)
+        self.host = host
+        self.free_at = self.idle = 0.0
 
     def launch(self, plan: StepPlan, *, masked: bool) -> Running:  # type: ignore[override]
         self.clock.now += self.host
-        num_tokens = sum(work.num_tokens for work in plan.work)
-        self.free_at = max(self.free_at, self.clock.now) + self.seconds(num_tokens)
-        return Running(super().launch(plan, masked=masked), self.clock, self.free_at)
+        self.idle += max(0.0, self.clock.now - self.free_at)
+        seconds = self.seconds(sum(work.num_tokens for work in plan.work)) + self.draft_seconds(plan)
+        self.free_at = max(self.free_at, self.clock.now) + seconds
+        return Running(super().launch(plan, masked=masked), self.clock, self.free_at, self.draft_seconds(plan))
 
 
 def simulate(
@@ -134,7 +146,7 @@ def simulate(
     monkeypatch.setattr(quire.engine.core, "time", clock)
     machine: TimedMachine | AheadMachine = TimedMachine(clock, seconds, num_seqs, head)
     if host is not None:
-        machine = AheadMachine(clock, seconds, num_seqs, host)
+        machine = AheadMachine(clock, seconds, num_seqs, host, head)
     requests = [
         Request(
             str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0), StopConditions(num_tokens, ignore_eos=True)
@@ -281,6 +293,24 @@ def test_a_head_comes_back_when_it_is_right(monkeypatch: pytest.MonkeyPatch, num
     for _ in range(10):
         core.step()
     assert sum(len(sequence.token_ids) for sequence in core.scheduler) - before >= 10 * num_seqs * 3
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8])
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_a_device_with_a_head_does_not_wait_for_the_host(
+    monkeypatch: pytest.MonkeyPatch, share: float, num_seqs: int
+) -> None:
+    """It verifies its own drafts before the host has read them: else the host's share of each step would be lost."""
+    cost = COSTS["a GPU's"]
+    host = share * cost(num_seqs)
+    _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, head=Head(0.0005, right=True), host=host)
+    took = finish(core, machine)
+    assert isinstance(machine, AheadMachine) and machine.idle < 0.03 * took + 3 * host
+    _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, host=host)
+    without = finish(core, machine)
+    assert took < without / 2.5
+    _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, head=Head(0.0005, right=False), host=host)
+    assert finish(core, machine) <= 1.03 * without
 
 
 @given(

@@ -28,7 +28,7 @@ need_triton()
 from quire.engine.config import CoreConfig, Dtype, LoadFormat, Speculation  # noqa: E402
 from quire.engine.core import EngineCore  # noqa: E402
 from quire.engine.gpu.eagle import load_gpu_eagle  # noqa: E402
-from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
+from quire.engine.gpu.runner import GpuRunner  # noqa: E402
 from quire.engine.loading import load_core  # noqa: E402
 from quire.engine.models.model import ModelDtype  # noqa: E402
 from quire.engine.models.registry import load_gpu_model  # noqa: E402
@@ -85,36 +85,23 @@ def heads(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         yield Heads(tmp_path_factory.mktemp("model"), *request.param)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Checked:
-    """A step whose drafts are looked at, and then told: what the head drafts decides nothing."""
+    """A step that was read when it was launched."""
 
-    step: GpuPendingStep
-    runner: CheckingRunner
-    plan: StepPlan
-    texts: list[list[int]]
+    result: StepResult
 
     def draw(self, masks: StepMasks | None) -> None:
-        self.step.draw(masks)
+        """Nobody masks anything."""
 
     def wait(self) -> StepResult:
-        result, told = self.step.wait(), {}
-        for index, (work, text) in enumerate(zip(self.plan.work, self.texts, strict=True)):
-            if work.sample:
-                drafts = [drafts.token_ids for drafts in self.plan.drafts if drafts.slot == work.slot]
-                accepted = result.accepted.get(index, 0)
-                text += [*(drafts[0][:accepted] if drafts else ()), result.token_ids[index]]
-            assert len(result.drafts.get(index, ())) == work.num_wanted
-            if work.num_wanted:
-                self.runner.heads.check(tuple(text), result.drafts[index])
-                told[index] = self.runner.tell(text, work.num_wanted)
-        return replace(result, drafts=told)
+        return self.result
 
 
 @dataclass
 class CheckingRunner:
-    """A runner whose drafts are checked and replaced, as a benchmark does that sets how many are right: each with
-    probability `quality`."""
+    """A runner whose drafts are checked and then replaced, on the device, too: what the head drafts decides nothing.
+    Each is right with probability `quality`."""
 
     heads: Heads
     runner: GpuRunner
@@ -123,6 +110,7 @@ class CheckingRunner:
     texts: dict[int, list[int]] = field(default_factory=dict)
     random: random.Random = field(default_factory=lambda: random.Random(0))
     num_told: int = 0
+    told: dict[int, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def info(self) -> DeviceInfo:
@@ -131,7 +119,21 @@ class CheckingRunner:
     def launch(self, plan: StepPlan, *, masked: bool) -> Checked:
         for admission in plan.admissions:
             self.texts[admission.slot] = list(admission.token_ids)
-        return Checked(self.runner.launch(plan, masked=masked), self, plan, [self.texts[one.slot] for one in plan.work])
+        result, told = self.runner.launch(plan, masked=masked).wait(), {}
+        self.told.update({drafts.slot: drafts.token_ids for drafts in plan.drafts})
+        for index, work in enumerate(plan.work):
+            text = self.texts[work.slot]
+            if work.sample:
+                drafts = self.told.get(work.slot, ())[: result.accepted.get(index, 0)]
+                text += [*drafts, result.token_ids[index]]
+            assert len(result.drafts.get(index, ())) == work.num_wanted
+            if work.num_wanted:
+                self.heads.check(tuple(text), result.drafts[index])
+                self.told[work.slot] = told[index] = drafts = self.tell(text, work.num_wanted)
+                row = self.runner._batch.token_ids[work.slot]
+                assert row[len(text) : len(text) + len(drafts)].tolist() == list(result.drafts[index])
+                row[len(text) : len(text) + len(drafts)] = torch.tensor(drafts, dtype=row.dtype)
+        return Checked(replace(result, drafts=told))
 
     def prepare(self) -> bool:
         return self.runner.prepare()

@@ -1,4 +1,4 @@
-"""The engines' Deployment: an engine and its grammar sidecar in each pod."""
+"""The engines: one and its grammar sidecar in each pod, or in the first pod of each group where they span nodes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from quire.operator.config import Images
 from quire.operator.engine_spec import EngineSpec
 from quire.operator.quantity import whole_bytes
 from quire.operator.resources import model, probes, sidecar
+from quire.operator.resources.group import leader_worker_set, templates
 from quire.operator.resources.metadata import Component, Manifest
-from quire.operator.resources.pods import container, deployment, linger, own_name, resources_of
+from quire.operator.resources.pods import container, deployment, linger, own_name, pod_template, resources_of
 from quire.operator.revision import Revision
 from quire.operator.spec import InferenceService
 
@@ -31,22 +32,33 @@ class CanaryEngines:
 
 
 def engine(service: InferenceService, images: Images) -> Manifest:
-    """The Deployment. A pod counts as started once the model is loaded, and drains on SIGTERM."""
-    made = _deployment(service, images, Component.ENGINE, service.spec.engine.replicas)
+    """A Deployment or a LeaderWorkerSet. A pod counts as started once the model is loaded, and drains on SIGTERM."""
+    made = _workload(service, images, Component.ENGINE, service.spec.engine.replicas)
     made["metadata"]["annotations"] = {names.MADE_OF: Revision.of(service).text}
     return made
 
 
 def canary(engines: CanaryEngines, images: Images) -> Manifest:
-    """The Deployment of those on trial."""
-    made = _deployment(engines.service, images, Component.CANARY, engines.replicas)
-    for metadata in (made["metadata"], made["spec"]["template"]["metadata"]):
+    """The same of those on trial."""
+    made = _workload(engines.service, images, Component.CANARY, engines.replicas)
+    for metadata in (made["metadata"], *(each["metadata"] for each in templates(made))):
         metadata["labels"] |= engines.labels
     return made
 
 
-def _deployment(service: InferenceService, images: Images, component: Component, replicas: int) -> Manifest:
+def _workload(service: InferenceService, images: Images, component: Component, replicas: int) -> Manifest:
     spec = service.spec.engine
+    serving = _template(service, images, component)
+    if not service.spans_nodes:
+        return deployment(service, component, serving, replicas=replicas, surge=spec.surge)
+    worker = _template(service, images, component.worker)
+    return leader_worker_set(service, component, serving, worker, replicas=replicas, surge=spec.surge)
+
+
+def _template(service: InferenceService, images: Images, component: Component) -> Manifest:
+    """Of pods that serve, or of an engine's further ones: those have the same flags, but neither port nor sidecar."""
+    spec = service.spec.engine
+    serves = component.leader is component
     main = container(
         "engine",
         spec.image or images.engine,
@@ -54,8 +66,7 @@ def _deployment(service: InferenceService, images: Images, component: Component,
         [
             f"--listen=[::]:{names.ENGINE_GRPC}",
             "--name=$(POD_NAME)",
-            f"--sidecar={sidecar.ADDRESS}",
-            f"--metrics-port={names.ENGINE_METRICS}",
+            *([f"--sidecar={sidecar.ADDRESS}", f"--metrics-port={names.ENGINE_METRICS}"] if serves else []),
             f"--grace={spec.drain_seconds}",
             *model.flags(service),
             *_flags(spec),
@@ -65,34 +76,44 @@ def _deployment(service: InferenceService, images: Images, component: Component,
         resources=resources_of(spec.resources, gpus=spec.gpus),
         mounts=[sidecar.SHARED_MOUNT, *model.mounts(service)],
         env=[own_name(), *model.environment(service)],
-        ports=[
+        **(_serving(spec) if serves else {}),
+    )
+    return pod_template(
+        service,
+        component,
+        containers=[main],
+        init_containers=[sidecar.sidecar(service, images)] if serves else [],
+        # Shared with the sidecar, and between the processes of several GPUs.
+        volumes=[sidecar.SHARED_VOLUME, *model.volumes(service)],
+        drain_seconds=spec.drain_seconds,
+        **_placement(spec),
+    )
+
+
+def _serving(spec: EngineSpec) -> Manifest:
+    return {
+        "ports": [
             {"name": "grpc", "containerPort": names.ENGINE_GRPC},
             {"name": "metrics", "containerPort": names.ENGINE_METRICS},
         ],
-        lifecycle=linger(),
+        "lifecycle": linger(),
+        # Of all of an engine's pods: it is ready once every one has loaded its share, and ends when one of them does.
         **probes.grpc(names.ENGINE_GRPC, start_seconds=spec.load_seconds),
-    )
-    placement: Manifest = {}
+    }
+
+
+def _placement(spec: EngineSpec) -> Manifest:
+    found: Manifest = {}
     if spec.node_selector:
-        placement["nodeSelector"] = dict(spec.node_selector)
+        found["nodeSelector"] = dict(spec.node_selector)
     if spec.tolerations:
-        placement["tolerations"] = [
+        found["tolerations"] = [
             {key: value for key, value in (
                 ("key", each.key), ("operator", each.operator), ("value", each.value), ("effect", each.effect),
             ) if value is not None}
             for each in spec.tolerations
         ]  # fmt: skip
-    return deployment(
-        service,
-        component,
-        replicas=replicas,
-        containers=[main],
-        init_containers=[sidecar.sidecar(service, images)],
-        volumes=[sidecar.SHARED_VOLUME, *model.volumes(service)],
-        drain_seconds=spec.drain_seconds,
-        surge=spec.surge,
-        **placement,
-    )
+    return found
 
 
 def _flags(spec: EngineSpec) -> list[str]:
@@ -100,6 +121,15 @@ def _flags(spec: EngineSpec) -> list[str]:
     if spec.gpus:
         # An engine that can't use the GPU it has must not run on the CPU instead.
         found.append("--device=cuda")
+    if spec.gpus * spec.nodes > 1:
+        found.append(f"--tensor-parallel-size={spec.gpus * spec.nodes}")
+    if spec.nodes > 1:
+        found += [
+            f"--nnodes={spec.nodes}",
+            f"--node-rank=$({names.WORKER_INDEX})",
+            f"--master-addr=$({names.LEADER_ADDRESS})",
+            f"--master-port={names.ENGINE_RENDEZVOUS}",
+        ]
     if spec.max_model_len is not None:
         found.append(f"--max-model-len={spec.max_model_len}")
     if spec.kv_cache is not None:

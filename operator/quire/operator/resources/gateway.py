@@ -6,7 +6,7 @@ from quire.operator import names
 from quire.operator.config import Images
 from quire.operator.resources import model, probes
 from quire.operator.resources.metadata import Component, Manifest, child_name
-from quire.operator.resources.pods import container, deployment, linger, resources_of
+from quire.operator.resources.pods import container, deployment, linger, pod_template, resources_of
 from quire.operator.spec import InferenceService
 
 _KEYS = "/etc/quire/keys"
@@ -45,14 +45,14 @@ def gateway(service: InferenceService, images: Images) -> Manifest:
         lifecycle=linger(),
         **probes.http(names.GATEWAY_HTTP, ready="/ready", live="/health", start_seconds=300, scheme=scheme),
     )
-    return deployment(
+    template = pod_template(
         service,
         Component.GATEWAY,
-        replicas=spec.replicas,
         containers=[main],
         volumes=[*volumes, *model.volumes(service)],
         drain_seconds=spec.drain_seconds,
     )
+    return deployment(service, Component.GATEWAY, template, replicas=spec.replicas)
 
 
 def _access(service: InferenceService) -> tuple[list[Manifest], list[Manifest], list[str]]:

@@ -22,11 +22,25 @@ class Component(Enum):
     ENGINE = "engine"
     # Engines of another kind, while a change is tried.
     CANARY = "canary"
+    # The further pods of engines that span nodes. Nobody but their own engine's first pod talks to them.
+    ENGINE_WORKER = "engine-worker"
+    CANARY_WORKER = "canary-worker"
 
     @property
     def field(self) -> str:
         """Which part of the spec they are made of."""
-        return Component.ENGINE.value if self is Component.CANARY else self.value
+        return self.value if self in (Component.GATEWAY, Component.ROUTER) else Component.ENGINE.value
+
+    @property
+    def worker(self) -> Component:
+        """The further pods of these engines."""
+        return {Component.ENGINE: Component.ENGINE_WORKER, Component.CANARY: Component.CANARY_WORKER}[self]
+
+    @property
+    def leader(self) -> Component:
+        """The pods that serve, of these or of the engines that these belong to."""
+        leaders = {Component.ENGINE_WORKER: Component.ENGINE, Component.CANARY_WORKER: Component.CANARY}
+        return leaders.get(self, self)
 
 
 LASTING = (Component.GATEWAY, Component.ROUTER, Component.ENGINE)

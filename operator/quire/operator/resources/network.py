@@ -10,20 +10,28 @@ from quire.operator.spec import InferenceService
 
 
 def policies(service: InferenceService) -> list[Manifest]:
-    """Clients reach gateways, gateways reach routers, routers reach engines, and nobody else does."""
+    """Clients reach gateways, gateways reach routers, routers reach engines, and nobody else does.
+
+    The pods of an engine that spans nodes reach one another.
+    """
     gateway = [_from_all([names.GATEWAY_HTTP, names.GATEWAY_GRPC])]
     router = [_from(service, Component.GATEWAY, names.ROUTER_GRPC), _from_all([names.ROUTER_METRICS])]
     return [
         _policy(service, Component.GATEWAY, gateway),
         _policy(service, Component.ROUTER, router),
-        engine_policy(service, Component.ENGINE),
+        *engine_policies(service, Component.ENGINE),
     ]
 
 
-def engine_policy(service: InferenceService, component: Component) -> Manifest:
+def engine_policies(service: InferenceService, component: Component) -> list[Manifest]:
     """Of engines, on trial or not."""
     metrics = _from_all([names.ENGINE_METRICS, names.SIDECAR_METRICS])
-    return _policy(service, component, [_from(service, Component.ROUTER, names.ENGINE_GRPC), metrics])
+    serving = [_from(service, Component.ROUTER, names.ENGINE_GRPC), metrics]
+    if not service.spans_nodes:
+        return [_policy(service, component, serving)]
+    # On all ports: NCCL takes those that the kernel gives it.
+    group = {"from": [_pods(service, each) for each in (component, component.worker)]}
+    return [_policy(service, component, [*serving, group]), _policy(service, component.worker, [group])]
 
 
 def _policy(service: InferenceService, component: Component, ingress: Sequence[Manifest]) -> Manifest:
@@ -42,7 +50,11 @@ def _policy(service: InferenceService, component: Component, ingress: Sequence[M
 
 
 def _from(service: InferenceService, component: Component, port: int) -> Manifest:
-    return {"from": [{"podSelector": {"matchLabels": selector(service, component)}}], **_from_all([port])}
+    return {"from": [_pods(service, component)], **_from_all([port])}
+
+
+def _pods(service: InferenceService, component: Component) -> Manifest:
+    return {"podSelector": {"matchLabels": selector(service, component)}}
 
 
 def _from_all(ports: Sequence[int]) -> Manifest:

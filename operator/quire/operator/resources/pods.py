@@ -76,20 +76,17 @@ def linger() -> Manifest:
     return {"preStop": {"sleep": {"seconds": _FORGOTTEN_SECONDS}}}
 
 
-def deployment(
+def pod_template(
     service: InferenceService,
     component: Component,
     *,
-    replicas: int,
     containers: Sequence[Manifest],
     drain_seconds: int,
     volumes: Sequence[Manifest] = (),
     init_containers: Sequence[Manifest] = (),
-    surge: int = 1,
     **pod: Any,
 ) -> Manifest:
-    """The component's Deployment. New pods are ready before old ones drain, unless `surge` is 0."""
-    chosen = selector(service, component)
+    """What the component's pods are made of; `pod` is what their spec has beside that."""
     pod_spec: Manifest = {
         "serviceAccountName": f"{service.name}-{component.field}",
         "automountServiceAccountToken": False,
@@ -102,16 +99,7 @@ def deployment(
             "fsGroup": names.USER,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "topologySpreadConstraints": [
-            {
-                "maxSkew": 1,
-                "topologyKey": key,
-                "whenUnsatisfiable": "ScheduleAnyway",
-                "labelSelector": {"matchLabels": chosen},
-                "matchLabelKeys": ["pod-template-hash"],
-            }
-            for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
-        ],
+        **_spread(service, component),
         "containers": list(containers),
         "volumes": [{"name": "scratch", "emptyDir": {}}, *volumes],
         **pod,
@@ -120,11 +108,51 @@ def deployment(
         pod_spec["initContainers"] = list(init_containers)
     if service.spec.image_pull_secrets:
         pod_spec["imagePullSecrets"] = [{"name": name} for name in service.spec.image_pull_secrets]
-    template_metadata = {
+    metadata = {
         "labels": labels(service, component),
         "annotations": {names.CONFIG_HASH: digest(environment(service)["data"])},
     }
-    rolling = {"maxSurge": surge, "maxUnavailable": 0 if surge else 1}
+    return {"metadata": metadata, "spec": pod_spec}
+
+
+def _spread(service: InferenceService, component: Component) -> Manifest:
+    """Pods that serve lie apart, so that what takes one takes no other; a group's further pods lie near its first."""
+    if component.leader is not component:
+        return {"affinity": _near_its_group(service)}
+    chosen = {"matchLabels": selector(service, component)}
+    return {
+        "topologySpreadConstraints": [
+            {
+                "maxSkew": 1,
+                "topologyKey": key,
+                "whenUnsatisfiable": "ScheduleAnyway",
+                "labelSelector": chosen,
+                "matchLabelKeys": ["pod-template-hash"],
+            }
+            for key in ("topology.kubernetes.io/zone", "kubernetes.io/hostname")
+        ]
+    }
+
+
+def _near_its_group(service: InferenceService) -> Manifest:
+    term = {
+        "topologyKey": "topology.kubernetes.io/zone",
+        "labelSelector": {"matchLabels": {names.SERVICE: service.name}},
+        "matchLabelKeys": [names.GROUP_KEY],
+    }
+    preferred = [{"weight": 100, "podAffinityTerm": term}]
+    return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+
+
+def rolling(surge: int) -> Manifest:
+    """How many pods a rollout may add and take: new ones are ready before old ones drain, unless `surge` is 0."""
+    return {"maxSurge": surge, "maxUnavailable": 0 if surge else 1}
+
+
+def deployment(
+    service: InferenceService, component: Component, template: Manifest, *, replicas: int, surge: int = 1
+) -> Manifest:
+    """The component's Deployment of pods made of `template`."""
     return manifest(
         service,
         "apps/v1",
@@ -136,8 +164,8 @@ def deployment(
             "revisionHistoryLimit": 3,
             # Routers and gateways are ready only with an engine, whose pod's own end tells more than a rollout's.
             "progressDeadlineSeconds": service.spec.engine.load_seconds + 60,
-            "selector": {"matchLabels": chosen},
-            "strategy": {"type": "RollingUpdate", "rollingUpdate": rolling},
-            "template": {"metadata": template_metadata, "spec": pod_spec},
+            "selector": {"matchLabels": selector(service, component)},
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": rolling(surge)},
+            "template": template,
         },
     )

@@ -6,7 +6,7 @@ from quire.operator import names
 from quire.operator.config import Images
 from quire.operator.resources import probes
 from quire.operator.resources.metadata import Component, Manifest, child_name
-from quire.operator.resources.pods import container, deployment, linger, own_name, resources_of
+from quire.operator.resources.pods import container, deployment, linger, own_name, pod_template, resources_of
 from quire.operator.spec import InferenceService
 
 
@@ -40,14 +40,14 @@ def router(service: InferenceService, images: Images) -> Manifest:
         lifecycle=linger(),
         **probes.split(names.ROUTER_GRPC, live_port=names.ROUTER_METRICS, start_seconds=60),
     )
-    return deployment(
+    template = pod_template(
         service,
         Component.ROUTER,
-        replicas=spec.replicas,
         containers=[main],
         drain_seconds=drain,
         automountServiceAccountToken=True,
     )
+    return deployment(service, Component.ROUTER, template, replicas=spec.replicas)
 
 
 def _holding(service: InferenceService) -> list[str]:

@@ -20,6 +20,7 @@ from quire.engine.plan import Admission, StepPlan
 from quire.engine.sampling_state import NO_TOKEN, SamplingState
 from quire.engine.sequence import pages_for
 from quire.kernels.adjust import Adjust, Adjustments
+from quire.kernels.drafts import count_accepted, follow_drafts
 from quire.kernels.sample import SamplingParameters
 from quire.service.errors import InternalError
 from quire.service.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_BIAS, MAX_STOP_TOKENS
@@ -38,21 +39,25 @@ class Columns:
     slots: Tensor  # int32 [S]
     starts: Tensor  # int32 [S]
     context_lens: Tensor  # int32 [S]
+    num_open: Tensor  # int32 [S], of drafts that the step before verifies
+    num_drafts: Tensor  # int32 [S], of those that this one does
+    first_draws: Tensor  # int32 [S]
     logit_rows: Tensor  # int32 [N], of the rows that draw a token
     drawing_slots: Tensor  # int32 [N], theirs; -1 for padding
     positions: Tensor  # int32 [N], of the token to be drawn in its sequence
+    draw_items: Tensor  # int32 [N], which of the S sequences draws
 
     @classmethod
     def of(cls, buffer: Tensor, num_seqs: int, num_draws: int) -> Columns:
         """Of the first `words` words of an int32 buffer."""
-        sizes = [num_seqs + 2] + [num_seqs] * 3 + [num_draws] * 3
+        sizes = [num_seqs + 2] + [num_seqs] * 6 + [num_draws] * 4
         parts = torch.split(buffer[: sum(sizes)], sizes)
         return cls(parts[0][: num_seqs + 1], *parts[1:])
 
     @staticmethod
     def words(num_seqs: int, num_draws: int) -> int:
         """How long the buffer must be: an even number for even sizes."""
-        return 4 * num_seqs + 2 + 3 * num_draws
+        return 7 * num_seqs + 2 + 4 * num_draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,6 @@ class StagedStep:
     work: WorkColumns
     num_tokens: int
     draws: Draws
-    drafted: npt.NDArray[np.int64]  # the draft that each draw stands in front of, -1 where there is none
     draws_only: bool  # every row draws a token: decodes and verifications, no prompts
     grouped: bool  # some sequences share a long prefix
 
@@ -115,6 +119,8 @@ class GpuBatch:
         # Each slot's last page of those that sequences must share to be a group.
         self._shared_pages = np.full(max_num_seqs, -1)
         self._starts = dict(zip(self._widths, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
+        # Of each slot: how many drafts the last step that verified any kept.
+        self.accepted = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
         self._device = device
         self._words = Columns.words(self.num_seqs, self.num_draws)
         self._inputs = torch.zeros(self._words + 3 * _CHANGES, dtype=torch.int32, device=device)
@@ -124,6 +130,8 @@ class GpuBatch:
         """Makes the next step one of padding only."""
         self.columns.query_start.zero_()
         self.columns.context_lens.zero_()
+        self.columns.num_open.zero_()
+        self.columns.num_drafts.zero_()
         self.columns.drawing_slots.fill_(-1)
 
     def stage(self, plan: StepPlan) -> StagedStep:
@@ -135,7 +143,7 @@ class GpuBatch:
         changes = buffer[words:].numpy()
         changes[: 2 * len(places)].view(np.int64)[:] = places
         changes[2 * len(places) :] = values
-        staged = self._fill(Columns.of(buffer, self.num_seqs, self.num_draws), work, plan)
+        staged = self._fill(Columns.of(buffer, self.num_seqs, self.num_draws), work)
         if fits:
             self._inputs[: len(buffer)].copy_(buffer, non_blocking=True)
             arrived = self._inputs[words : len(buffer)]
@@ -144,7 +152,22 @@ class GpuBatch:
             arrived = buffer[words:].to(self._device, non_blocking=True)
         if len(places):
             self.memory.index_copy_(0, arrived[: 2 * len(places)].view(torch.int64), arrived[2 * len(places) :])
+        if work.open.any():
+            self.follow_drafts()
         return staged
+
+    def follow_drafts(self) -> None:
+        """Moves the step's sequences behind the drafts that the step before kept."""
+        here = self.columns
+        follow_drafts(
+            here.num_open, here.slots, self.accepted, here.starts, here.context_lens, here.draw_items, here.positions
+        )
+
+    def count_accepted(self, drawn: Tensor, token_ids: Tensor) -> None:
+        """After the draws of a step: `accepted` of those whose drafts it verifies. drawn int64 [num_draws]; token_ids
+        int32 [T] are the step's inputs."""
+        here = self.columns
+        count_accepted(here.slots, here.first_draws, here.num_drafts, here.logit_rows, drawn, token_ids, self.accepted)
 
     def _changes(self, plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Where in `memory` the plan puts which numbers."""
@@ -172,7 +195,7 @@ class GpuBatch:
         offsets = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return np.repeat(np.array(starts, dtype=np.int64), lengths) + offsets, np.array(values, dtype=np.int32)
 
-    def _fill(self, columns: Columns, work: WorkColumns, plan: StepPlan) -> StagedStep:
+    def _fill(self, columns: Columns, work: WorkColumns) -> StagedStep:
         count, draws = len(work), Draws.of(work)
         query_start = columns.query_start.numpy()
         query_start[0] = 0
@@ -182,12 +205,15 @@ class GpuBatch:
         _put(columns.slots, work.slots)
         _put(columns.starts, work.starts)
         _put(columns.context_lens, work.ends)
+        _put(columns.num_open, work.open)
+        _put(columns.num_drafts, work.drafts)
+        columns.first_draws.numpy()[draws.items] = draws.firsts
         _put(columns.logit_rows, draws.rows_behind(query_start[1 : count + 1]))
         _put(columns.drawing_slots, draws.slots, -1)
         _put(columns.positions, draws.positions)
+        _put(columns.draw_items, np.repeat(draws.items, draws.counts))
         draws_only = num_tokens == len(draws) and not work.score.any()
-        drafted = draws.drafted(plan.drafts)
-        return StagedStep(work, num_tokens, draws, drafted, draws_only, self._share_prefixes(work))
+        return StagedStep(work, num_tokens, draws, draws_only, self._share_prefixes(work))
 
     def _share_prefixes(self, work: WorkColumns) -> bool:
         pages = self._shared_pages[work.slots]

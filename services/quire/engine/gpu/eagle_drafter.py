@@ -1,8 +1,9 @@
 """Runs an EAGLE head after each step's draws: graphs over the batch that stays on the device.
 
-After each step the head writes what its tokens add to its pages. Where drafts are wanted, `_begin` finds out on the
-device how many of the step's own drafts were right and where each sequence so stands, and then `_pass` makes one draft
-of each sequence, again and again: one graph for each size, whatever the number of drafts.
+After each step the head writes what its tokens add to its pages. Where drafts are wanted, `_begin` looks where each
+sequence stands behind those of the step's own drafts that were right, and then `_pass` makes one draft of each
+sequence, again and again: one graph for each size, whatever the number of drafts. They are put behind the sequences'
+tokens, where the next step verifies them whether or not the host has read them.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ class EagleInPages:
         sizes: tuple[Sizes, Sizes] | None,
     ) -> None:
         """`sizes`: of batches and of steps with prompts, to which rows are padded; None: they are not."""
-        self._head, self._batch, self._inputs, self._drawn, self._graphs = head, batch, inputs, drawn, graphs
+        self._head, self._batch, self._drawn, self._graphs = head, batch, drawn, graphs
         self._sizes = sizes
         self._nowhere = num_pages * PAGE_SIZE
         self._cache = head.new_kv_cache(num_pages)
@@ -92,6 +93,7 @@ class EagleInPages:
         self._slots = torch.zeros(num_seqs, dtype=torch.int32, device=device)
         self._steps = torch.zeros(_MOST, 4 * (num_seqs + 4), dtype=torch.int32, device=device)
         self._drafts = torch.zeros(_MOST, num_seqs, dtype=torch.int64, device=device)
+        self._targets = torch.zeros(_MOST, num_seqs, dtype=torch.int64, device=device)  # in the batch's tokens, flat
         on_gpu = device.type == "cuda"
         self._results = [torch.zeros(_MOST, num_seqs, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
         self._turn = 0
@@ -138,17 +140,24 @@ class EagleInPages:
         order = np.argsort(-wanted, kind="stable")[: np.count_nonzero(wanted)]
         if not order.size:
             return None
-        wanted = wanted[order]
+        wanted, places = wanted[order], int(wanted[order[0]])
         self._send(draws.firsts[order], draws.counts[order] - 1, wanted)
         size = self._sizes[0](len(order)) if self._sizes is not None else None
         clock, began = time.perf_counter(), self._mark()
         self._run_begin(size or len(order))
-        for _ in range(int(wanted[0])):
+        for _ in range(places):
             self._run_pass(size or len(order))
         self._turn = (self._turn + 1) % len(self._results)
-        token_ids = self._results[self._turn][: int(wanted[0])]
-        token_ids.copy_(self._drafts[: int(wanted[0])], non_blocking=True)
+        drafts, targets = self.made(places, len(order))
+        self._batch.token_ids.view(-1).index_put_((targets,), drafts.to(torch.int32))
+        token_ids = self._results[self._turn][:places]
+        token_ids.copy_(self._drafts[:places], non_blocking=True)
         return PendingDrafts(draws.items[order], wanted, token_ids, began, self._mark(), time.perf_counter() - clock)
+
+    def made(self, places: int, count: int) -> tuple[Tensor, Tensor]:
+        """The last step's drafts of so many sequences, int64 [places, count], and where they are among the batch's
+        tokens; what is no draft lies where nobody reads."""
+        return self._drafts[:places, :count], self._targets[:places, :count]
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self._on_gpu:
@@ -197,10 +206,9 @@ class EagleInPages:
         columns, batch = self._batch.columns, self._batch
         ahead = torch.arange(_MOST, dtype=torch.int32, device=self._place.device)
         rows = columns.logit_rows
-        draws = (self._firsts[:size, None] + ahead).clamp_max_(len(self._drawn) - 1)
-        drafted = self._inputs.token_ids[(rows[draws] + 1).clamp_max_(len(self._inputs.token_ids) - 1)]
-        right = (self._drawn[draws] == drafted) & (ahead < self._verified[:size, None])
-        draw = self._firsts[:size] + right.to(torch.int32).cumprod(1).sum(1)
+        first = self._firsts[:size]
+        accepted = batch.accepted[columns.drawing_slots[first].clamp_min(0)]
+        draw = first + torch.where(self._verified[:size] > 0, accepted, 0)
         self._hidden[:size] = self._fused[rows[draw]]
         self._tokens[:size] = self._drawn[draw].clamp_min(0)
         self._slots[:size] = slots = columns.drawing_slots[draw].clamp_min(0)
@@ -209,6 +217,10 @@ class EagleInPages:
         positions = torch.where(there, columns.positions[draw] + ahead[:, None], 1)
         pages = batch.block_tables[slots, positions // PAGE_SIZE]
         places = torch.where(there, pages * PAGE_SIZE + positions % PAGE_SIZE, self._nowhere)
+        # What is no draft goes behind the last token that a slot may have.
+        length = batch.token_ids.shape[1]
+        columns_of = torch.where(there, positions + 1, length - 1).clamp_max_(length - 1)
+        self._targets[:, :size] = slots * length + columns_of
         starts = torch.arange(size + 1, dtype=torch.int32, device=ahead.device)
         query_start, *others = self._columns(self._steps, size)
         torch.minimum(starts, self._counts[:, None], out=query_start)

@@ -6,8 +6,9 @@ draw is launched when the masks are there. Everything happens on one stream, in 
 step reads of the batch is what the steps before it wrote.
 
 Drafts are rows of a step like others, with a draw in front of each. A draw overwrites the draft that it stands in front
-of, so the host, which sent the drafts, compares. What is drawn behind a wrong one lies behind the sequence's last
-token, where nobody reads before a later step writes.
+of; how many of a sequence's are right stays on the device, where the next step begins behind them, and goes to the host
+with the tokens. What is drawn behind a wrong one lies behind the sequence's last token, where nobody reads before a
+later step writes.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class GpuPendingStep:
     draw_masked: Callable[[GpuPendingStep, StepMasks | None], None]
     drawn: bool = False
     token_ids: Tensor | None = None  # on the host, once `done`
+    accepted: Tensor | None = None  # int32 [slots] on the host, likewise; None: no drafts are verified
     done: torch.cuda.Event | None = None
     logprobs: TokenReport | None = None
     prompt_logprobs: list[PromptReport] = field(default_factory=list)
@@ -76,7 +78,10 @@ class GpuPendingStep:
             self.done.synchronize()
         draws, token_ids = self.staged.draws, np.full(len(self.staged.work), -1)
         drawn = self.token_ids[: len(draws)].numpy()
-        accepted = draws.accepted(drawn, self.staged.drafted)
+        accepted = np.zeros(len(draws.items), dtype=np.int64)
+        if self.accepted is not None:
+            verified = draws.verified
+            accepted[verified] = self.accepted.numpy()[draws.slots[draws.firsts[verified]]]
         token_ids[draws.items] = drawn[draws.firsts + accepted]
         logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         if self.logprobs is not None:
@@ -137,6 +142,7 @@ class GpuRunner:
         self._hidden = torch.zeros(num_draws, model.config.hidden_size, dtype=model.dtype, device=device)
         self._drawn = torch.zeros(num_draws, dtype=torch.int64, device=device)
         self._results = [torch.zeros(num_draws, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
+        self._accepted = [torch.zeros_like(batch.accepted, device="cpu", pin_memory=on_gpu) for _ in range(3)]
         self._turn = 0
         self._scratch = new_scratch(min(num_draws, _ADJUSTED_AT_ONCE), vocab_size, device)
         most = min(MAX_LOGPROBS, vocab_size)
@@ -220,6 +226,9 @@ class GpuRunner:
             num_seqs, num_draws = min(size, self._max_num_seqs), min(size, self._max_num_draws)
             self._hidden_states(AttentionLimits(size, num_seqs, size), num_draws)
             self._run_draw(self._max_num_draws, 0, False, False)
+            if self._max_num_draws > self._max_num_seqs:
+                self._verify()
+                self._batch.follow_drafts()
             if self._drafter is not None:
                 self._drafter.warm_up(size)
         self._synchronize()
@@ -307,11 +316,18 @@ class GpuRunner:
                 reported = state.num_logprobs[slots] >= 0
                 size = self._draw_sizes(count) if self._pads else count
                 self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()))
-            if self._drafter is not None:
-                step.drafts = self._drafter.follow(staged)
+            if staged.work.drafts.any():
+                self._verify()
+            step.drafts = self._draft(staged)
             self._send_back(step)
             step.num_captured += self._num_graphs - num_graphs
         step.drawn = True
+
+    def _draft(self, staged: StagedStep) -> PendingDrafts | None:
+        return None if self._drafter is None else self._drafter.follow(staged)
+
+    def _verify(self) -> None:
+        self._batch.count_accepted(self._drawn, self._inputs.token_ids)
 
     def _draw_rows(self, num_rows: int, num_masks: int, adjusted: bool, reported: bool) -> None:
         """`adjusted`: some want penalties, bias or bans. `reported`: some want log-probabilities."""
@@ -334,6 +350,9 @@ class GpuRunner:
         self._turn = (self._turn + 1) % len(self._results)
         step.token_ids = self._results[self._turn]
         step.token_ids[:count].copy_(self._drawn[:count], non_blocking=True)
+        if step.staged.work.drafts.any():
+            step.accepted = self._accepted[self._turn]
+            step.accepted.copy_(self._batch.accepted, non_blocking=True)
         self._send_reports(step)
         if self._stream is not None:
             step.done = torch.cuda.Event()  # type: ignore[no-untyped-call]

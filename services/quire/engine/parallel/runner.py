@@ -2,17 +2,20 @@
 
 Three parts of a draw follow one another. All ranks compute logits and gather them, rank 0 draws, with masks, penalties
 and all else, and its tokens go to all ranks, each of which puts them where the next step reads its input. So no host
-waits for another one. The first and the last part are graphs of all ranks, the draw itself is one of rank 0 alone.
+waits for another one. The first and the last part are graphs of all ranks, the draw itself is one of rank 0 alone. So
+is an EAGLE head's work, and its drafts take the same way.
 """
 
 from __future__ import annotations
 
 from functools import cached_property, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import GpuBatch
+from quire.engine.gpu.batch import GpuBatch, StagedStep
+from quire.engine.gpu.eagle_drafter import PendingDrafts
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.parallel.group import Group
 from quire.service.errors import InternalError
@@ -44,6 +47,21 @@ class ShardedRunner(GpuRunner):
 
     def _logits(self, num_rows: int) -> Tensor:
         return self._gathered[:num_rows]
+
+    def _draft(self, staged: StagedStep) -> PendingDrafts | None:
+        found = super()._draft(staged)
+        wanted = staged.work.wanted[staged.draws.items]
+        if wanted.any():
+            self._share_drafts(int(wanted.max()), int(np.count_nonzero(wanted)))
+        return found
+
+    def _share_drafts(self, places: int, count: int) -> None:
+        shared = torch.empty((2, places, count), dtype=torch.int64, device=self._device)
+        if self._drafter is not None:
+            shared[0], shared[1] = self._drafter.made(places, count)
+        self._group.share(shared)
+        if self._group.rank:
+            self._batch.token_ids.view(-1).index_put_((shared[1],), shared[0].to(torch.int32))
 
     def _share_tokens(self, num_rows: int) -> None:
         drawn = self._drawn[:num_rows]

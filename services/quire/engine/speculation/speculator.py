@@ -8,11 +8,12 @@ are known for drafts that nobody pays for, and speculation comes back when draft
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from quire.engine.scheduler import Scheduler
-from quire.engine.sequence import Sequence
+from quire.engine.sequence import UNKNOWN, Sequence
 from quire.engine.speculation.acceptance import Rates
 from quire.engine.speculation.budget import Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
@@ -26,8 +27,8 @@ _LONGEST_PAUSE = 16
 # they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step.
 _PROBES, _PROBED = 4, 40
 
-# A device that runs ahead is held up when its next drafts are looked for: where they were not worth it, it runs so many
-# steps before they are looked for again.
+# A device that runs ahead is held up when the host's next drafts are looked for: where they were not worth it, it runs
+# so many steps before they are looked for again.
 _LONGEST_LEAD = 11
 
 # What the device is to draft for a prompt's end before it is known what that is worth.
@@ -76,7 +77,6 @@ class _Prospect:
     offers: dict[Drafter, tuple[int, ...]] = field(default_factory=dict)
     pauses: dict[Drafter, int] = field(default_factory=dict)
     last_pauses: dict[Drafter, int] = field(default_factory=dict)
-    verifying: Drafter | None = None
     # Steps since the device's drafts were last worth their passes.
     num_idle: int = 0
 
@@ -85,6 +85,11 @@ class _Prospect:
         if len(self.offers) < 2:
             return next(iter(self.offers), None)
         return max(self.offers, key=lambda drafter: self.rates[drafter])
+
+    def best_offer(self) -> tuple[Drafter, tuple[int, ...]]:
+        """That offer, which may be of nothing."""
+        drafter = self.best()
+        return (Drafter.EAGLE, ()) if drafter is None else (drafter, self.offers[drafter])
 
     def leave_alone(self, drafter: Drafter) -> None:
         """It had nothing, or nothing right: twice as long as the last time."""
@@ -116,7 +121,7 @@ class Speculator:
         # What is to be learned: whose drafts were how often right, and then wrong; what was verified of them.
         self._judged: list[tuple[_Prospect, Drafter, int, bool]] = []
         self._verified: Counter[tuple[Drafter, int, int]] = Counter()
-        # Steps that the device may run ahead before drafts are looked for, and those that it has.
+        # Steps that the device may run ahead before the host's drafts are looked for, and those that it has.
         self._lead = self._num_ahead = 0
 
     @property
@@ -129,46 +134,57 @@ class Speculator:
         """How many drafts to ask the device for when a prompt is done."""
         return self._num_places
 
-    def wants(self, scheduler: Scheduler, *, ahead: bool) -> bool:
-        """Whether `propose` may have something for the next step; `ahead`: the device would have to wait for it."""
-        if ahead and self._num_ahead < self._lead:
+    def wants_tokens(self, scheduler: Scheduler) -> bool:
+        """Whether drafts of the host's are worth reading the step in flight before the next is planned."""
+        if self._num_ahead < self._lead:
             self._num_ahead += 1
             return False
         return any(
-            (prospect := self._prospects.get(sequence.key)) is None
-            or prospect.offers
-            or (self._source is not None and not prospect.pauses.get(Drafter.SUFFIX))
-            or self._on_device
+            self._needs_tokens(sequence)
             for sequence in scheduler.running
             if sequence.num_pending == 1 and not sequence.awaits_last_token
         )
 
-    def propose(self, scheduler: Scheduler) -> None:
-        """Sets `drafts` and `num_wanted` of the running sequences; all tokens that were drawn must be known."""
+    def _needs_tokens(self, sequence: Sequence) -> bool:
+        prospect = self._prospects.get(sequence.key)
+        if prospect is None:
+            return self._source is not None
+        best = prospect.best()
+        return best not in (None, Drafter.EAGLE) or (self._source is not None and self._is_due(prospect))
+
+    def propose(self, scheduler: Scheduler, promised: Mapping[Sequence, int]) -> None:
+        """Sets `drafts` and `num_wanted` of the running sequences.
+
+        Of those that a step in flight draws for, drafts are known to the device alone: it makes `promised` many.
+        """
         decodes, num_tokens = [], 0
         for sequence in scheduler.running:
             num_tokens += max(1, sequence.num_pending)
-            if sequence.num_pending == 1 and not sequence.awaits_last_token:
+            if sequence.num_pending == 1 and not sequence.may_await_last_token:
                 decodes.append(sequence)
         num_tokens = min(num_tokens, scheduler.config.max_num_batched_tokens)
-        self._ask(decodes)
+        known = [sequence for sequence in decodes if not sequence.num_drawn]
+        self._ask(known)
         offers, takers = [], []
         for sequence in decodes:
             prospect = self._prospect(sequence)
-            sequence.drafts = ()
-            prospect.verifying = drafter = prospect.best()
-            if drafter is not None:
+            drafter, tokens = Drafter.EAGLE, (UNKNOWN,) * promised.get(sequence, 0)
+            if not sequence.num_drawn:
+                drafter, tokens = prospect.best_offer()
+            sequence.drafts, sequence.drafter = (), drafter
+            if tokens:
                 limit = self._config.num_forced if drafter is Drafter.FORCED else self._config.num_tokens
-                tokens = prospect.offers[drafter][:limit]
-                offers.append(Offer(len(tokens), prospect.rates[drafter]))
+                offers.append(Offer(min(limit, len(tokens)), prospect.rates[drafter]))
                 takers.append((sequence, tokens))
         chosen = choose(offers, len(decodes), num_tokens, self._cost)
         for (sequence, tokens), count in zip(takers, chosen, strict=True):
             sequence.drafts = tokens[:count]
         if self._on_device:
             self._want(decodes, num_tokens)
-        self._lead = 0 if any(chosen) or self._num_places else min(2 * self._lead + 1, _LONGEST_LEAD)
-        self._num_ahead = 0
+        if known and len(known) == len(decodes):
+            found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
+            self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
+            self._num_ahead = 0
 
     def _want(self, decodes: list[Sequence], num_tokens: int) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
@@ -177,14 +193,14 @@ class Speculator:
             prospect = self._prospect(sequence)
             sequence.num_wanted = 0
             # Not where another drafter's are there and better.
-            if prospect.verifying in (None, Drafter.EAGLE) or not sequence.drafts:
+            if sequence.drafter is Drafter.EAGLE or not sequence.drafts:
                 takers.append((sequence, prospect))
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
         self._num_places = places = choose_places(
             rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
         )
         for sequence, prospect in takers:
-            prospect.num_idle = 0 if places else prospect.num_idle + 1 + self._num_ahead
+            prospect.num_idle = 0 if places else prospect.num_idle + 1
             sequence.num_wanted = places or int(prospect.num_idle % _PROBED < _PROBES)
 
     def observe_step(self, num_tokens: int, seconds: float | None, num_places: int, draft_seconds: float) -> None:
@@ -198,23 +214,24 @@ class Speculator:
     def observe(
         self,
         sequence: Sequence,
+        drafter: Drafter | None,
         num_verified: int,
         token_ids: SequenceOf[int],
         forced: tuple[int, ...] | None,
         drafted: tuple[int, ...] | None,
     ) -> None:
-        """A step drew `token_ids` for a sequence, after it had verified some drafts.
+        """A step drew `token_ids` for a sequence, after it had verified some drafts of `drafter`'s.
 
         `forced` is what the grammar forces after those, None without a grammar; `drafted` is what the device expects to
         follow the drawn tokens, None if it was not asked.
         """
         prospect = self._prospect(sequence)
-        if num_verified and prospect.verifying is not None:
-            self._verified[prospect.verifying, num_verified, len(token_ids) - 1] += 1
-        for drafter in tuple(prospect.pauses) if prospect.pauses else ():
-            prospect.pauses[drafter] = max(0, prospect.pauses[drafter] - len(token_ids))
-        for drafter, offer in tuple(prospect.offers.items()) if prospect.offers else ():
-            self._judge(prospect, drafter, offer, token_ids)
+        if drafter is not None and num_verified:
+            self._verified[drafter, num_verified, len(token_ids) - 1] += 1
+        for one in tuple(prospect.pauses) if prospect.pauses else ():
+            prospect.pauses[one] = max(0, prospect.pauses[one] - len(token_ids))
+        for one, offer in tuple(prospect.offers.items()) if prospect.offers else ():
+            self._judge(prospect, one, offer, token_ids)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
             self._offer(prospect, Drafter.FORCED, forced[1:])

@@ -74,9 +74,18 @@ class MaskFiller:
         batch = _Batch(sorted(rows, key=lambda row: row.matcher.seconds), bitmask)
         for _ in range(min(self._wanted, len(rows))):
             self._batches.put(batch)
-        end = time.monotonic() + self.limits.step_seconds
-        while not batch.done.wait(batch.until_overdue(end, self.limits.row_seconds)):
-            num_late = batch.give_up(end, self.limits.row_seconds)
+        row_seconds, end = self.limits.row_seconds, time.monotonic() + self.limits.step_seconds
+        while True:
+            began, seconds = time.monotonic(), batch.until_overdue(end, row_seconds)
+            if batch.done.wait(seconds):
+                break
+            overslept = time.monotonic() - began - seconds
+            if overslept > row_seconds:
+                # This process stood still, and so did the masks.
+                batch.postpone(overslept)
+                end += overslept
+                continue
+            num_late = batch.give_up(end, row_seconds)
             self._replace(num_late)
             for _ in range(num_late):
                 self._batches.put(batch)
@@ -163,6 +172,13 @@ class _Batch:
             now = time.monotonic()
             first = min((row.began for row in self._running.values()), default=now)
             return max(0.0, min(end, first + row_seconds) - now)
+
+    def postpone(self, seconds: float) -> None:
+        """As if the rows had begun later."""
+        with self._lock:
+            self._running = {
+                sequence: _Running(row, began + seconds) for sequence, (row, began) in self._running.items()
+            }
 
     def give_up(self, end: float, row_seconds: float) -> int:
         """Ends rows that are overdue with errors; returns how many threads are still busy with some."""
