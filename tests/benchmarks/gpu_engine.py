@@ -32,6 +32,7 @@ from quire.engine.core import EngineCore  # noqa: E402
 from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
 from quire.engine.loading import load_core  # noqa: E402
 from quire.engine.models.gpu_linear import GpuLinears  # noqa: E402
+from quire.engine.parallel.leader import Leader  # noqa: E402
 from quire.engine.plan import StepPlan  # noqa: E402
 from quire.engine.speculation.speculator import SpeculationStats  # noqa: E402
 from quire.kernels.linear_tiles import LinearTile  # noqa: E402
@@ -305,6 +306,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256)
     parser.add_argument("--max-num-batched-tokens", type=int, default=None)
     parser.add_argument("--max-mixed-tokens", type=int, default=None)
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
     parser.add_argument("--cublas", action="store_true", help="also for products of few rows")
     parser.add_argument("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
     parser.add_argument("--rehearse", action="store_true", help="what is run before a workload is the workload itself")
@@ -326,6 +328,8 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where figures go as JSON")
     arguments = parser.parse_args()
+    if arguments.accept and arguments.tensor_parallel_size > 1:
+        parser.error("--accept is of one GPU's: others would count which drafts are right themselves")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(MODELS[arguments.model]))
         head = Path(folder) / "head"
@@ -346,10 +350,13 @@ def main() -> None:
                 speculation=Speculation.AUTO if arguments.drafts else Speculation.OFF,
                 num_speculative_tokens=arguments.drafts or 1,
                 speculative_model=str(head) if arguments.head else "",
+                tensor_parallel_size=arguments.tensor_parallel_size,
             ),
             lambda *_: None,
         )  # fmt: skip
     core, runner = loaded.core, loaded.core._runner
+    if isinstance(runner, Leader):
+        runner = runner.runner
     if not isinstance(runner, GpuRunner):
         parser.error("there is no GPU")
     told = ToldDrafts(core, runner)
@@ -363,7 +370,8 @@ def main() -> None:
     }  # fmt: skip
     figures: dict[str, object] = {
         "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-        "model": arguments.model, "pages": loaded.ready.num_pages, "start_s": start,
+        "model": arguments.model, "tensor_parallel_size": arguments.tensor_parallel_size,
+        "pages": loaded.ready.num_pages, "start_s": start,
     }  # fmt: skip
     began, more = time.perf_counter(), not arguments.no_prepare
     while more:
@@ -409,6 +417,7 @@ def main() -> None:
     if arguments.caching:
         figures["caching"] = compare_caching(core, key + 1000, arguments.caching)
         print("prefix caching, s", figures["caching"], flush=True)
+    core.close()
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(figures, indent=1))
 

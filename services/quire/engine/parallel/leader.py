@@ -28,24 +28,26 @@ class LedStep:
 
 
 class Leader:
-    """`quire.engine.runner.Runner` over all ranks. Raises LostRankError once one is gone."""
+    """`quire.engine.runner.Runner` over all ranks, `runner` being this one's. Raises LostRankError once one is gone."""
 
     def __init__(self, runner: GpuRunner, ranks: Ranks) -> None:
-        self.info = replace(runner.info, device=f"{ranks.group.size} × {runner.info.device}")
-        self._runner = runner
+        self.info = runner.info
+        if self.info.device != "cpu":
+            self.info = replace(self.info, device=f"{ranks.group.size} × {self.info.device}")
+        self.runner = runner
         self._ranks = ranks
 
     def launch(self, plan: StepPlan, *, masked: bool) -> LedStep:
         """Starts a step on all ranks. Followers know nothing of masks: what is drawn comes from here."""
         with self._ranks.watched():
             self._ranks.send(Launch(plan))
-            return LedStep(self._runner.launch(plan, masked=masked), self._ranks)
+            return LedStep(self.runner.launch(plan, masked=masked), self._ranks)
 
     def prepare(self) -> bool:
         """Captures the next graph on all ranks; returns whether there may be another."""
         with self._ranks.watched():
             self._ranks.send(Prepare())
-            return self._runner.prepare()
+            return self.runner.prepare()
 
     def close(self) -> None:
         """Ends the followers."""

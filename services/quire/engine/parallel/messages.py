@@ -6,10 +6,12 @@ may connect to rank 0.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, replace
+from itertools import chain
 
 from quire.engine.config import CoreConfig
-from quire.engine.plan import StepPlan
+from quire.engine.plan import StepPlan, Work
 from quire.engine.scheduler import SchedulerConfig
 
 
@@ -46,9 +48,19 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """See quire.engine.runner.Runner."""
+    """See quire.engine.runner.Runner. A step's work is pickled as one array: one by one it takes four times as long."""
 
     plan: StepPlan
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _launch, (replace(self.plan, work=()), array("q", chain.from_iterable(self.plan.work)).tobytes())
+
+
+def _launch(plan: StepPlan, numbers: bytes) -> Launch:
+    width = len(Work._fields)
+    columns = array("q", numbers).tolist()
+    rows = zip(*(columns[field::width] for field in range(width)), strict=True)
+    return Launch(replace(plan, work=tuple(map(Work._make, rows))))
 
 
 @dataclass(frozen=True, slots=True)
