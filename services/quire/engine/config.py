@@ -67,8 +67,9 @@ class CoreConfig:
     most are drafted for a sequence and step; `speculative_model` is the folder of an EAGLE head for it, or empty: a GPU
     then drafts nothing, unless who loads the core brings drafts.
 
-    `tensor_parallel_size` GPUs share the model, as many on each of `nnodes` hosts. The others find host 0 at
-    `master_addr` and `master_port`; all must be there within `rendezvous_timeout_s` seconds.
+    `tensor_parallel_size` GPUs share the model, as many on each of `nnodes` hosts; `kv_cache_bytes` is then each one's.
+    The other hosts find host 0 at `master_addr` and `master_port`; all must be there within `rendezvous_timeout_s`
+    seconds.
     """
 
     model: str = ""

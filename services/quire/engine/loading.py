@@ -87,7 +87,7 @@ def load_core(
         if gpu is None:
             loaded = _load_cpu(config, checkpoint, limits, progress)
         elif config.tensor_parallel_size == 1:
-            loaded = _load_gpu(gpu, kv_dtype, config, limits, progress)
+            loaded = _load_gpu(gpu, kv_dtype, config, checkpoint, limits, progress)
         else:
             loaded = _load_ranks(gpu, kv_dtype, config, checkpoint, limits, progress, on_lost)
         on_error.callback(loaded.runner.close)
@@ -153,9 +153,14 @@ def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfi
 
 
 def _load_gpu(
-    gpu: torch.device, kv_dtype: torch.dtype | None, config: CoreConfig, limits: SchedulerConfig, progress: Progress
+    gpu: torch.device,
+    kv_dtype: torch.dtype | None,
+    config: CoreConfig,
+    checkpoint: Checkpoint,
+    limits: SchedulerConfig,
+    progress: Progress,
 ) -> _Loaded:
-    model = load_part(config, gpu, kv_dtype, progress)
+    model = load_part(config, checkpoint, gpu, kv_dtype, progress)
     head = _load_head(config, model)
     weights_at = time.perf_counter()
     max_model_len = _max_model_len(config, model.config)
@@ -183,7 +188,7 @@ def _load_ranks(
     progress(0.0, f"waiting for {config.tensor_parallel_size} ranks")
     ranks = Ranks.gather(config, gpu, on_lost)
     try:
-        model = load_part(config, gpu, kv_dtype, progress, ranks.group)
+        model = load_part(config, checkpoint, gpu, kv_dtype, progress, ranks.group)
         head = _load_head(config, model)
         ranks.expect(Loaded)
         weights_at = time.perf_counter()

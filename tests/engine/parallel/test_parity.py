@@ -54,8 +54,9 @@ class Case:
     head: bool = False
 
 
+WITH_HEAD = "llama, with a head"
 CASES = {
-    "llama, with a head": Case("llama", {}, head=True),
+    WITH_HEAD: Case("llama", {}, head=True),
     "mistral, a window": Case("mistral", {"sliding_window": 21}),
     # Half of its feed-forward network's columns ends within a block.
     "qwen2, biases, GGUF": Case("qwen2", {"hidden_size": 64, "num_attention_heads": 4}, gguf=True),
@@ -72,7 +73,6 @@ class Models:
 
     cpu: Model
     leader: Runner
-    has_head: bool
 
     def run(
         self,
@@ -115,7 +115,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         )  # fmt: skip
         loaded = load_core(config, lambda *_: None, make_drafts=None if case.head else lambda: Oracle(list, 0, 1))  # type: ignore[arg-type, return-value]
         try:
-            yield Models(cpu, loaded.core._runner, case.head)
+            yield Models(cpu, loaded.core._runner)
         finally:
             loaded.core.close()
 
@@ -125,14 +125,14 @@ def test_a_batch_with_everything_in_it(models: Models) -> None:
     another kind, and a rank that runs another one, or none, computes something else or waits for ever."""
     assert isinstance(models.leader, Leader)
     prompt = tuple(5 + (7 * i * i + 3 * i) % 180 for i in range(46))
-    stop = StopConditions(6, ignore_eos=True)
+    stop = StopConditions(5, ignore_eos=True)
     constraint = Constraint(ConstraintKind.JSON_OBJECT)
     penalized = SamplingParams(temperature=0.0, repetition_penalty=1.5, presence_penalty=0.5, logit_bias=((17, 4.0),))
     requests = [
         Request("0", "m", prompt, GREEDY, stop, prompt_logprobs=2),
         Request("1", "m", prompt[:5], SamplingParams(temperature=1.2, top_k=9, seed=7), stop, logprobs=2),
         Request("2", "m", (*prompt[:32], *range(9, 23)), penalized, stop, logprobs=1),
-        Request("3", "m", prompt[3:9], GREEDY, StopConditions(5), constraint=constraint),
+        Request("3", "m", prompt[3:9], GREEDY, StopConditions(3), constraint=constraint),
     ]
     found, expected, core = models.run(
         requests, [0, 0, 2, 3], SchedulerConfig(3, 24, MAX_MODEL_LEN, max_draft_tokens=8), 5
@@ -143,15 +143,14 @@ def test_a_batch_with_everything_in_it(models: Models) -> None:
     assert core.scheduler.num_preemptions and core.stats.cached_prompt_tokens
 
 
+@pytest.mark.parametrize("models", [WITH_HEAD], indirect=True)
 @given(data=st.data())
 @settings(
-    deadline=None, max_examples=2, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate, Phase.shrink]
+    deadline=None, max_examples=5, suppress_health_check=[HealthCheck.too_slow], phases=[Phase.generate, Phase.shrink]
 )
 def test_any_batch(models: Models, data: st.DataObject) -> None:
     """What nobody thought of; of one model, as it takes long."""
-    if not models.has_head:
-        return
-    requests = data.draw(st.lists(drafted_requests(VOCAB_SIZE, 5), min_size=2, max_size=3), label="requests")
+    requests = data.draw(st.lists(drafted_requests(VOCAB_SIZE, 4), min_size=2, max_size=3), label="requests")
     arrivals = [data.draw(st.integers(0, 3), label="arrival") for _ in requests]
     limits = SchedulerConfig(
         data.draw(st.integers(1, MAX_NUM_SEQS), label="sequences"),
@@ -164,10 +163,9 @@ def test_any_batch(models: Models, data: st.DataObject) -> None:
     same_outputs(found, expected)
 
 
+@pytest.mark.parametrize("models", [WITH_HEAD], indirect=True)
 def test_drafts_of_a_head(models: Models) -> None:
     """It runs on rank 0 alone, but the next step verifies its drafts on all ranks before the host has read them."""
-    if not models.has_head:
-        return
     requests = [
         Request(str(i), "m", tuple(range(9 + i, 20 + 2 * i)), GREEDY, StopConditions(5, ignore_eos=True))
         for i in (0, 1)

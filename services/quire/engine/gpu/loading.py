@@ -18,7 +18,7 @@ from quire.engine.scheduler import SchedulerConfig
 from quire.engine.sequence import pages_for
 from quire.kernels._triton import interpreted
 from quire.kernels.pool_type import FP8
-from quire.service.checkpoint.locate import locate
+from quire.service.checkpoint.locate import Checkpoint
 from quire.service.errors import ConfigError
 
 # For captured graphs, which need about what a step of their largest size does, and what the driver takes.
@@ -94,13 +94,13 @@ def choose_kv_dtype(dtype: KVCacheDtype, gpu: torch.device | None) -> torch.dtyp
 
 def load_part(
     config: CoreConfig,
+    checkpoint: Checkpoint,
     device: torch.device,
     kv_dtype: torch.dtype | None,
     progress: Progress,
     group: Group | None = None,
 ) -> GpuDecoder:
-    """The model that `config` names on `device`, or this rank's part of it. Raises ModelError as `load_gpu_model`."""
-    checkpoint = locate(config.model)
+    """The model on `device` as `config` wants it, or this rank's part of it. Raises ModelError as `load_gpu_model`."""
     # Triton's interpreter knows no bfloat16.
     exact = config.dtype is Dtype.FLOAT32 or device.type == "cpu"
     dtype, dummy = ModelDtype.FLOAT32 if exact else ModelDtype.BFLOAT16, config.load_format is LoadFormat.DUMMY

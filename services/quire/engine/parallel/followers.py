@@ -96,6 +96,7 @@ class Follower:
         from quire.engine.gpu.loading import choose_device, choose_kv_dtype, load_part, new_runner, size_pages
         from quire.engine.parallel.group import Group
         from quire.engine.parallel.shards import Shard
+        from quire.service.checkpoint.locate import locate
 
         device = choose_device(config, self._local_rank)
         if device is None:
@@ -105,7 +106,8 @@ class Follower:
         timeout = timedelta(seconds=config.rendezvous_timeout_s)
         store = TCPStore(leader, join.port, size, is_master=False, timeout=timeout)
         group = Group.join(Shard(self._rank, size), device, store, own)
-        model = load_part(config, device, choose_kv_dtype(config.kv_cache_dtype, device), lambda *_: None, group)
+        checkpoint, kv_dtype = locate(config.model), choose_kv_dtype(config.kv_cache_dtype, device)
+        model = load_part(config, checkpoint, device, kv_dtype, lambda *_: None, group)
         self._link.send(as_json(Loaded()))
         measure = self._expect(Measure)
         limits, max_model_len = measure.limits, measure.max_model_len

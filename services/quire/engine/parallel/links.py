@@ -52,7 +52,7 @@ class Link:
         try:
             self._socket.sendall(frame)
         except OSError as error:
-            raise LinkLostError(f"the connection to another rank is gone ({error.strerror})") from error
+            raise LinkLostError(f"the connection to another rank is gone ({error})") from error
 
     def receive_pickle(self) -> ToFollower:
         """Of rank 0. Raises LinkLostError."""
@@ -106,7 +106,7 @@ class Link:
             try:
                 part = self._socket.recv(min(count - len(data), 1 << 20))
             except OSError as error:
-                raise LinkLostError(f"the connection to another rank is gone ({error.strerror})") from error
+                raise LinkLostError(f"the connection to another rank is gone ({error})") from error
             if not part:
                 raise LinkLostError("another rank closed the connection")
             data += part

@@ -114,6 +114,8 @@ class Ranks:
         self._check()
         try:
             yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if self._lost.wait(_NOTICE_S):
                 raise self._failure() from error
