@@ -1,11 +1,12 @@
-"""The engine's core on a GPU over random weights: throughput, latency, prefill, shared prefixes, start-up.
+"""The engine's core on a GPU over random weights: throughput, latency, prefill, shared prefixes.
 
     PYTHONPATH=services:kernels:operator python tests/benchmarks/gpu_engine.py llama-8b --out figures.json
-    PYTHONPATH=services:kernels:operator python tests/benchmarks/gpu_engine.py qwen3-0.6b --only one --profile
+    PYTHONPATH=services:kernels:operator python tests/benchmarks/gpu_engine.py qwen3-0.6b --only one --profile one
 
 Prompts are token ids, decoding is greedy, nothing is detokenized. Shapes are those of the models' public config.json;
 lengths and seeds are fixed, so that another engine can be given the same work. Each workload's time is from the first
-request to the last token; the run before it, of the same shape, is not counted: it captures graphs.
+request to the last token; the run before it, of the same shape, is not counted: it captures graphs. `quire bench
+startup` measures the start from the process's begin.
 """
 
 from __future__ import annotations
@@ -14,30 +15,30 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-BEGAN = time.perf_counter()
+import torch
+from gpu_profile import Profile
+from gpu_watch import HostWait, PageWaste, StepGaps, Trace
+from told_drafts import ToldDrafts
 
-import torch  # noqa: E402
-from told_drafts import ToldDrafts  # noqa: E402
-
-import quire.kernels.linear  # noqa: E402
-from quire.cli.bench.workloads import Job, Lengths, Work, Workloads  # noqa: E402
-from quire.engine.config import CoreConfig, Device, LoadFormat, Speculation  # noqa: E402
-from quire.engine.core import EngineCore  # noqa: E402
-from quire.engine.gpu.runner import GpuPendingStep, GpuRunner  # noqa: E402
-from quire.engine.loading import load_core  # noqa: E402
-from quire.engine.models.gpu_linear import GpuLinears  # noqa: E402
-from quire.engine.parallel.leader import Leader  # noqa: E402
-from quire.engine.plan import StepPlan  # noqa: E402
-from quire.engine.speculation.speculator import SpeculationStats  # noqa: E402
-from quire.kernels.linear_tiles import LinearTile  # noqa: E402
-from quire.service.pages import PAGE_SIZE  # noqa: E402
-from quire.service.request import CacheKey, Constraint, Request, SamplingParams, StopConditions  # noqa: E402
+import quire.kernels.linear
+from quire.cli.bench.engine import BenchEngine
+from quire.cli.bench.meter import Meter
+from quire.cli.bench.prefix import compare_caching
+from quire.cli.bench.workloads import Lengths, Work, Workloads
+from quire.engine.config import CoreConfig, Device, LoadFormat, Speculation
+from quire.engine.core import EngineCore
+from quire.engine.gpu.runner import GpuRunner
+from quire.engine.loading import LoadedCore, load_core
+from quire.engine.models.gpu_linear import GpuLinears
+from quire.engine.parallel.leader import Leader
+from quire.engine.speculation.speculator import SpeculationStats
+from quire.kernels.linear_tiles import LinearTile
+from quire.service.request import Constraint
 
 MODELS = {
     "llama-8b": {
@@ -71,78 +72,6 @@ class Workload:
     warm: Callable[[], Work] | None = None
 
 
-class HostWait:
-    """How long the host waits for the GPU: what is left of the time is Python's."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-        self._synchronize = torch.cuda.Event.synchronize
-        torch.cuda.Event.synchronize = lambda event: self._timed(event)  # type: ignore[method-assign]
-
-    def stop(self) -> None:
-        torch.cuda.Event.synchronize = self._synchronize  # type: ignore[method-assign]
-
-    def _timed(self, event: torch.cuda.Event) -> None:
-        began = time.perf_counter()
-        self._synchronize(event)
-        self.seconds += time.perf_counter() - began
-
-
-class StepGaps:
-    """How long the GPU has nothing to do between two steps: from one's last operation to the next one's first."""
-
-    def __init__(self, runner: GpuRunner) -> None:
-        self._runner = runner
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
-        self._launch = runner.launch
-        runner.launch = self._timed  # type: ignore[method-assign]
-
-    def share(self) -> float:
-        """Of the time from the first step's begin to the last one's end; stops measuring."""
-        self._runner.launch = self._launch  # type: ignore[method-assign]
-        torch.cuda.synchronize()
-        if len(self._events) < 2:
-            return 0.0
-        idle = sum(before[1].elapsed_time(after[0]) for before, after in pairwise(self._events))
-        return idle / self._events[0][0].elapsed_time(self._events[-1][1])
-
-    def _timed(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
-        events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
-        events[0].record(self._runner._stream)
-        step = self._launch(plan, masked=masked)
-        events[1].record(self._runner._stream)
-        self._events.append(events)
-        return step
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a step took, in seconds, and did."""
-
-    seconds: float
-    tokens: int
-    sequences: int
-    context: int
-
-
-def print_trace(trace: list[Step], shape: dict[str, Any]) -> None:
-    """Groups of steps by their tokens: how long they took, and the bytes that they read over that time."""
-    layers, hidden, head = shape["num_hidden_layers"], shape["hidden_size"], shape["head_dim"]
-    heads, kv_heads = shape["num_attention_heads"], shape["num_key_value_heads"]
-    weights = layers * (2 * hidden * head * (heads + kv_heads) + 3 * hidden * shape["intermediate_size"])
-    weights += shape["vocab_size"] * hidden
-    groups: dict[int, list[Step]] = {}
-    for step in trace:
-        groups.setdefault(min(step.tokens.bit_length(), 13), []).append(step)
-    for _, steps in sorted(groups.items()):
-        seconds = sum(step.seconds for step in steps)
-        read = sum(2 * weights + 4 * layers * kv_heads * head * step.context for step in steps)
-        print(
-            f"  {len(steps):5} steps of {min(s.tokens for s in steps):5} to {max(s.tokens for s in steps):5} tokens: "
-            f"{1e3 * seconds / len(steps):8.3f} ms each, {seconds:7.3f} s in all, {read / seconds / 1e12:5.2f} TB/s"
-        )
-
-
 # Both models have more tokens than the prompts are of.
 PROMPTS = Workloads(100_000)
 fixed, shared_prefix = PROMPTS.fixed, PROMPTS.shared_prefix
@@ -165,46 +94,21 @@ WORKLOADS = [
 ]
 
 
-def run(
+def measure(
     core: EngineCore,
     work: Work,
-    first_key: int,
-    trace: list[Step] | None = None,
-    constraint: Constraint | None = None,
     salt: str = "",
+    constraint: Constraint | None = None,
+    each_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Submits everything at once and steps until it is done; `trace` gets every step. Prompts that were run with
-    another salt are not in the cache."""
-    waited = HostWait()
-    began = time.perf_counter()
-    for index, (prompt, output) in enumerate(work):
-        key, stop = first_key + index, StopConditions(output, ignore_eos=constraint is None)
-        request = Request(
-            str(key), "m", tuple(prompt), SamplingParams(temperature=0.0), stop, constraint=constraint,
-            cache_key=CacheKey(salt),
-        )  # fmt: skip
-        core.submit(key, request)
-    tokens = steps = 0
-    last, preempted = began, core.scheduler.num_preemptions
-    while core.has_work:
-        steps += 1
-        computed = core.stats.computed_tokens
-        for update in core.step():
-            tokens += len(update.token_ids)
-        if trace is not None:
-            now = time.perf_counter()
-            context = sum(sequence.num_computed for sequence in core.scheduler)
-            trace.append(Step(now - last, core.stats.computed_tokens - computed, core.scheduler.num_running, context))
-            last = now
-    seconds = time.perf_counter() - began
-    waited.stop()
-    inputs = sum(len(prompt) for prompt, _ in work)
-    assert tokens == sum(output for _, output in work)
+    """The figures of one run. Prompts that were run with another salt are not in the cache."""
+    with HostWait() as waited:
+        run = Meter(core, each_step).run(work, constraint=constraint, salt=salt)
+    assert run.output_tokens == sum(job.output_len for job in work)
     return {
-        "s": round(seconds, 4), "out_tok_s": round(tokens / seconds, 1), "in_tok_s": round(inputs / seconds, 1),
-        "ms_per_token": round(1e3 * seconds / max(output for _, output in work), 3), "steps": steps,
-        "host_busy": round(1 - waited.seconds / seconds, 3),
-        "preemptions": core.scheduler.num_preemptions - preempted,
+        "s": round(run.seconds, 4), "out_tok_s": round(run.output_tokens_per_second, 1),
+        "in_tok_s": round(run.input_tokens / run.seconds, 1), "ms_per_token": round(1e3 * run.seconds_per_token, 3),
+        "steps": run.steps, "host_busy": round(1 - waited.seconds / run.seconds, 3), "preemptions": run.preemptions,
     }  # fmt: skip
 
 
@@ -213,78 +117,16 @@ def drafted(stats: SpeculationStats) -> dict[str, int]:
     return {"verified": sum(stats.verified.values()), "right": sum(stats.accepted.values())}
 
 
-def waste(core: EngineCore, work: Work, first_key: int) -> float:
-    """The share of slots in granted pages that hold no token, over all steps."""
-    for index, (prompt, output) in enumerate(work):
-        stop = StopConditions(output, ignore_eos=True)
-        core.submit(first_key + index, Request("w", "m", tuple(prompt), SamplingParams(temperature=0.0), stop))
-    granted = used = 0
-    while core.has_work:
-        core.step()
-        running = [sequence for sequence in core.scheduler if sequence.block_table]
-        granted += sum(len(sequence.block_table) * PAGE_SIZE for sequence in running)
-        used += sum(sequence.num_computed for sequence in running)
-    return 1 - used / granted
-
-
-def compare_caching(core: EngineCore, first_key: int, rounds: int) -> dict[str, list[float]]:
+def caching(core: EngineCore, loaded: LoadedCore, rounds: int) -> dict[str, list[float]]:
     """Seconds for 256 requests whose prompts share nothing, with prefix caching and without, in turns.
 
     The run before them captures graphs.
     """
-    config, found = core.scheduler.config, dict[str, list[float]](on=[], off=[])
-    run(core, mixed(256, 499, 200, 300), first_key - 1000)
-    for turn in range(2 * rounds):
-        name = "off" if turn % 4 in (1, 2) else "on"
-        core.scheduler.config = replace(config, enable_prefix_caching=name == "on")
-        found[name].append(run(core, mixed(256, 500 + turn, 200, 300), first_key + 1000 * turn)["s"])
-    core.scheduler.config = config
-    return found
-
-
-def profile(core: EngineCore, work: Work, first_key: int, skip: int, steps: int) -> None:
-    """Prints where the GPU's time goes in `steps` steps after the first `skip`, and how much of it is idle."""
-    for index, (prompt, output) in enumerate(work):
-        stop = StopConditions(output, ignore_eos=True)
-        core.submit(first_key + index, Request("p", "m", tuple(prompt), SamplingParams(temperature=0.0), stop))
-    for _ in range(skip):
-        core.step()
-    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities) as found:
-        for _ in range(steps):
-            core.step()
-        torch.cuda.synchronize()
-    while core.has_work:
-        core.step()
-    kernels = [event for event in found.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    spans = sorted((event.time_range.start, event.time_range.end) for event in kernels)
-    busy, end = 0.0, spans[0][0]
-    for start, stop_at in spans:
-        busy += max(0.0, stop_at - max(start, end))
-        end = max(end, stop_at)
-    whole = end - spans[0][0]
-    print(f"GPU: {whole / steps / 1e3:.3f} ms a step, idle {100 * (1 - busy / whole):.1f}%")
-    print_gaps(kernels, steps)
-    by_name: dict[str, tuple[float, int]] = {}
-    for event in kernels:
-        total, count = by_name.get(event.name, (0.0, 0))
-        by_name[event.name] = (total + event.time_range.elapsed_us(), count + 1)
-    for name, (total, count) in sorted(by_name.items(), key=lambda item: -item[1][0])[:22]:
-        print(f"  {total / steps:9.1f} µs a step {count / steps:7.1f} × {total / count:8.2f} µs  {name[:100]}")
-
-
-def print_gaps(kernels: list[Any], steps: int) -> None:
-    """Between which kernels the GPU waits."""
-    gaps: dict[tuple[str, str], tuple[float, int]] = {}
-    ordered = sorted(kernels, key=lambda event: event.time_range.start)
-    for before, after in pairwise(ordered):
-        gap = after.time_range.start - before.time_range.end
-        if gap > 0:
-            names = (before.name[:40], after.name[:40])
-            total, count = gaps.get(names, (0.0, 0))
-            gaps[names] = (total + gap, count + 1)
-    for names, (total, count) in sorted(gaps.items(), key=lambda item: -item[1][0])[:8]:
-        print(f"  waits {total / steps:8.1f} µs a step {count / steps:6.1f} × {total / count:7.2f} µs  {names}")
+    engine = BenchEngine(core, loaded.ready, Meter(core), PROMPTS)
+    work = mixed(256, 499, 200, 300)
+    engine.run(work, "warm-up")
+    off, on = compare_caching(engine, work, rounds)
+    return {"on": [round(run.seconds, 4) for run in on], "off": [round(run.seconds, 4) for run in off]}
 
 
 def prefetch_all(prefetch: int) -> None:
@@ -298,124 +140,129 @@ def prefetch_all(prefetch: int) -> None:
     quire.kernels.linear.tile_for = tile_for
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--only", default="", help="comma-separated names of workloads (default: all)")
-    parser.add_argument("--no-prefix-caching", action="store_true")
-    parser.add_argument("--max-num-seqs", type=int, default=256)
-    parser.add_argument("--max-num-batched-tokens", type=int, default=None)
-    parser.add_argument("--max-mixed-tokens", type=int, default=None)
-    parser.add_argument("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
-    parser.add_argument("--cublas", action="store_true", help="also for products of few rows")
-    parser.add_argument("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
-    parser.add_argument("--rehearse", action="store_true", help="what is run before a workload is the workload itself")
-    parser.add_argument("--no-prepare", action="store_true", help="graphs are captured when a workload wants them")
-    parser.add_argument("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
-    parser.add_argument("--profile", default="", help="workload whose steady steps are profiled")
-    parser.add_argument("--gaps", action="store_true", help="the GPU's idle time between steps")
-    parser.add_argument("--waste", action="store_true", help="slots of granted pages without a token, on mixed1024")
-    parser.add_argument(
-        "--caching", type=int, default=0, metavar="ROUNDS", help="prefix caching without hits, on and off"
-    )
-    parser.add_argument("--drafts", type=int, default=0, metavar="K", help="verified of a sequence and step, at most")
-    parser.add_argument(
+    add = parser.add_argument
+    add("model", choices=MODELS)
+    add("--only", default="", help="comma-separated names of workloads (default: all)")
+    add("--no-prefix-caching", action="store_true")
+    add("--max-num-seqs", type=int, default=256)
+    add("--max-num-batched-tokens", type=int, default=None)
+    add("--max-mixed-tokens", type=int, default=None)
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
+    add("--cublas", action="store_true", help="also for products of few rows")
+    add("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
+    add("--rehearse", action="store_true", help="what is run before a workload is the workload itself")
+    add("--no-prepare", action="store_true", help="graphs are captured when a workload wants them")
+    add("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
+    add("--profile", default="", help="workload whose steady steps are profiled")
+    add("--gaps", action="store_true", help="the GPU's idle time between steps")
+    add("--waste", action="store_true", help="slots of granted pages without a token, on mixed1024")
+    add("--caching", type=int, default=0, metavar="ROUNDS", help="prefix caching without hits, on and off")
+    add("--drafts", type=int, default=0, metavar="K", help="verified of a sequence and step, at most")
+    add(
         "--accept", type=float, nargs="+", default=[], metavar="TOKENS",
         help="synthetic acceptance: each workload once for so many tokens a step and sequence on average where K "
         "drafts are verified; 1: all are wrong (default: no drafts)",
     )  # fmt: skip
-    parser.add_argument("--head", action="store_true", help="an EAGLE-3 head makes the drafts: else they cost no time")
-    parser.add_argument("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
-    parser.add_argument("--out", type=Path, help="where figures go as JSON")
+    add("--head", action="store_true", help="an EAGLE-3 head makes the drafts: else they cost no time")
+    add("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
+    add("--out", type=Path, help="where figures go as JSON")
     arguments = parser.parse_args()
     if arguments.accept and arguments.tensor_parallel_size > 1:
         parser.error("--accept is of one GPU's: others would count which drafts are right themselves")
+    return arguments
+
+
+def load(arguments: argparse.Namespace) -> LoadedCore:
+    """With random weights."""
+    if arguments.cublas:
+        GpuLinears.on = classmethod(lambda cls, device, dtype: cls(device, dtype, None))  # type: ignore[method-assign,assignment]
+    if arguments.prefetch is not None:
+        prefetch_all(arguments.prefetch)
+    shape = MODELS[arguments.model]
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(MODELS[arguments.model]))
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
         head = Path(folder) / "head"
         head.mkdir()
-        shape = MODELS[arguments.model] | HEAD | {"target_hidden_size": MODELS[arguments.model]["hidden_size"]}
-        (head / "config.json").write_text(json.dumps(shape))
-        if arguments.cublas:
-            GpuLinears.on = classmethod(lambda cls, device, dtype: cls(device, dtype, None))  # type: ignore[method-assign,assignment]
-        if arguments.prefetch is not None:
-            prefetch_all(arguments.prefetch)
-        imported = time.perf_counter()
-        loaded = load_core(
-            CoreConfig(
-                model=folder, device=Device.CUDA, load_format=LoadFormat.DUMMY, max_model_len=4096,
-                max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens,
-                max_mixed_tokens=arguments.max_mixed_tokens,
-                max_waiting=100000, enable_prefix_caching=not arguments.no_prefix_caching,
-                speculation=Speculation.AUTO if arguments.drafts else Speculation.OFF,
-                num_speculative_tokens=arguments.drafts or 1,
-                speculative_model=str(head) if arguments.head else "",
-                tensor_parallel_size=arguments.tensor_parallel_size,
-            ),
-            lambda *_: None,
+        (head / "config.json").write_text(json.dumps(shape | HEAD | {"target_hidden_size": shape["hidden_size"]}))
+        config = CoreConfig(
+            model=folder, device=Device.CUDA, load_format=LoadFormat.DUMMY, max_model_len=4096,
+            max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens,
+            max_mixed_tokens=arguments.max_mixed_tokens,
+            max_waiting=100000, enable_prefix_caching=not arguments.no_prefix_caching,
+            speculation=Speculation.AUTO if arguments.drafts else Speculation.OFF,
+            num_speculative_tokens=arguments.drafts or 1,
+            speculative_model=str(head) if arguments.head else "",
+            tensor_parallel_size=arguments.tensor_parallel_size,
         )  # fmt: skip
-    core, runner = loaded.core, loaded.core._runner
-    if isinstance(runner, Leader):
-        runner = runner.runner
-    if not isinstance(runner, GpuRunner):
-        parser.error("there is no GPU")
-    told = ToldDrafts(core, runner)
-    told.tell(None, arguments.drafts)
-    ready = time.perf_counter()
-    run(core, fixed(1, 8, 1, 9), 0)
-    start = {
-        "import": round(imported - BEGAN, 2),
-        **{name: round(seconds, 2) for name, seconds in loaded.ready.start_seconds.items()},
-        "first token": round(time.perf_counter() - ready, 2), "all": round(time.perf_counter() - BEGAN, 2),
-    }  # fmt: skip
-    figures: dict[str, object] = {
-        "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-        "model": arguments.model, "tensor_parallel_size": arguments.tensor_parallel_size,
-        "pages": loaded.ready.num_pages, "start_s": start,
-    }  # fmt: skip
-    began, more = time.perf_counter(), not arguments.no_prepare
-    while more:
-        more = core.prepare()
-    figures["all graphs captured after s more"] = round(time.perf_counter() - began, 2)
-    print(json.dumps(figures), flush=True)
+        return load_core(config, lambda *_: None)
+
+
+def measure_all(
+    core: EngineCore, runner: GpuRunner, told: ToldDrafts, arguments: argparse.Namespace
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The figures of each workload, once for each acceptance."""
     wanted = [name for name in arguments.only.split(",") if name]
-    key = 1000
     for workload in WORKLOADS:
         if wanted and workload.name not in wanted:
             continue
         for length in arguments.accept or [None]:
             told.tell(length, arguments.drafts)
             if workload.warm is not None:
-                run(core, workload.make() if arguments.rehearse else workload.warm(), key, salt="before")
-                key += 10000
-            trace: list[Step] | None = [] if arguments.trace else None
-            gaps = StepGaps(runner) if arguments.gaps else None
-            found = run(core, workload.make(), key, trace, salt=str(length))
+                measure(core, workload.make() if arguments.rehearse else workload.warm(), salt="before")
+            work, gaps = workload.make(), StepGaps(runner) if arguments.gaps else None
+            trace = Trace(core) if arguments.trace else None
+            found = measure(core, work, str(length), each_step=trace or (lambda: None))
             if core.stats.speculation is not None:
                 found["drafts"] = drafted(core.stats.speculation)
             if gaps is not None:
                 found["idle between steps"] = round(gaps.share(), 5)
-            key += 10000
             made = "by a head" if arguments.head else "without a head's time"
-            name = workload.name
-            if length is not None:
-                name += f", {arguments.drafts} drafts {made}, {length:g} a step"
-            figures[name] = found
-            print(name, json.dumps(found), flush=True)
-            if trace:
-                print_trace(trace, MODELS[arguments.model])
+            told_of = "" if length is None else f", {arguments.drafts} drafts {made}, {length:g} a step"
+            yield f"{workload.name}{told_of}", found
+            if trace is not None:
+                trace.show(MODELS[arguments.model])
+
+
+def main() -> None:
+    arguments = parse()
+    loaded = load(arguments)
+    core, runner = loaded.core, loaded.core._runner
+    if isinstance(runner, Leader):
+        runner = runner.runner
+    assert isinstance(runner, GpuRunner)
+    told = ToldDrafts(core, runner)
+    told.tell(None, arguments.drafts)
+    began = time.perf_counter()
+    measure(core, fixed(1, 8, 1, 9))
+    start = {**loaded.ready.start_seconds, "first token": time.perf_counter() - began}
+    figures: dict[str, object] = {
+        "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
+        "model": arguments.model, "tensor_parallel_size": arguments.tensor_parallel_size,
+        "pages": loaded.ready.num_pages,
+        "start_s": {name: round(seconds, 2) for name, seconds in start.items()},
+    }  # fmt: skip
+    began, more = time.perf_counter(), not arguments.no_prepare
+    while more:
+        more = core.prepare()
+    figures["all graphs captured after s more"] = round(time.perf_counter() - began, 2)
+    print(json.dumps(figures), flush=True)
+    for name, found in measure_all(core, runner, told, arguments):
+        figures[name] = found
+        print(name, json.dumps(found), flush=True)
     for name in [name for name in arguments.profile.split(",") if name]:
         print("profile of", name)
         told.tell(arguments.accept[0] if arguments.accept else None, arguments.drafts)
         work = next(workload for workload in WORKLOADS if workload.name == name).make()
-        profile(core, [Job(prompt[::-1], output) for prompt, output in work], key, arguments.skip, 20)
-        key += 10000
+        measure(core, work, "profile", each_step=Profile(arguments.skip, 20))
     if arguments.waste:
-        figures["waste"] = round(waste(core, mixed(1024, 4), key), 4)
+        waste = PageWaste(core)
+        measure(core, mixed(1024, 4), each_step=waste)
+        figures["waste"] = round(waste.share, 4)
         print("KV waste on mixed1024", figures["waste"], flush=True)
-        key += 10000
     if arguments.caching:
-        figures["caching"] = compare_caching(core, key + 1000, arguments.caching)
+        figures["caching"] = caching(core, loaded, arguments.caching)
         print("prefix caching, s", figures["caching"], flush=True)
     core.close()
     if arguments.out is not None:

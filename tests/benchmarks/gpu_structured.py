@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gpu_engine import MODELS, fixed, run
+from gpu_engine import MODELS, fixed, measure
 
 from quire.engine.config import CoreConfig, Device, LoadFormat
 from quire.engine.loading import load_core
@@ -101,13 +101,13 @@ def main() -> None:
             lambda *_: None,
             lambda model: SyntheticMasks(model.vocab_size, sorted(model.eos_token_ids), args.fill_us),
         )
-    core, key, figures = loaded.core, 0, {}
+    core, seed, figures = loaded.core, 0, {}
     for count in args.requests:
         seconds: dict[bool, list[float]] = {False: [], True: []}
         for turn in range(2 + 2 * args.rounds):
             masked = turn % 4 in (1, 2)
-            found = run(core, fixed(count, 128, 256, key), key, None, constraint if masked else None)
-            key += count
+            found = measure(core, fixed(count, 128, 256, seed), constraint=constraint if masked else None)
+            seed += count
             if turn > 1:  # the first two capture graphs
                 seconds[masked].append(found["s"])
         free, constrained = (statistics.median(seconds[masked]) for masked in (False, True))

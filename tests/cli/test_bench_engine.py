@@ -347,6 +347,7 @@ def test_a_run_takes_times_of_every_request(core: EngineCore) -> None:
     assert 0 < sum(run.decode_steps) <= run.seconds - run.first_tokens[-1] + 1e-6
     again = Meter(core).run(work)
     assert again.cached_tokens > run.cached_tokens == 0
+    assert Meter(core).run(work, salt="other").cached_tokens == 0
 
 
 def test_an_interrupt_and_a_failure_leave_the_core_idle(core: EngineCore, monkeypatch: pytest.MonkeyPatch) -> None:

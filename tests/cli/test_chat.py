@@ -118,6 +118,8 @@ def test_help_and_commands_that_are_not_there() -> None:
         terminal.expect("/reset  forgets the conversation")
         terminal.type("/rest\r")
         terminal.expect("there is no /rest:")
+        # Before there is a prompt Ctrl-D is for nobody.
+        terminal.expect("\r\n> ")
         terminal.type("\x04")
         assert terminal.wait() == 0
         assert api.requests == []

@@ -268,7 +268,7 @@ def answer_to(line: str) -> str:
     words = shlex.split(line)
     assert words[:1] == ["curl"] and words[2::2] == ["-H", "-d"]
     name, _, value = words[3].partition(": ")
-    response = httpx.post(words[1], content=words[5], headers={name: value}, timeout=60)
+    response = httpx.post(words[1], content=words[5], headers={name: value}, timeout=180)
     assert response.status_code == 200, response.text
     return str(response.json()["choices"][0]["message"]["content"])
 

@@ -56,7 +56,7 @@ async def test_each_question_has_a_metric() -> None:
         ),
         "quire_engine": (
             "time_to_first_token_seconds", "inter_token_seconds", "queue_seconds", "running_requests",
-            "waiting_requests", "input_tokens", "cached_input_tokens", "requests",
+            "waiting_requests", "input_tokens", "cached_input_tokens", "requests", "silent_seconds",
         ),
         "quire_sidecar": (
             "fill_seconds", "slowest_row_seconds", "late_rows", "compile_seconds", "compile_timeouts", "compiles",

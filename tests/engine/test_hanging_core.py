@@ -7,7 +7,8 @@ import os
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
@@ -21,7 +22,7 @@ from tiny_models import tiny_llama
 
 from quire.engine.config import EngineConfig
 from quire.engine.hub import Client, Hub
-from quire.engine.messages import Compiling, FromCore
+from quire.engine.messages import Compiling, Failed, FromCore
 from quire.engine.service import EngineService
 from quire.kernels import _triton
 from quire.service.errors import ConfigError, ErrorCode, UnavailableError
@@ -39,7 +40,8 @@ def long_request() -> Request:
 
 def send(pids: list[int], number: signal.Signals) -> None:
     for pid in pids:
-        os.kill(pid, number)
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 async def until_not_serving(pod: Engine) -> None:
@@ -75,6 +77,7 @@ async def test_only_a_core_that_hangs_ends_its_engine(tmp_path: Path, capfd: pyt
         lost, kept = sessions[0].submit(long_request()), sessions[2].submit(long_request())
         await asyncio.gather(lost.until_tokens(3), kept.until_tokens(3))
         still = [core_of(idle.process.pid), paused.process.pid, core_of(paused.process.pid)]
+        stack.callback(send, still, signal.SIGCONT)
         send(still, signal.SIGSTOP)
         core = core_of(hanging.process.pid)
         health = asyncio.create_task(until_not_serving(hanging))
@@ -112,23 +115,48 @@ class UndyingCore:
         self.killed = True
 
 
+@dataclass
+class Watched:
+    """A service around that core, with one request, until it has failed."""
+
+    core: UndyingCore
+    service: EngineService
+    failed: asyncio.Task[None]
+    heard: list[Update]
+
+    @classmethod
+    def start(cls, folder: Path, step_timeout_s: float) -> Watched:
+        core, heard, hub = UndyingCore(), list[Update](), Hub(lambda message: None, epoch=1)
+        service = EngineService(EngineConfig("unix:x", step_timeout_s=step_timeout_s))
+        hub.submit(Client(heard.extend), 7, request([5]))
+        failing = service._until_failed(core, hub, GrpcServer(f"unix:{folder / 's'}"))  # type: ignore[arg-type]
+        return cls(core, service, asyncio.create_task(failing), heard)
+
+    async def ended(self) -> str:
+        """Why it has failed; its request has had its one end."""
+        await asyncio.wait_for(self.failed, DEADLINE)
+        (update,) = self.heard
+        assert update.key == 7 and update.finished is not None and isinstance(update.finished.error, UnavailableError)
+        return self.service._phase.failure
+
+
 async def test_compiling_is_no_hang_and_nobody_waits_for_a_core_to_die(tmp_path: Path) -> None:
     """The first steps on a GPU compile for minutes, one kernel after the other; and what hangs in a driver takes no
     signal, but its requests have to go on elsewhere."""
-    core, heard = UndyingCore(), list[Update]()
-    service = EngineService(EngineConfig("unix:x", step_timeout_s=0.2))
-    hub = Hub(lambda message: None, epoch=1)
-    hub.submit(Client(heard.extend), 7, request([5]))
-    failed = asyncio.create_task(service._until_failed(core, hub, GrpcServer(f"unix:{tmp_path / 's'}")))  # type: ignore[arg-type]
+    watched = Watched.start(tmp_path, 0.2)
     end = time.monotonic() + 3 * 0.2
     while time.monotonic() < end:
-        core.said.put_nowait(Compiling())
+        watched.core.said.put_nowait(Compiling())
         await asyncio.sleep(0)
-    assert not failed.done() and not heard
-    await asyncio.wait_for(failed, DEADLINE)
-    assert core.killed and hub.silent_seconds() == 0
-    (update,) = heard
-    assert update.key == 7 and update.finished is not None and isinstance(update.finished.error, UnavailableError)
+    assert not watched.failed.done() and not watched.heard
+    assert "no step has ended for 0.2 s" in await watched.ended() and watched.core.killed
+
+
+async def test_a_core_that_says_why_it_failed_need_not_end(tmp_path: Path) -> None:
+    """After a kernel fault a process may hang in its driver on its way out, and its requests with it."""
+    watched = Watched.start(tmp_path, 600)
+    watched.core.said.put_nowait(Failed("a step failed: an illegal memory access"))
+    assert await watched.ended() == "a step failed: an illegal memory access"
 
 
 def test_each_compilation_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

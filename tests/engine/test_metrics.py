@@ -36,6 +36,10 @@ async def scrape(port: int) -> str:
     return response.text
 
 
+async def samples(port: int) -> dict[str, float]:
+    return samples_of(list(text_string_to_metric_families(await scrape(port))))
+
+
 def samples_of(families: list[Metric]) -> dict[str, float]:
     """Each sample under its name and its labels but `engine`."""
     samples = {}
@@ -73,7 +77,7 @@ async def test_numbers_add_up_after_known_work(tmp_path: Path) -> None:
     port = free_port()
     flags = ["--metrics-port", str(port), "--num-pages", str(PAGES), "--max-num-seqs", "2"]
     async with engine(model, tmp_path / "e", *flags) as pod, SessionClient(pod.address) as session:
-        idle = samples_of(list(text_string_to_metric_families(await scrape(port))))
+        idle = await samples(port)
         assert idle["quire_engine_pages{state=free}"] == PAGES and idle["quire_engine_steps_total"] == 0
         # 100 tokens are 6 full pages, and their last token is computed in any case: 96 are found the second time.
         lengths, outputs = (100, 33, 1, 100), (6, 1, 20, 4)
@@ -84,7 +88,10 @@ async def test_numbers_add_up_after_known_work(tmp_path: Path) -> None:
         stop = StopConditions(4000, ignore_eos=True)
         held = [session.submit(request(prompt_of(40, seed), stop=stop)) for seed in (2, 3, 4)]
         await asyncio.gather(held[0].until_tokens(1), held[1].until_tokens(1))
-        busy = samples_of(list(text_string_to_metric_families(await scrape(port))))
+        async with asyncio.timeout(DEADLINE):
+            # The third may have arrived after a step that gave the second its token.
+            while not (busy := await samples(port))["quire_engine_waiting_requests"]:
+                pass
         for stream in held:
             session.cancel(stream)
             await stream.result()

@@ -83,7 +83,7 @@ async def test_a_reader_that_stalls_is_told_and_cut_off(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Without it clients that stop reading would hold an engine's slot, and the memory of what they don't read."""
-    gateway = await start(write_timeout=1.0)
+    gateway = await start(write_timeout=1.5)
     stalled, reading = await connect(gateway.url), await connect(gateway.url)
     await stalled.post(ENDLESS | {"model": MODEL})
     lost = await router.next()
@@ -241,7 +241,7 @@ async def test_stalled_readers_of_a_process(tmp_path: Path, connect: Connect, tl
     flags = ["--tls-cert", str(files.certificate), "--tls-key", str(files.key)] if tls else []
     context = ssl.create_default_context(cafile=files.ca) if tls else None
     router = await FakeRouter(f"unix:{tmp_path}/router.sock", "tiny").start()
-    process = await GatewayProcess.start(router.address, "--write-timeout", "1", *flags)
+    process = await GatewayProcess.start(router.address, "--write-timeout", "1.5", *flags)
 
     async def connections() -> int:
         return sockets_of(process.process.pid)

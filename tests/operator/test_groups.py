@@ -25,8 +25,12 @@ from paper_cluster import Paper
 from quire.operator.canary import Tally, Trial
 from quire.operator.config import Images
 from quire.operator.core import children
+from quire.operator.diagnosis import problems
 from quire.operator.kinds import BUILT_IN, CHILD_OF, POD
+from quire.operator.observed import Observed
 from quire.operator.resources.group import templates
+from quire.operator.resources.metadata import Component
+from quire.operator.scaler import is_needed
 from quire.operator.spec import parse
 from quire.service.errors import ConfigError
 
@@ -57,7 +61,7 @@ def test_gpus_become_ranks() -> None:
     for each in flags(spec_of(2)):
         assert {
             "--tensor-parallel-size=16", "--nnodes=2", "--node-rank=$(LWS_WORKER_INDEX)",
-            "--master-addr=$(LWS_LEADER_ADDRESS)", "--master-port=29500",
+            "--master-addr=$(LWS_LEADER_ADDRESS)", "--master-port=29500", "--rendezvous-timeout=1800",
         } <= each  # fmt: skip
 
 
@@ -95,6 +99,28 @@ def test_a_name_that_is_too_long_for_a_group() -> None:
     with pytest.raises(ConfigError, match="more than 40 characters") as refused:
         parse(document(spec_of(2), name="a" * 41))
     assert refused.value.field == "spec.engine.nodes"
+
+
+def test_the_trouble_of_a_groups_further_pod_is_the_engines() -> None:
+    """Its first pod only waits for it, and says nothing."""
+    template = templates(engines_of(spec_of(2)))[1]
+    full = {"type": "PodScheduled", "reason": "Unschedulable", "message": "0/3 nodes: 3 Insufficient nvidia.com/gpu."}
+    metadata = {**template["metadata"], "name": "demo-engine-0-1", "namespace": "models"}
+    pod = {"kind": "Pod", "metadata": metadata, "status": {"conditions": [full]}}
+    (found,) = problems(parse(document(spec_of(2))), Observed(pods=(pod,)))
+    assert (found.component, found.reason) == (Component.ENGINE, "InsufficientGPUs")
+    assert "no node has 8 free GPUs for another engine" in found.message
+
+
+def test_the_last_group_stays_until_routers_hold_requests() -> None:
+    """As the last engine of one pod does: nobody would answer what comes in between."""
+    autoscaling = {"minReplicas": 0, "maxReplicas": 2}
+    service = parse(document(spec_of(2, replicas=1, autoscaling=autoscaling)))
+    router = {"kind": "Deployment", "metadata": {"name": "demo-router", "generation": 2}, "spec": {"replicas": 1}}
+    there = Observed((engines_of(spec_of(2)), router))
+    assert is_needed(service, there)
+    settled = {"observedGeneration": 2, "replicas": 1, "updatedReplicas": 1, "availableReplicas": 1}
+    assert not is_needed(service, Observed((engines_of(spec_of(2)), {**router, "status": settled})))
 
 
 def kinds_of(paper: Paper) -> list[str]:

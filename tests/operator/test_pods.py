@@ -35,7 +35,15 @@ ENGINE: Document = {
     "maxNumSeqs": 4,
     "extraArgs": ["--threads=1"],
     "drainSeconds": 20,
-    "surge": 2,
+    "surge": 3,
+}
+
+WELL = {
+    "Ready": ("True", "Serving"),
+    "ModelReady": ("True", "Loaded"),
+    **{f"{part}Ready": ("True", "Available") for part in ("Engines", "Router", "Gateway")},
+    "Progressing": ("False", "Settled"),
+    "Degraded": ("False", "AsWanted"),
 }
 
 
@@ -57,6 +65,13 @@ class Users:
             model="SmolLM2-135M-Instruct", messages=[message], temperature=0, max_tokens=TOKENS,  # type: ignore[list-item]
         )  # fmt: skip
         return answer.choices[0].message.content or ""
+
+    def ask_at_once(self, count: int) -> None:
+        """For so many answers of one token; all must come."""
+        answer = self._client.completions.create(
+            model="SmolLM2-135M-Instruct", prompt="Count upwards from 1.", n=count, max_tokens=1
+        )
+        assert len(answer.choices) == count
 
     @contextmanager
     def streaming(self) -> Iterator[None]:
@@ -98,7 +113,7 @@ class Users:
 
 @in_own_network(seconds=280)
 def test_the_life_of_a_service(tmp_path: Path) -> None:
-    """Applied, asked, rolled out and back, scaled, killed, evicted, asleep, woken, deleted, without a broken stream."""
+    """Applied, asked, scaled, rolled out and back, killed, evicted, asleep, woken, deleted, without a broken stream."""
     if missing := missing_programs():
         pytest.skip(f"no control plane here, {', '.join(missing)} are missing: {HOW_TO_GET_THEM}")
     with ExitStack() as stack:
@@ -120,12 +135,18 @@ def test_the_life_of_a_service(tmp_path: Path) -> None:
 def life(services: Services, kubelet: Kubelet) -> None:
     settled = ("Progressing", "False", "Settled")
 
+    def status() -> Document:
+        return dict((services.get("demo") or {})["status"])
+
     def engines(shown: str) -> None:
-        until(f"{shown} engines", lambda: (services.get("demo") or {})["status"]["engines"] == shown, seconds=SECONDS)
+        until(f"{shown} engines", lambda: status()["engines"] == shown, seconds=SECONDS)
         services.until("demo", *settled, seconds=SECONDS)
 
-    def apply(**engine: Any) -> None:
-        canary = {"weights": [50], "intervalSeconds": 1, "minRequests": 2}
+    def conditions() -> dict[str, tuple[str, str]]:
+        return {each["type"]: (each["status"], each["reason"]) for each in status()["conditions"]}
+
+    def apply(needs: int = 2, **engine: Any) -> None:
+        canary = {"weights": [33], "intervalSeconds": 1, "minRequests": needs}
         services.apply(
             "demo",
             {"engine": {**ENGINE, **engine}, "router": {"holdSeconds": 60}, "rollout": {"canary": canary}},
@@ -135,14 +156,7 @@ def life(services: Services, kubelet: Kubelet) -> None:
     services.until("demo", "Ready", "True", "Serving", seconds=SECONDS)
     address = (services.api.get(CHILD_OF["Service"].path("models", "demo-gateway")) or {})["spec"]["clusterIP"]
     services.until("demo", *settled, seconds=SECONDS)
-    conditions = (services.get("demo") or {})["status"]["conditions"]
-    assert {each["type"]: (each["status"], each["reason"]) for each in conditions} == {
-        "Ready": ("True", "Serving"),
-        "ModelReady": ("True", "Loaded"),
-        **{f"{part}Ready": ("True", "Available") for part in ("Engines", "Router", "Gateway")},
-        "Progressing": ("False", "Settled"),
-        "Degraded": ("False", "AsWanted"),
-    }
+    assert conditions() == WELL
     users = Users(f"http://{address}:8000/v1", 2)
     assert "Paris" in users.ask("What is the capital of France?")
 
@@ -156,18 +170,31 @@ def life(services: Services, kubelet: Kubelet) -> None:
         assert "max_waiting is -1" in said["message"]
         assert pids(kubelet) == before
 
-        # A better one: a new engine has answered some of the requests before the old one drains.
-        apply(maxNumSeqs=5)
-        services.until("demo", "Progressing", "True", "Canary", seconds=SECONDS)
-        until("a new engine in its place", lambda: pids(kubelet) and not before & pids(kubelet), seconds=SECONDS)
-        engines("1/1")
-        assert all("--max-num-seqs=5" in command_of(pid) for pid in pids(kubelet))
-        assert services.condition("demo", "Degraded")["status"] == "False"
-        users.until_more()
+        # One that engines start with and then refuse most of what they get: another engine answers instead.
+        apply(needs=20, maxNumSeqs=1, extraArgs=["--threads=1", "--max-waiting=1"])
+        until("new engines get requests", lambda: status().get("rollout", {}).get("weight") == 33, seconds=SECONDS)
+        while status().get("rollout", {}).get("phase") == "Canary":
+            users.ask_at_once(8)
+        said = services.condition("demo", "Degraded")
+        assert said["reason"] == "CanaryRolledBack"
+        assert "requests failed on them, more than spec.rollout.canary.maxErrorPercent (5) allows" in said["message"]
+        assert pids(kubelet) == before
 
         scale = "/apis/quire.dev/v1alpha1/namespaces/models/inferenceservices/demo/scale"
+        apply()
         services.api.patch(scale, {"spec": {"replicas": 3}})
         engines("3/3")
+        assert conditions() == WELL
+        users.until_more()
+
+        # A better one: a new engine has answered some of the requests before the old ones drain.
+        before = pids(kubelet)
+        apply(maxNumSeqs=5, replicas=3)
+        services.until("demo", "Progressing", "True", "Canary", seconds=SECONDS)
+        until("new engines in their place", lambda: pids(kubelet) and not before & pids(kubelet), seconds=SECONDS)
+        engines("3/3")
+        assert all("--max-num-seqs=5" in command_of(pid) for pid in pids(kubelet))
+        assert conditions() == WELL
         users.until_more()
 
         # One is killed: what it had goes on elsewhere, the pod comes back.
@@ -176,20 +203,16 @@ def life(services: Services, kubelet: Kubelet) -> None:
         services.until("demo", "EnginesReady", "False", seconds=SECONDS)
         assert services.condition("demo", "Ready")["status"] == "True"
         engines("3/3")
-        assert victim.restarts == 1
+        assert (victim.restarts, conditions()) == (1, WELL)
         users.until_more()
 
-        # A node is drained: the budget lets one engine go at a time.
+        # A node is drained: the budget lets one engine go at a time. What it has goes on elsewhere, too.
         listed = services.api.items(POD.path("models"), "app.kubernetes.io/component=engine")
         pods = [each for each in listed if "deletionTimestamp" not in each["metadata"]]
         until("the budget has seen that all are ready", lambda: evict(services, pods[0]))
         assert not evict(services, pods[1])
-        until("it is gone", lambda: services.api.get(POD.path("models", pods[0]["metadata"]["name"])) is None)
-        engines("3/3")
-
-        apply(maxNumSeqs=5, replicas=1)
-        engines("1/1")
         users.until_more()
+
         # Routers are replaced, too, since from now on they hold requests that no engine takes.
         autoscaling = {"minReplicas": 0, "maxReplicas": 1, "idleSeconds": 2}
         apply(maxNumSeqs=5, replicas=1, autoscaling=autoscaling)
@@ -200,6 +223,9 @@ def life(services: Services, kubelet: Kubelet) -> None:
 
     services.until("demo", "Ready", "True", "Idle", seconds=SECONDS)
     until("no engine is left", lambda: not kubelet.containers("engine", "engine"))
+    services.until("demo", *settled, seconds=SECONDS)
+    asleep = {"EnginesReady": ("False", "ScaledToZero"), "ModelReady": ("False", "ScaledToZero")}
+    assert conditions() == {**WELL, "Ready": ("True", "Idle"), **asleep}
     assert "Paris" in users.ask("What is the capital of France?")
     services.until("demo", "Ready", "True", "Serving", seconds=SECONDS)
 

@@ -13,7 +13,7 @@ from operator_process import OperatorProcess, Services
 
 from quire.operator.cluster import Cluster
 from quire.operator.config import OperatorConfig
-from quire.operator.kinds import BUILT_IN, Kind
+from quire.operator.kinds import BUILT_IN, CHILD_OF, Kind
 from quire.operator.listing import fill
 from quire.operator.reconciler import Reconciler
 from quire.operator.spec import Key
@@ -99,6 +99,30 @@ async def test_killed_after_every_single_write(idle_plane: ControlPlane) -> None
             await look(Cluster(api), immortal)
             assert state(mortal) == state(immortal)
             assert (mortal.get("demo") or {})["status"]["observedGeneration"] == (1 if spec is cached else 2)
+
+
+async def test_what_was_just_asked_for_is_not_so_yet(idle_plane: ControlPlane) -> None:
+    """`kubectl wait` right behind an apply would come back with the new generation and the old pods."""
+    configuration = client.Configuration()
+    await kubernetes_config.load_kube_config(
+        config_file=str(OperatorProcess(idle_plane).kubeconfig), client_configuration=configuration
+    )
+    services = _new_namespace(idle_plane, "hasty")
+    engine = CHILD_OF["Deployment"].path("hasty", "demo-engine")
+    async with client.ApiClient(configuration) as api:
+        services.apply("demo", {})
+        await look(Cluster(api), services)
+        until("all are ready", lambda: all(
+            each.get("status", {}).get("availableReplicas") == 1
+            for each in services.api.items(CHILD_OF["Deployment"].path("hasty"))
+        ))  # fmt: skip
+        await look(Cluster(api), services)
+        assert services.condition("demo", "Progressing")["reason"] == "Settled"
+        services.apply("demo", {"engine": {"extraArgs": ["--max-waiting=7"]}})
+        await look(Cluster(api), services)
+        assert "--max-waiting=7" in str(services.api.get(engine))
+        said = services.condition("demo", "Progressing")
+        assert (said["reason"], said["observedGeneration"]) == ("RollingOut", 2)
 
 
 async def look(cluster: Cluster, services: Services) -> None:

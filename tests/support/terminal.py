@@ -76,16 +76,16 @@ class Terminal:
         """Waits until `text` is shown after what the last call waited for."""
         end = time.monotonic() + DEADLINE
         while (found := self.output.find(text, self._read)) < 0:
-            ready, _, _ = select.select([self._fd], [], [], max(0.0, end - time.monotonic()))
-            if not ready or not self._receive():
+            if not self._until(end) or not self._receive():
                 raise AssertionError(f"{text!r} was not shown after {self.output[: self._read]!r}, but {self.rest!r}")
         self._read = found + len(text)
 
     def wait(self) -> int:
         """The exit status; all output has come by then."""
-        while self._receive():
+        end = time.monotonic() + DEADLINE
+        while self._until(end) and self._receive():
             pass
-        return self.process.wait(DEADLINE)
+        return self.process.wait(max(0.0, end - time.monotonic()))
 
     @property
     def rest(self) -> str:
@@ -115,6 +115,10 @@ class Terminal:
         """The lines of the last whole screen that was drawn, by a program that draws whole screens."""
         *_, last, _ = self.output.split("\x1b[H")
         return _STYLE.sub("", last).splitlines()
+
+    def _until(self, end: float) -> bool:
+        """Whether there is something to receive by then."""
+        return bool(select.select([self._fd], [], [], max(0.0, end - time.monotonic()))[0])
 
     def _receive(self) -> bool:
         try:

@@ -12,7 +12,7 @@ from quire.operator.spec_parts import IMAGE, IMAGE_ADVICE, MEMORY, ResourceSpec
 
 _OWN_FLAGS = ("listen", "name", "model", "sidecar", "metrics-port", "grace", "log-level", "log-format")
 _FIELD_FLAGS = ("max-model-len", "dtype", "kv-cache-bytes", "max-num-seqs")
-_GROUP_FLAGS = ("tensor-parallel-size", "nnodes", "node-rank", "master-addr", "master-port")
+_GROUP_FLAGS = ("tensor-parallel-size", "nnodes", "node-rank", "master-addr", "master-port", "rendezvous-timeout")
 _TAKEN = f"--({'|'.join((*_OWN_FLAGS, *_FIELD_FLAGS, *_GROUP_FLAGS))})(=.*)?"
 
 

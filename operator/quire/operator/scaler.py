@@ -117,7 +117,7 @@ class Scaler:
             # What was counted says nothing about the step that has begun.
             followed.step, followed.scale = step, replace(followed.scale, trial=Trial())
         scale = replace(followed.scale, costs=_costs(followed.loads))
-        return replace(scale, replicas=1) if not bounded and _is_needed(service, observed) else scale
+        return replace(scale, replicas=1) if not bounded and is_needed(service, observed) else scale
 
     def forget(self, key: Key) -> None:
         """The service is gone."""
@@ -197,7 +197,7 @@ def _rounded(load: int) -> int:
     return _SHOWN_STEP * round(load / _SHOWN_STEP)
 
 
-def _is_needed(service: InferenceService, observed: Observed) -> bool:
+def is_needed(service: InferenceService, observed: Observed) -> bool:
     """Whether the last engine must stay: routers that don't hold requests without one are still being replaced."""
     is_there = any(each["spec"].get("replicas", 0) > 0 for each in observed.engines(service))
     routers = observed.deployment(service, Component.ROUTER)

@@ -30,6 +30,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from itertools import count
 
+from quire.engine.draft_room import DraftRoom
 from quire.engine.page_pool import PagePool
 from quire.engine.plan import PageGrant
 from quire.engine.schedule import Schedule, ScheduleBuilder
@@ -82,6 +83,7 @@ class Scheduler:
             )
         self.config = config
         self.pool = pool
+        self._drafts = DraftRoom(pool, config.max_draft_tokens, in_pages=config.drafter_in_pages)
         self.num_preemptions = 0
         # While no masks come, sequences that need them are left out of steps, so that the others go on.
         self.hold_constrained = False
@@ -174,7 +176,7 @@ class Scheduler:
         if not preempted:
             self._schedule_waiting(step)
         if self.config.drafter_in_pages:
-            self._look_ahead(step)
+            self._drafts.look_ahead(step)
         schedule = step.schedule()
         self._book(schedule)
         return schedule
@@ -222,12 +224,7 @@ class Scheduler:
 
     def _shrink(self, sequence: Sequence) -> None:
         # A drafter has written the slot of the next token.
-        self._keep(sequence, pages_for(sequence.reach + self.config.drafter_in_pages))
-
-    def _keep(self, sequence: Sequence, num_pages: int) -> None:
-        if len(sequence.block_table) > num_pages:
-            self.pool.release(sequence.block_table[num_pages:])
-            del sequence.block_table[num_pages:]
+        self._drafts.keep(sequence, pages_for(sequence.reach + self.config.drafter_in_pages))
 
     def _is_held(self, sequence: Sequence) -> bool:
         return self.hold_constrained and sequence.request.constraint is not None
@@ -268,8 +265,8 @@ class Scheduler:
         if self.config.drafter_in_pages:
             for sequence in self._running:
                 if sequence.num_computed % PAGE_SIZE == 0 and not self._is_put_off(sequence):
-                    self._step_back(sequence)
-        self._limit_drafts(step.budget)
+                    self._drafts.step_back(sequence)
+        self._drafts.limit(self._running, step.budget, self._is_put_off)
         for sequence in tuple(self._running):
             if self._is_put_off(sequence):
                 continue
@@ -284,35 +281,6 @@ class Scheduler:
             if sequence.state is SequenceState.RUNNING:
                 self._continue(sequence, min(sequence.num_pending, step.budget), step)
         return self.num_preemptions > preemptions
-
-    def _limit_drafts(self, budget: int) -> None:
-        """Cuts drafts to what costs nobody else anything."""
-        drafted = [sequence for sequence in self._running if sequence.drafts]
-        if not drafted:
-            return
-        spare_tokens = budget - len(self._running)
-        if self.config.max_draft_tokens is not None:
-            spare_tokens = min(spare_tokens, self.config.max_draft_tokens)
-        needed = (
-            pages_for(sequence.reach + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
-            for sequence in self._running
-        )
-        spare_pages = self.pool.available - sum(max(0, missing) for missing in needed)
-        for sequence in drafted:
-            limit = 0
-            if sequence.num_pending == 1 and not self._is_put_off(sequence):
-                reach = sequence.reach
-                own_pages = pages_for(reach + 1)
-                if spare_pages >= 0:  # else what it has beyond that may be taken back
-                    own_pages = max(len(sequence.block_table), own_pages)
-                room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - reach
-                # One token is drawn after the drafts, within the output's length; the one before is computed with them.
-                left = sequence.max_tokens - sequence.num_tokens - sequence.num_open
-                limit = max(0, min(left - 1, room - 1, spare_tokens))
-            sequence.drafts = sequence.drafts[:limit]
-            spare_tokens -= len(sequence.drafts)
-            if sequence.drafts:
-                spare_pages -= max(0, pages_for(reach + 1 + len(sequence.drafts)) - own_pages)
 
     def _continue(self, sequence: Sequence, num_tokens: int, step: ScheduleBuilder) -> None:
         if sequence.reach + num_tokens <= len(sequence.block_table) * PAGE_SIZE:
@@ -370,7 +338,7 @@ class Scheduler:
         sequence.num_computed = len(cached) * PAGE_SIZE
         sequence.num_published = len(cached)
         if self.config.drafter_in_pages:
-            self._step_back(sequence)
+            self._drafts.step_back(sequence)
         sequence.slot = self._slots.pop()
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)
@@ -402,7 +370,7 @@ class Scheduler:
         """Preempts until `sequence` can grow; returns False if it was itself the one to give way."""
         missing = pages_for(sequence.reach + num_tokens) - len(sequence.block_table)
         while missing > self.pool.available:
-            if self.config.drafter_in_pages and self._take_back(sequence, step):
+            if self._drafts.take_back(self._running, sequence, step, self._is_put_off):
                 continue
             victim = min(self._running, key=self._loss)
             step.remove(victim)
@@ -413,46 +381,6 @@ class Scheduler:
             if victim is sequence:
                 return False
         return True
-
-    def _step_back(self, sequence: Sequence) -> None:
-        """Where the drafter's slot of the next token has no page it is not written: it will be with the last token."""
-        if 0 < sequence.num_computed == len(sequence.block_table) * PAGE_SIZE:
-            sequence.num_computed -= 1
-
-    def _look_ahead(self, step: ScheduleBuilder) -> None:
-        """Gives the step's sequences slots beyond their tokens, one and as many as drafts are wanted, if pages are left
-        over, and cuts what is wanted to that."""
-        for sequence, work in step.work.items():
-            end, first = work.start + work.num_open + work.num_tokens, len(sequence.block_table)
-            if not work.num_wanted and end < first * PAGE_SIZE:
-                continue
-            wanted = max(0, min(work.num_wanted, sequence.max_tokens - end))
-            num_pages = pages_for(end + max(1, wanted))
-            if num_pages > first:
-                pages = self.pool.allocate(min(num_pages - first, self.pool.available))
-                sequence.block_table.extend(pages)
-                wanted = min(wanted, len(sequence.block_table) * PAGE_SIZE - end)
-                # The slot behind the last token is written in any case: where nobody reads, if it has no page.
-                if end == len(sequence.block_table) * PAGE_SIZE:
-                    pages.append(self.pool.num_pages)
-                if pages:
-                    step.extend(sequence, first, tuple(pages))
-            if wanted != work.num_wanted:
-                step.work[sequence] = work._replace(num_wanted=wanted)
-
-    def _take_back(self, claimant: Sequence, step: ScheduleBuilder) -> bool:
-        """Frees the pages that only the drafter has a use for; returns whether there were any."""
-        before = self.pool.available
-        for sequence in self._running:
-            if sequence is claimant:
-                continue
-            work, num_tokens = step.work.get(sequence), 0
-            if work is not None:
-                num_tokens = work.num_tokens
-            elif sequence.num_pending == 1 and not self._is_put_off(sequence):
-                num_tokens = 1
-            self._keep(sequence, pages_for(sequence.reach + num_tokens))
-        return self.pool.available > before
 
     def _loss(self, sequence: Sequence) -> tuple[bool, int, int, int]:
         """What preempting costs: nothing if only the last token is awaited, which comes all the same; then lower

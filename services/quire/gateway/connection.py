@@ -230,7 +230,7 @@ class Connection(HttpToolsProtocol):
 
     def _stood_still(self, due: float) -> bool:
         """Whether this process did, since it comes so late to what was due: readers have had no time either."""
-        return self.loop.time() - due > self._limits.write_timeout
+        return self.loop.time() - due > self._limits.write_timeout / 4
 
     def _report_stall(self) -> None:
         self._limits.stalled()

@@ -64,7 +64,7 @@ def _template(service: InferenceService, images: Images, component: Component) -
         spec.image or images.engine,
         "quire.engine",
         [
-            f"--listen=[::]:{names.ENGINE_GRPC}",
+            *([f"--listen=[::]:{names.ENGINE_GRPC}"] if serves else []),
             "--name=$(POD_NAME)",
             *([f"--sidecar={sidecar.ADDRESS}", f"--metrics-port={names.ENGINE_METRICS}"] if serves else []),
             f"--grace={spec.drain_seconds}",
@@ -129,6 +129,7 @@ def _flags(spec: EngineSpec) -> list[str]:
             f"--node-rank=$({names.WORKER_INDEX})",
             f"--master-addr=$({names.LEADER_ADDRESS})",
             f"--master-port={names.ENGINE_RENDEZVOUS}",
+            f"--rendezvous-timeout={spec.load_seconds}",
         ]
     if spec.max_model_len is not None:
         found.append(f"--max-model-len={spec.max_model_len}")

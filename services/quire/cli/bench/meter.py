@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from quire.cli.bench.workloads import Work
 from quire.engine.core import EngineCore
 from quire.service.interrupts import DeferredInterrupt
-from quire.service.request import Constraint, Request, SamplingParams, StopConditions, Update
+from quire.service.request import CacheKey, Constraint, Request, SamplingParams, StopConditions, Update
 
 _GREEDY = SamplingParams(temperature=0.0)
 
@@ -70,9 +70,10 @@ class Meter:
         self._each_step = each_step
         self._keys = itertools.count()
 
-    def run(self, work: Work, label: str = "", constraint: Constraint | None = None) -> Run:
+    def run(self, work: Work, label: str = "", constraint: Constraint | None = None, salt: str = "") -> Run:
         """Submits everything at once, greedy, and steps until it is done, under a progress bar called `label`.
 
+        Pages of prompts that were run with another `salt` are not found.
         Raises the error of a request that fails, and KeyboardInterrupt between two steps; the core is idle after both.
         """
         wanted = sum(job.output_len for job in work)
@@ -80,7 +81,7 @@ class Meter:
         with DeferredInterrupt() as interrupt, bar:
             keys: list[int] = []
             try:
-                return self._measure(work, keys, constraint, interrupt, bar)
+                return self._measure(work, keys, constraint, CacheKey(salt), interrupt, bar)
             except BaseException:
                 self._abort(keys)
                 raise
@@ -90,6 +91,7 @@ class Meter:
         work: Work,
         keys: list[int],
         constraint: Constraint | None,
+        cache_key: CacheKey,
         interrupt: DeferredInterrupt,
         bar: tqdm[None],
     ) -> Run:
@@ -98,11 +100,11 @@ class Meter:
         found = Run(len(work), sum(len(job.prompt) for job in work), max(job.output_len for job in work))
         began = last = time.perf_counter()
         for job in work:
-            keys.append(next(self._keys))
+            key, prompt = next(self._keys), tuple(job.prompt)
+            keys.append(key)
             # An end that the grammar allows is taken, so that no request waits for a token that can't come.
             stop = StopConditions(job.output_len, ignore_eos=constraint is None)
-            request = Request(str(keys[-1]), "", tuple(job.prompt), _GREEDY, stop, constraint=constraint)
-            core.submit(keys[-1], request)
+            core.submit(key, Request(str(key), "", prompt, _GREEDY, stop, constraint=constraint, cache_key=cache_key))
         without_first = set(keys)
         while core.has_work:
             updates = core.step()

@@ -1,0 +1,104 @@
+"""Room for drafts: tokens of a step and pages that nobody else has a use for.
+
+The scheduler asks. Drafts ride on a sequence's next token, so nobody waits or is preempted for them. A drafter in the
+pages is a slot ahead of the model, and more where it drafts: its slots get pages that are left over, and those are the
+first to be taken back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+from quire.engine.page_pool import PagePool
+from quire.engine.schedule import ScheduleBuilder
+from quire.engine.sequence import Sequence, pages_for
+from quire.service.pages import PAGE_SIZE
+
+# Whether a running sequence is left out of a step.
+IsPutOff = Callable[[Sequence], bool]
+
+
+class DraftRoom:
+    """For the drafts of a step, at most `max_tokens` if it is given; `in_pages`: there is a drafter in the pages."""
+
+    def __init__(self, pool: PagePool, max_tokens: int | None, *, in_pages: bool) -> None:
+        self._pool, self._max_tokens, self._in_pages = pool, max_tokens, in_pages
+
+    def limit(self, running: SequenceOf[Sequence], budget: int, is_put_off: IsPutOff) -> None:
+        """Cuts drafts to what costs nobody else anything, in a step of `budget` tokens."""
+        drafted = [sequence for sequence in running if sequence.drafts]
+        if not drafted:
+            return
+        spare_tokens = budget - len(running)
+        if self._max_tokens is not None:
+            spare_tokens = min(spare_tokens, self._max_tokens)
+        needed = (
+            pages_for(sequence.reach + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
+            for sequence in running
+        )
+        spare_pages = self._pool.available - sum(max(0, missing) for missing in needed)
+        for sequence in drafted:
+            limit, reach, own_pages = 0, sequence.reach, 0
+            if sequence.num_pending == 1 and not is_put_off(sequence):
+                own_pages = pages_for(reach + 1)
+                if spare_pages >= 0:  # else what it has beyond that may be taken back
+                    own_pages = max(len(sequence.block_table), own_pages)
+                room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - reach
+                # One token is drawn after the drafts, within the output's length; the one before is computed with them.
+                left = sequence.max_tokens - sequence.num_tokens - sequence.num_open
+                limit = max(0, min(left - 1, room - 1, spare_tokens))
+            sequence.drafts = sequence.drafts[:limit]
+            spare_tokens -= len(sequence.drafts)
+            if sequence.drafts:
+                spare_pages -= max(0, pages_for(reach + 1 + len(sequence.drafts)) - own_pages)
+
+    def step_back(self, sequence: Sequence) -> None:
+        """Where the drafter's slot of the next token has no page it is not written: it will be with the last token."""
+        if 0 < sequence.num_computed == len(sequence.block_table) * PAGE_SIZE:
+            sequence.num_computed -= 1
+
+    def look_ahead(self, step: ScheduleBuilder) -> None:
+        """Gives the step's sequences slots beyond their tokens, one and as many as drafts are wanted, if pages are left
+        over, and cuts what is wanted to that."""
+        for sequence, work in step.work.items():
+            end, first = work.start + work.num_open + work.num_tokens, len(sequence.block_table)
+            if not work.num_wanted and end < first * PAGE_SIZE:
+                continue
+            wanted = max(0, min(work.num_wanted, sequence.max_tokens - end))
+            num_pages = pages_for(end + max(1, wanted))
+            if num_pages > first:
+                pages = self._pool.allocate(min(num_pages - first, self._pool.available))
+                sequence.block_table.extend(pages)
+                wanted = min(wanted, len(sequence.block_table) * PAGE_SIZE - end)
+                # The slot behind the last token is written in any case: where nobody reads, if it has no page.
+                if end == len(sequence.block_table) * PAGE_SIZE:
+                    pages.append(self._pool.num_pages)
+                if pages:
+                    step.extend(sequence, first, tuple(pages))
+            if wanted != work.num_wanted:
+                step.work[sequence] = work._replace(num_wanted=wanted)
+
+    def take_back(
+        self, running: SequenceOf[Sequence], claimant: Sequence, step: ScheduleBuilder, is_put_off: IsPutOff
+    ) -> bool:
+        """Frees the pages that only the drafter has a use for; returns whether there were any."""
+        if not self._in_pages:
+            return False
+        before = self._pool.available
+        for sequence in running:
+            if sequence is claimant:
+                continue
+            work, num_tokens = step.work.get(sequence), 0
+            if work is not None:
+                num_tokens = work.num_tokens
+            elif sequence.num_pending == 1 and not is_put_off(sequence):
+                num_tokens = 1
+            self.keep(sequence, pages_for(sequence.reach + num_tokens))
+        return self._pool.available > before
+
+    def keep(self, sequence: Sequence, num_pages: int) -> None:
+        """Frees what a sequence has beyond its first `num_pages` pages."""
+        if len(sequence.block_table) > num_pages:
+            self._pool.release(sequence.block_table[num_pages:])
+            del sequence.block_table[num_pages:]
