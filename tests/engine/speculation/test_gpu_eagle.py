@@ -240,7 +240,7 @@ def core_config(heads: Heads, **others: object) -> CoreConfig:
 
 def load(config: CoreConfig, monkeypatch: pytest.MonkeyPatch) -> EngineCore:
     """As on a GPU, but for the size of its memory."""
-    monkeypatch.setattr("quire.engine.loading.choose_gpu", lambda _: torch.device(DEVICE))
+    monkeypatch.setattr("quire.engine.loading.choose_device", lambda _: torch.device(DEVICE))
     monkeypatch.setattr("quire.engine.loading.size_pages", lambda *_: 20)
     return load_core(config, lambda *_: None).core
 
