@@ -9,19 +9,23 @@ import itertools
 import os
 import signal
 import threading
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
+from certificate_files import CertificateFiles, new_ca
 from control_plane import HOW_TO_GET_THEM, ApiError, control_plane, missing_programs, until
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from kubelet import Kubelet
 from openai import OpenAI
 from operator_process import OperatorProcess, Services, install
 from own_network import HOST, in_own_network
 
-from quire.operator.kinds import BUILT_IN, CHILD_OF, POD
+from quire.operator.kinds import BUILT_IN, CHILD_OF, POD, SECRET
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
@@ -111,9 +115,9 @@ class Users:
             raise RuntimeError(f"the stream ended with {reasons} after {used} tokens")
 
 
-@in_own_network(seconds=280)
-def test_the_life_of_a_service(tmp_path: Path) -> None:
-    """Applied, asked, scaled, rolled out and back, killed, evicted, asleep, woken, deleted, without a broken stream."""
+@contextmanager
+def running(tmp_path: Path) -> Iterator[tuple[Services, Kubelet]]:
+    """Services of a namespace whose pods run; what these have said is shown if the block fails."""
     if missing := missing_programs():
         pytest.skip(f"no control plane here, {', '.join(missing)} are missing: {HOW_TO_GET_THEM}")
     with ExitStack() as stack:
@@ -126,10 +130,39 @@ def test_the_life_of_a_service(tmp_path: Path) -> None:
         plane.api.request("POST", "/api/v1/namespaces", {"metadata": {"name": "models", "labels": labels}})
         services = Services(plane.api, "models")
         try:
-            life(services, kubelet)
+            yield services, kubelet
         except BaseException:
             print(kubelet.logs()[-20000:])
             raise
+
+
+@in_own_network(seconds=280)
+def test_the_life_of_a_service(tmp_path: Path) -> None:
+    """Applied, asked, scaled, rolled out and back, killed, evicted, asleep, woken, deleted, without a broken stream."""
+    with running(tmp_path) as (services, kubelet):
+        life(services, kubelet)
+
+
+@in_own_network(seconds=120)
+def test_services_that_trust_only_one_another(tmp_path: Path) -> None:
+    """With a Secret as cert-manager makes it: probes, routers and gateways speak TLS, and nobody else is answered."""
+    files = CertificateFiles(tmp_path / "certificates").write(new_ca(), "demo.models.svc")
+    with running(tmp_path) as (services, kubelet):
+        data = {each.name: b64encode(each.read_bytes()).decode() for each in (files.certificate, files.key, files.ca)}
+        services.api.request("POST", SECRET.path("models"), {"metadata": {"name": "peers"}, "data": data})
+        services.apply("demo", {"engine": ENGINE, "tls": {"secret": "peers"}})
+        services.until("demo", "Ready", "True", "Serving", seconds=SECONDS)
+        assert "Paris" in Users(url_of(services), 0).ask("What is the capital of France?")
+        for component, port in (("engine", 9100), ("router", 9000)):
+            (pod,) = [each for each in kubelet.pods.values() if each.component == component]
+            with grpc.insecure_channel(f"{pod.address}:{port}") as stranger, pytest.raises(grpc.RpcError):
+                health_pb2_grpc.HealthStub(stranger).Check(health_pb2.HealthCheckRequest(), timeout=10)
+
+
+def url_of(services: Services) -> str:
+    """The OpenAI API."""
+    gateway = services.api.get(CHILD_OF["Service"].path("models", "demo-gateway")) or {}
+    return f"http://{gateway['spec']['clusterIP']}:8000/v1"
 
 
 def life(services: Services, kubelet: Kubelet) -> None:
@@ -154,10 +187,9 @@ def life(services: Services, kubelet: Kubelet) -> None:
 
     apply()
     services.until("demo", "Ready", "True", "Serving", seconds=SECONDS)
-    address = (services.api.get(CHILD_OF["Service"].path("models", "demo-gateway")) or {})["spec"]["clusterIP"]
     services.until("demo", *settled, seconds=SECONDS)
     assert conditions() == WELL
-    users = Users(f"http://{address}:8000/v1", 2)
+    users = Users(url_of(services), 2)
     assert "Paris" in users.ask("What is the capital of France?")
 
     with users.streaming():

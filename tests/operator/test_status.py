@@ -148,16 +148,18 @@ def test_pods_that_go_are_no_trouble() -> None:
 
 def test_every_trouble_is_told_and_the_first_is_the_reason() -> None:
     """Who puts one right should not have to wait to learn of the next."""
-    service = parse(document({"gateway": {"apiKeys": {"name": "keys"}, "tlsSecret": "cert"}}))
-    refusal = Refusal("Service", "demo-router", "spec.ports is wrong")
-    status = plain(
-        status_of(service, Observed(secrets={"cert": frozenset({"tls.crt"})}), refusals=[refusal], previous={}, now=NOW)
+    service = parse(
+        document({"gateway": {"apiKeys": {"name": "keys"}, "tlsSecret": "cert"}, "tls": {"secret": "peers"}})
     )
+    refusal = Refusal("Service", "demo-router", "spec.ports is wrong")
+    secrets = {"cert": frozenset({"tls.crt"}), "peers": frozenset({"tls.crt", "tls.key"})}
+    status = plain(status_of(service, Observed(secrets=secrets), refusals=[refusal], previous={}, now=NOW))
     degraded = next(each for each in status["conditions"] if each["type"] == "Degraded")
     assert degraded["reason"] == "SecretMissing"
     for part in (
         "spec.gateway.apiKeys names the Secret keys",
         "spec.gateway.tlsSecret wants the entry tls.key of the Secret cert, which holds tls.crt: add the entry",
         "Service demo-router was refused: spec.ports is wrong",
+        "spec.tls.secret wants the entry ca.crt of the Secret peers, which holds tls.crt, tls.key: add the entry;",
     ):
         assert part in degraded["message"]

@@ -77,7 +77,7 @@ class Kubelet:
         return [
             container
             for uid, pod in list(self.pods.items())
-            if pod.pod["metadata"]["labels"]["app.kubernetes.io/component"] == component and uid not in self._stopping
+            if pod.component == component and uid not in self._stopping
             for container in (*pod.init, *pod.main)
             if container.name == name
         ]

@@ -105,6 +105,7 @@ specs = st.fixed_dictionaries(
         "engine": _engines,
         "router": st.fixed_dictionaries({}, optional={"replicas": st.integers(1, 4), "resources": _resources}),
         "gateway": _gateways,
+        "tls": st.fixed_dictionaries({"secret": _names}),
         "rollout": st.fixed_dictionaries({}, optional={"canary": _canaries}),
         "observability": _observability,
         "imagePullSecrets": st.lists(_names, max_size=2),

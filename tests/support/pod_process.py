@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -86,7 +86,13 @@ class PodProcess:
         self.main = [Container(each) for each in spec["containers"]]
         self._pause: asyncio.subprocess.Process | None = None
         self._volumes: dict[str, Path] = {}
+        self._told_of = {each["name"] for each in spec.get("volumes", ()) if "secret" in each}
         self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def component(self) -> str:
+        """Of which it is one."""
+        return str(self.pod["metadata"]["labels"]["app.kubernetes.io/component"])
 
     @property
     def is_ready(self) -> bool:
@@ -191,7 +197,7 @@ class PodProcess:
     async def _start(self, container: Container) -> None:
         spec = container.spec
         environment = self._environment(spec)
-        python, *words = [*spec["command"], *spec.get("args", ())]
+        python, *words = self._words(spec, [*spec["command"], *spec.get("args", ())])
         assert python == "python"
         words = [re.sub(r"\$\((\w+)\)", lambda match: environment[match[1]], word) for word in words]
         steps = []
@@ -206,7 +212,7 @@ class PodProcess:
             if mount["mountPath"] == "/tmp":
                 # Not mounted: what runs here may itself lie under /tmp.
                 environment |= {"TMPDIR": str(folder), "HOME": str(folder)}
-            else:
+            elif mount["name"] not in self._told_of:
                 steps.append(f"mount --bind {folder} {mount['mountPath']}")
         assert self._pause is not None
         with (self._folder / f"{container.name}.log").open("ab") as log:
@@ -216,6 +222,13 @@ class PodProcess:
                 env=environment, cwd=ROOT, stdin=asyncio.subprocess.DEVNULL, stdout=log, stderr=log,
                 start_new_session=True,
             )  # fmt: skip
+
+    def _words(self, spec: Document, words: Sequence[str]) -> list[str]:
+        """A command as it is here: where there is no folder to mount a Secret on, its flags name the Secret's own."""
+        for mount in spec.get("volumeMounts", ()):
+            if mount["name"] in self._told_of:
+                words = [word.replace(mount["mountPath"], str(self._volumes[mount["name"]])) for word in words]
+        return list(words)
 
     def _environment(self, spec: Document) -> dict[str, str]:
         found = {
@@ -234,7 +247,7 @@ class PodProcess:
         spec = container.spec
         if startup := spec.get("startupProbe"):
             deadline = time.monotonic() + startup["failureThreshold"] * startup["periodSeconds"]
-            while not await self._passes(startup):
+            while not await self._passes(spec, startup):
                 if time.monotonic() > deadline:
                     _kill_group(container)
                 await asyncio.sleep(_PROBE_SECONDS)
@@ -243,18 +256,20 @@ class PodProcess:
         _come_second(container)
         lived = time.monotonic()
         while True:
-            container.ready = await self._passes(spec["readinessProbe"]) if "readinessProbe" in spec else True
+            container.ready = await self._passes(spec, spec["readinessProbe"]) if "readinessProbe" in spec else True
             if live := spec.get("livenessProbe"):
-                if await self._passes(live):
+                if await self._passes(spec, live):
                     lived = time.monotonic()
                 elif time.monotonic() > lived + live["failureThreshold"] * live["periodSeconds"]:
                     _kill_group(container)
             await asyncio.sleep(_PROBE_SECONDS)
 
-    async def _passes(self, probe: Document) -> bool:
+    async def _passes(self, spec: Document, probe: Document) -> bool:
         seconds = probe.get("timeoutSeconds", 1)
         try:
             async with asyncio.timeout(seconds):
+                if "exec" in probe:
+                    return await self._ends_well(self._words(spec, probe["exec"]["command"]))
                 if "grpc" in probe:
                     async with grpc.aio.insecure_channel(f"{self.address}:{probe['grpc']['port']}") as channel:
                         stub = health_pb2_grpc.HealthStub(channel)
@@ -266,6 +281,18 @@ class PodProcess:
                     return 200 <= answer.status < 400
         except (grpc.aio.AioRpcError, aiohttp.ClientError, TimeoutError, OSError):
             return False
+
+    async def _ends_well(self, words: Sequence[str]) -> bool:
+        assert self._pause is not None
+        process = await asyncio.create_subprocess_exec(
+            "nsenter", f"--net=/proc/{self._pause.pid}/ns/net", sys.executable, *words[1:],
+            cwd=ROOT, stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            return await process.wait() == 0
+        finally:
+            if process.returncode is None:
+                process.kill()
 
 
 async def _end(container: Container, deadline: float) -> None:

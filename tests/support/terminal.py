@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import select
+import signal
 import struct
 import subprocess
 import termios
@@ -133,4 +134,6 @@ class Terminal:
 
 
 def _take_terminal() -> None:
+    # Where tests run in a shell's background it is ignored, by all that they start, too.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)

@@ -71,6 +71,9 @@ def _missing(service: InferenceService, observed: Observed) -> Iterator[Problem]
         for entry in ("tls.crt", "tls.key") if name else ():
             wanted = SecretKey(name=name or "", key=entry)
             yield from _missing_entries(service, observed, Component.GATEWAY, field, wanted)
+    for entry in ("tls.crt", "tls.key", "ca.crt") if spec.tls else ():
+        wanted = SecretKey(name=spec.tls.secret if spec.tls else "", key=entry)
+        yield from _missing_entries(service, observed, Component.ENGINE, "spec.tls.secret", wanted)
     for name in spec.image_pull_secrets:
         if name not in observed.secrets:
             yield _no_secret(service, Component.ENGINE, "spec.imagePullSecrets", name)
@@ -103,7 +106,7 @@ def _missing_entries(
             component,
             "SecretKeyMissing",
             f"{field} wants the entry {wanted.key} of the Secret {wanted.name}, which holds {there}: add the entry"
-            + ("" if field.endswith("tlsSecret") else f", or name another in {field}.key"),
+            + ("" if field.endswith(("tlsSecret", "tls.secret")) else f", or name another in {field}.key"),
             is_about_model,
         )
 

@@ -152,8 +152,8 @@ class EngineSpec(Spec, frozen=True):
         ),
         Rule(
             "!self.exists(flag, flag.matches('^--tls-'))",
-            "extraArgs sets up TLS, which neither routers nor probes speak to engines: leave it out, and encrypt "
-            "connections between pods by a mesh or by the cluster's network",
+            "extraArgs sets up TLS, which routers and probes must speak, too: leave it out and name a Secret in "
+            "spec.tls.secret",
             lambda flags: not any(flag.startswith("--tls-") for flag in flags),
             "extra_args",
         ),

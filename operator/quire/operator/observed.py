@@ -39,6 +39,8 @@ def references(service: InferenceService) -> References:
         secrets.add(spec.gateway.api_keys.name)
     if spec.gateway.tls_secret:
         secrets.add(spec.gateway.tls_secret)
+    if spec.tls:
+        secrets.add(spec.tls.secret)
     if spec.gateway.ingress and spec.gateway.ingress.tls_secret:
         secrets.add(spec.gateway.ingress.tls_secret)
     claims = {spec.model.claim.name} if spec.model.claim else set()

@@ -90,6 +90,22 @@ class GatewaySpec(Spec, frozen=True):
     )
 
 
+class TlsSpec(Spec, frozen=True):
+    """Encrypted connections of gateways, routers and engines among themselves, each of which shows its certificate."""
+
+    secret: Annotated[
+        str,
+        Meta(
+            description="A Secret with tls.crt, tls.key and ca.crt, as cert-manager makes them, for the DNS name "
+            "SERVICE.NAMESPACE.svc. All pods have it, and read it again when it changes.",
+            min_length=1,
+            max_length=253,
+        ),
+    ]
+
+    rules = (matches("secret", NAME, f"secret is not a Secret's name: use {NAME_ADVICE}"),)
+
+
 class ObservabilitySpec(Spec, frozen=True):
     """What the service tells about itself. Every container serves Prometheus metrics in any case."""
 
@@ -120,6 +136,13 @@ class InferenceServiceSpec(Spec, frozen=True):
     gateway: Annotated[GatewaySpec, Meta(description="The pods that serve the API.")] = field(
         default_factory=GatewaySpec
     )
+    tls: Annotated[
+        TlsSpec | None,
+        Meta(
+            description="Left out, services speak plain text to one another. While this is put in or taken out of a "
+            "running service, old pods and new ones don't understand each other."
+        ),
+    ] = None
     rollout: Annotated[RolloutSpec, Meta(description="How changes reach the engines.")] = field(
         default_factory=RolloutSpec
     )

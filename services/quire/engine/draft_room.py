@@ -25,9 +25,10 @@ class DraftRoom:
     def __init__(self, pool: PagePool, max_tokens: int | None, *, in_pages: bool) -> None:
         self._pool, self._max_tokens, self._in_pages = pool, max_tokens, in_pages
 
-    def limit(self, running: SequenceOf[Sequence], budget: int, is_put_off: IsPutOff) -> None:
-        """Cuts drafts to what costs nobody else anything, in a step of `budget` tokens."""
-        drafted = [sequence for sequence in running if sequence.drafts]
+    def limit(self, running: SequenceOf[Sequence], ready: SequenceOf[Sequence], budget: int) -> None:
+        """Cuts drafts to what costs nobody else anything, in a step of `budget` tokens; it can have those of the
+        running sequences that are `ready`."""
+        drafted = [sequence for sequence in ready if sequence.drafts]
         if not drafted:
             return
         spare_tokens = budget - len(running)
@@ -39,19 +40,20 @@ class DraftRoom:
         )
         spare_pages = self._pool.available - sum(max(0, missing) for missing in needed)
         for sequence in drafted:
-            limit, reach, own_pages = 0, sequence.reach, 0
-            if sequence.num_pending == 1 and not is_put_off(sequence):
-                own_pages = pages_for(reach + 1)
-                if spare_pages >= 0:  # else what it has beyond that may be taken back
-                    own_pages = max(len(sequence.block_table), own_pages)
-                room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - reach
-                # One token is drawn after the drafts, within the output's length; the one before is computed with them.
-                left = sequence.max_tokens - sequence.num_tokens - sequence.num_open
-                limit = max(0, min(left - 1, room - 1, spare_tokens))
-            sequence.drafts = sequence.drafts[:limit]
-            spare_tokens -= len(sequence.drafts)
-            if sequence.drafts:
-                spare_pages -= max(0, pages_for(reach + 1 + len(sequence.drafts)) - own_pages)
+            reach, count = sequence.reach, len(sequence.drafts)
+            own_pages = pages_for(reach + 1)
+            if spare_pages >= 0:  # else what it has beyond that may be taken back
+                own_pages = max(len(sequence.block_table), own_pages)
+            room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - reach
+            # One token is drawn after the drafts, within the output's length; the one before is computed with them.
+            left = sequence.max_tokens - sequence.num_tokens - sequence.num_open
+            limit = min(left - 1, room - 1, spare_tokens) if sequence.num_pending == 1 else 0
+            if limit < count:
+                count = max(0, limit)
+                sequence.drafts = sequence.drafts[:count]
+            spare_tokens -= count
+            if count:
+                spare_pages -= max(0, pages_for(reach + 1 + count) - own_pages)
 
     def step_back(self, sequence: Sequence) -> None:
         """Where the drafter's slot of the next token has no page it is not written: it will be with the last token."""

@@ -262,14 +262,13 @@ class Scheduler:
         """Gives each running sequence its share; returns whether one had to be preempted for it."""
         preemptions = self.num_preemptions
         prefilling = []
+        ready = [sequence for sequence in self._running if not self._is_put_off(sequence)]
         if self.config.drafter_in_pages:
-            for sequence in self._running:
-                if sequence.num_computed % PAGE_SIZE == 0 and not self._is_put_off(sequence):
+            for sequence in ready:
+                if sequence.num_computed % PAGE_SIZE == 0:
                     self._drafts.step_back(sequence)
-        self._drafts.limit(self._running, step.budget, self._is_put_off)
-        for sequence in tuple(self._running):
-            if self._is_put_off(sequence):
-                continue
+        self._drafts.limit(self._running, ready, step.budget)
+        for sequence in ready:
             if sequence.num_pending > 1:
                 prefilling.append(sequence)
             elif sequence.state is SequenceState.RUNNING:  # not preempted for one before it

@@ -16,7 +16,7 @@ from quire.engine.metrics import EngineMetrics
 from quire.engine.phase import Phase, PhaseState
 from quire.engine.server import SessionServicer
 from quire.engine.sidecar_client import SidecarClient
-from quire.service.errors import ConfigError, UnavailableError
+from quire.service.errors import ConfigError, InternalError, UnavailableError
 from quire.service.grpc_server import GrpcServer
 from quire.service.stalls import until_stalled
 from quire.service.tls import Tls
@@ -36,7 +36,10 @@ class EngineService:
         self._metrics = EngineMetrics(config.name)
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Serves until `stop` is set, then drains. Raises ConfigError if the core can't load, dies or hangs."""
+        """Serves until `stop` is set, then drains.
+
+        Raises ConfigError if the core can't load, InternalError if it dies, fails or hangs after that.
+        """
         config = self._config
         tls = None if config.tls is None else Tls(config.tls, self._metrics.certificate_reloaded)
         core = await CoreClient.start(StartCore(config.core, config.name, config.log_level, config.log_format))
@@ -60,7 +63,7 @@ class EngineService:
                 await self._drain(hub, server, failed)
             stopped.cancel()
             if self._phase.phase is Phase.FAILED:
-                raise ConfigError(self._phase.failure)
+                raise (ConfigError if hub.ready is None else InternalError)(self._phase.failure)
         finally:
             if renewing is not None:
                 renewing.cancel()

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 
-from quire.service.errors import ConfigError
+from quire.service.errors import ConfigError, QuireError
 
 SUPERVISED = "QUIRE_SUPERVISED"
 
@@ -27,14 +27,15 @@ def run_service(
 ) -> int:
     """Runs `main(stop)` on a new event loop and returns the exit status; `stop` is set when the process should end.
 
-    `main` returns when it has shut down. A ConfigError becomes one line on standard error and status 2.
+    `main` returns when it has shut down. A ConfigError becomes one line on standard error and status 2, any other
+    QuireError one and status 1.
     """
     try:
         with asyncio.Runner(loop_factory=loop_factory) as runner:
             runner.run(_run(main))
-    except ConfigError as error:
+    except QuireError as error:
         logger.error("%s", error.message)
-        return 2
+        return 2 if isinstance(error, ConfigError) else 1
     except KeyboardInterrupt:
         return 130
     return 0

@@ -14,6 +14,7 @@ from quire.service.pem import field_of
 _FLAGS = {
     "router": ("--router-tls-ca", "--router-tls-cert", "--router-tls-key", "--router-tls-name"),
     "engine": ("--engine-tls-ca", "--engine-tls-cert", "--engine-tls-key", "--engine-tls-name"),
+    "server": ("--tls-ca", "--tls-cert", "--tls-key", "--tls-name"),
 }
 
 
@@ -58,7 +59,7 @@ def add_tls_flags(option: Callable[..., Any], what: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class PeerTlsFiles:
-    """Paths of PEM files, for peers of one kind: "router" or "engine".
+    """Paths of PEM files, for peers of one kind: "router", "engine", or "server" for one of any kind.
 
     `ca` has signed their certificates; `certificate` and `key` are shown to those that ask for one. `name` is what the
     certificates say if that is not the host in the peers' addresses, as where engines are found by their pods' IPs.

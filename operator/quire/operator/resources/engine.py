@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from quire.operator import names
 from quire.operator.config import Images
 from quire.operator.engine_spec import EngineSpec
 from quire.operator.quantity import whole_bytes
-from quire.operator.resources import model, probes, sidecar
+from quire.operator.resources import model, peer_tls, probes, sidecar
 from quire.operator.resources.group import leader_worker_set, templates
 from quire.operator.resources.metadata import Component, Manifest
 from quire.operator.resources.pods import container, deployment, linger, own_name, pod_template, resources_of
@@ -47,26 +49,54 @@ def canary(engines: CanaryEngines, images: Images) -> Manifest:
 
 
 def _workload(service: InferenceService, images: Images, component: Component, replicas: int) -> Manifest:
-    spec = service.spec.engine
-    serving = _template(service, images, component)
+    surge, serving = service.spec.engine.surge, _serving(service, images, component)
     if not service.spans_nodes:
-        return deployment(service, component, serving, replicas=replicas, surge=spec.surge)
-    worker = _template(service, images, component.worker)
-    return leader_worker_set(service, component, serving, worker, replicas=replicas, surge=spec.surge)
+        return deployment(service, component, serving, replicas=replicas, surge=surge)
+    # An engine's further pods have neither port nor sidecar.
+    worker = _template(service, component.worker, _container(service, images))
+    return leader_worker_set(service, component, serving, worker, replicas=replicas, surge=surge)
 
 
-def _template(service: InferenceService, images: Images, component: Component) -> Manifest:
-    """Of pods that serve, or of an engine's further ones: those have the same flags, but neither port nor sidecar."""
+def _serving(service: InferenceService, images: Images, component: Component) -> Manifest:
+    """What pods that routers connect to are made of."""
+    main = _container(
+        service,
+        images,
+        flags=[
+            f"--listen=[::]:{names.ENGINE_GRPC}",
+            f"--sidecar={sidecar.ADDRESS}",
+            f"--metrics-port={names.ENGINE_METRICS}",
+            *peer_tls.server_flags(service),
+        ],
+        mounts=peer_tls.mounts(service),
+        ports=[
+            {"name": "grpc", "containerPort": names.ENGINE_GRPC},
+            {"name": "metrics", "containerPort": names.ENGINE_METRICS},
+        ],
+        lifecycle=linger(),
+        # Of all of an engine's pods: it is ready once every one has loaded its share, and ends when one of them does.
+        **probes.grpc(service, names.ENGINE_GRPC, start_seconds=service.spec.engine.load_seconds),
+    )
+    volumes = peer_tls.volumes(service)
+    return _template(service, component, main, volumes=volumes, init_containers=[sidecar.sidecar(service, images)])
+
+
+def _container(
+    service: InferenceService,
+    images: Images,
+    *,
+    flags: Sequence[str] = (),
+    mounts: Sequence[Manifest] = (),
+    **more: Any,
+) -> Manifest:
     spec = service.spec.engine
-    serves = component.leader is component
-    main = container(
+    return container(
         "engine",
         spec.image or images.engine,
         "quire.engine",
         [
-            *([f"--listen=[::]:{names.ENGINE_GRPC}"] if serves else []),
+            *flags,
             "--name=$(POD_NAME)",
-            *([f"--sidecar={sidecar.ADDRESS}", f"--metrics-port={names.ENGINE_METRICS}"] if serves else []),
             f"--grace={spec.drain_seconds}",
             *model.flags(service),
             *_flags(spec),
@@ -74,32 +104,31 @@ def _template(service: InferenceService, images: Images, component: Component) -
         ],
         service,
         resources=resources_of(spec.resources, gpus=spec.gpus),
-        mounts=[sidecar.SHARED_MOUNT, *model.mounts(service)],
+        # Shared with the sidecar, and between the processes of several GPUs.
+        mounts=[sidecar.SHARED_MOUNT, *model.mounts(service), *mounts],
         env=[own_name(), *model.environment(service)],
-        **(_serving(spec) if serves else {}),
+        **more,
     )
+
+
+def _template(
+    service: InferenceService,
+    component: Component,
+    main: Manifest,
+    *,
+    volumes: Sequence[Manifest] = (),
+    init_containers: Sequence[Manifest] = (),
+) -> Manifest:
+    spec = service.spec.engine
     return pod_template(
         service,
         component,
         containers=[main],
-        init_containers=[sidecar.sidecar(service, images)] if serves else [],
-        # Shared with the sidecar, and between the processes of several GPUs.
-        volumes=[sidecar.SHARED_VOLUME, *model.volumes(service)],
+        init_containers=init_containers,
+        volumes=[sidecar.SHARED_VOLUME, *model.volumes(service), *volumes],
         drain_seconds=spec.drain_seconds,
         **_placement(spec),
     )
-
-
-def _serving(spec: EngineSpec) -> Manifest:
-    return {
-        "ports": [
-            {"name": "grpc", "containerPort": names.ENGINE_GRPC},
-            {"name": "metrics", "containerPort": names.ENGINE_METRICS},
-        ],
-        "lifecycle": linger(),
-        # Of all of an engine's pods: it is ready once every one has loaded its share, and ends when one of them does.
-        **probes.grpc(names.ENGINE_GRPC, start_seconds=spec.load_seconds),
-    }
 
 
 def _placement(spec: EngineSpec) -> Manifest:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quire.operator import names
 from quire.operator.config import Images
-from quire.operator.resources import model, probes
+from quire.operator.resources import model, peer_tls, probes
 from quire.operator.resources.metadata import Component, Manifest, child_name
 from quire.operator.resources.pods import container, deployment, linger, pod_template, resources_of
 from quire.operator.spec import InferenceService
@@ -33,10 +33,11 @@ def gateway(service: InferenceService, images: Images) -> Manifest:
             *(f"--served-model-name={name}" for name in service.spec.model.served_names),
             *([f"--max-model-len={service.spec.engine.max_model_len}"] if service.spec.engine.max_model_len else []),
             *access,
+            *peer_tls.client_flags(service, "--router-tls"),
         ],
         service,
         resources=resources_of(spec.resources),
-        mounts=[*mounts, *model.mounts(service)],
+        mounts=[*mounts, *model.mounts(service), *peer_tls.mounts(service)],
         env=model.environment(service),
         ports=[
             {"name": "http", "containerPort": names.GATEWAY_HTTP},
@@ -49,7 +50,7 @@ def gateway(service: InferenceService, images: Images) -> Manifest:
         service,
         Component.GATEWAY,
         containers=[main],
-        volumes=[*volumes, *model.volumes(service)],
+        volumes=[*volumes, *model.volumes(service), *peer_tls.volumes(service)],
         drain_seconds=spec.drain_seconds,
     )
     return deployment(service, Component.GATEWAY, template, replicas=spec.replicas)

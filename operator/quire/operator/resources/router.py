@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quire.operator import names
 from quire.operator.config import Images
-from quire.operator.resources import probes
+from quire.operator.resources import peer_tls, probes
 from quire.operator.resources.metadata import Component, Manifest, child_name
 from quire.operator.resources.pods import container, deployment, linger, own_name, pod_template, resources_of
 from quire.operator.spec import InferenceService
@@ -29,21 +29,25 @@ def router(service: InferenceService, images: Images) -> Manifest:
             *_holding(service),
             f"--max-moves={spec.max_moves}",
             f"--grace={drain}",
+            *peer_tls.server_flags(service),
+            *peer_tls.client_flags(service, "--engine-tls"),
         ],
         service,
         resources=resources_of(spec.resources),
+        mounts=peer_tls.mounts(service),
         env=[own_name()],
         ports=[
             {"name": "grpc", "containerPort": names.ROUTER_GRPC},
             {"name": "metrics", "containerPort": names.ROUTER_METRICS},
         ],
         lifecycle=linger(),
-        **probes.split(names.ROUTER_GRPC, live_port=names.ROUTER_METRICS, start_seconds=60),
+        **probes.split(service, names.ROUTER_GRPC, live_port=names.ROUTER_METRICS, start_seconds=60),
     )
     template = pod_template(
         service,
         Component.ROUTER,
         containers=[main],
+        volumes=peer_tls.volumes(service),
         drain_seconds=drain,
         automountServiceAccountToken=True,
     )

@@ -69,9 +69,15 @@ def _service(service: InferenceService, component: Component, ports: dict[str, i
             "ports": [
                 {
                     "name": name, "port": port, "targetPort": name, "protocol": "TCP",
-                    "appProtocol": "kubernetes.io/h2c" if name == "grpc" else "http",
+                    "appProtocol": _protocol(service, component, name),
                 }
                 for name, port in ports.items()
             ],
         },
     )  # fmt: skip
+
+
+def _protocol(service: InferenceService, component: Component, port: str) -> str:
+    if port != "grpc":
+        return "http"
+    return "https" if service.spec.tls and component is not Component.GATEWAY else "kubernetes.io/h2c"

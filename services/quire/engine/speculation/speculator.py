@@ -228,9 +228,10 @@ class Speculator:
         prospect = self._prospect(sequence)
         if drafter is not None and num_verified:
             self._verified[drafter, num_verified, len(token_ids) - 1] += 1
-        for one in tuple(prospect.pauses) if prospect.pauses else ():
-            prospect.pauses[one] = max(0, prospect.pauses[one] - len(token_ids))
-        for one, offer in tuple(prospect.offers.items()) if prospect.offers else ():
+        for one, pause in prospect.pauses.items():
+            if pause:
+                prospect.pauses[one] = max(0, pause - len(token_ids))
+        for one, offer in tuple(prospect.offers.items()):
             self._judge(prospect, one, offer, token_ids)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
