@@ -86,7 +86,7 @@ async def test_a_node_that_dies(folder: Path, tmp_path: Path, capfd: pytest.Capt
     async with two_nodes(folder, tmp_path / "e") as (pod, node):
         processes = [*children_of(node.pid), *children_of(pod.process.pid)]
         node.kill()
-        assert await status_of(pod.process) == 2
+        assert await status_of(pod.process) == 1
         until_ended(processes)
     assert "rank 1 on 127.0.0.1 is gone (its node's log says why): without it the model" in capfd.readouterr().err
 
@@ -103,7 +103,7 @@ async def test_a_follower_that_dies(
             stream = session.submit(request(prompt_of(20), stop=StopConditions(100, ignore_eos=True)))
             await stream.until_tokens(1)
         os.kill(follower, signal.SIGKILL)
-        assert await status_of(pod.process) == 2
+        assert await status_of(pod.process) == 1
         until_ended([core, follower])
     assert "rank 1 was ended by SIGKILL: without it the model can't go on" in capfd.readouterr().err
 
@@ -115,7 +115,7 @@ async def test_rank_0_that_dies(folder: Path, tmp_path: Path) -> None:
         (follower,) = children_of(core)
         os.kill(core, signal.SIGKILL)
         until_ended([follower])
-        assert await status_of(pod.process) == 2
+        assert await status_of(pod.process) == 1
 
 
 async def test_a_model_that_does_not_divide(folder: Path, tmp_path: Path) -> None:
@@ -127,3 +127,16 @@ async def test_a_model_that_does_not_divide(folder: Path, tmp_path: Path) -> Non
     _, errors = await asyncio.wait_for(process.communicate(), DEADLINE)
     assert process.returncode == 2
     assert "--tensor-parallel-size is 4, and the model has 6 heads, 2 of them for keys and values" in errors.decode()
+
+
+async def test_a_node_whose_first_node_is_not_there() -> None:
+    """It ends by itself, and says where it looked."""
+    port = free_port()
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "quire.engine", "--tensor-parallel-size", "2", "--nnodes", "2", "--node-rank", "1",
+        "--master-addr", "127.0.0.1", "--master-port", str(port), "--rendezvous-timeout", "0.5",
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, errors = await asyncio.wait_for(process.communicate(), DEADLINE)
+    assert process.returncode == 2
+    assert f"rank 1 did not reach rank 0 at 127.0.0.1:{port} within 0.5 s" in errors.decode()

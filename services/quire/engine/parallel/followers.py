@@ -30,6 +30,7 @@ from quire.engine.parallel.messages import (
     Prepare,
     Refused,
 )
+from quire.engine.parallel.processes import CANT_JOIN
 from quire.engine.parallel.rendezvous import reach
 from quire.service.errors import ConfigError, InternalError, QuireError
 from quire.service.logs import LogFormat, setup_logging
@@ -132,7 +133,7 @@ class Follower:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Follows rank 0 to its end: 0, or 1 if that comes unexpectedly or something breaks here."""
+    """Follows rank 0 to its end: 0, CANT_JOIN for a flag or a model that is wrong, 1 if anything else breaks."""
     arguments = _parser().parse_args(argv)
     setup_logging(f"rank-{arguments.rank}", level=arguments.log_level, style=LogFormat(arguments.log_format))
     # Ctrl-C is for who started this.
@@ -156,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         # Rank 0 says it where it is on this host.
         if not on_this_host:
             logger.error("%s", error.message)
-        return 1
+        return CANT_JOIN
     except Exception:
         logger.exception("rank %d failed", arguments.rank)
         return 1

@@ -9,8 +9,8 @@ import signal
 from contextlib import suppress
 
 from quire.engine.config import EngineConfig
-from quire.engine.parallel.processes import FollowerSpec, followers_of
-from quire.service.errors import ConfigError
+from quire.engine.parallel.processes import CANT_JOIN, FollowerSpec, followers_of
+from quire.service.errors import ConfigError, InternalError
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,10 @@ class EngineNode:
         self._config = config
 
     async def run(self, stop: asyncio.Event) -> None:
-        """Returns when `stop` is set or rank 0 has ended regularly; raises ConfigError if anything else ends a rank."""
+        """Returns when `stop` is set or rank 0 has ended regularly.
+
+        Raises ConfigError if a rank can't join or load its part, InternalError if anything else ends one.
+        """
         specs = followers_of(self._config.core)
         core = self._config.core
         where = {
@@ -39,11 +42,10 @@ class EngineNode:
             await asyncio.wait((*ends, stopped), return_when=asyncio.FIRST_COMPLETED)
             if not stopped.done():
                 stopped.cancel()
-                failed = [rank for rank, process in processes.items() if process.returncode]
-                if failed:
-                    raise ConfigError(
-                        f"rank {failed[0]} {_end_of(processes[failed[0]])}: the log above, or node 0's, says why"
-                    )
+                for rank, process in processes.items():
+                    if process.returncode:
+                        error = ConfigError if process.returncode == CANT_JOIN else InternalError
+                        raise error(f"rank {rank} {_end_of(process)}: the log above, or node 0's, says why")
                 await asyncio.wait(ends)
         finally:
             for process in processes.values():

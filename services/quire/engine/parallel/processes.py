@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from quire.engine.config import CoreConfig
 
+# The exit status of a rank that can't join the others or load its part: a flag or the model is wrong.
+CANT_JOIN = 2
+
 
 @dataclass(frozen=True, slots=True)
 class FollowerSpec:
