@@ -68,4 +68,4 @@ class Runner(Protocol):
         """Does a part of what makes later steps faster, while there is no work; returns whether there may be more."""
 
     def close(self) -> None:
-        """Ends the processes that compute with this one, if there are any; it can't be used after that."""
+        """Lets go of what it holds, and ends the processes that compute with this one; it can't be used after that."""

@@ -39,6 +39,11 @@ class Graphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def clear(self) -> None:
+        """Lets go of all graphs: NCCL's connections don't end before those that use them."""
+        self._graphs.clear()
+        self.alone._graphs.clear()
+
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
         """Runs `function` on the stream: from its graph if it was called under this key before.
 

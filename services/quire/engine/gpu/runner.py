@@ -208,7 +208,8 @@ class GpuRunner:
         return largest + [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
 
     def close(self) -> None:
-        """It has no processes of its own."""
+        """Lets go of its graphs."""
+        self._graphs.clear()
 
     @property
     def _num_graphs(self) -> int:

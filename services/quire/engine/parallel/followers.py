@@ -187,4 +187,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    logging.shutdown()
+    # Not by Python's way, which takes down connections that may wait for ranks that are gone.
+    os._exit(status)

@@ -51,4 +51,5 @@ class Leader:
 
     def close(self) -> None:
         """Ends the followers."""
+        self.runner.close()
         self._ranks.close()
