@@ -244,7 +244,7 @@ class EngineMachine(RuleBasedStateMachine):
         for key, request in self.requests.items():
             self.check_request(key, request)
         for sequence in self.grammar.told:
-            assert sequence in self.core._released, "a grammar's state is kept for ever"
+            assert sequence in self.core._masking.released, "a grammar's state is kept for ever"
         event(f"preemptions: {min(self.scheduler.num_preemptions, 3)}")
         if self.speculator is not None:
             stats = self.speculator.stats

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from control_plane import ApiError, ControlPlane, until
+from control_plane import ControlPlane, until
 from leader_worker_sets import SET as LEADER_WORKER_SET
+from leader_worker_sets import is_served
 from operator_process import USER, OperatorProcess, Services
 
 from quire.operator.kinds import BUILT_IN, CHILD_OF, OPTIONAL, POD, Kind
@@ -307,15 +308,6 @@ def test_a_container_in_trouble(
     assert services.condition("demo", "Degraded")["reason"] == reason
 
 
-def is_served(services: Services, kind: Kind) -> bool:
-    try:
-        return services.api.get(kind.everywhere) is not None
-    except ApiError as error:
-        # It is being prepared.
-        assert error.status == 429
-        return False
-
-
 def install_kind(services: Services, group: str, kind: Kind) -> str:
     """A CRD that takes anything; returns where it is."""
     name = f"{kind.plural}.{group}"
@@ -331,7 +323,7 @@ def install_kind(services: Services, group: str, kind: Kind) -> str:
     }  # fmt: skip
     path = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
     services.api.request("POST", path, crd)
-    until(f"{name} is served", lambda: is_served(services, kind))
+    until(f"{name} is served", lambda: is_served(services.api, kind))
     return f"{path}/{name}"
 
 

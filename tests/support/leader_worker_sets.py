@@ -18,6 +18,7 @@ import kubernetes_validate
 from control_plane import Api, ApiError, until
 
 from quire.operator.kinds import OPTIONAL, POD, Kind
+from quire.operator.pod_counts import is_ready
 
 Document = dict[str, Any]
 
@@ -31,7 +32,7 @@ _PREFIX = "leaderworkerset.sigs.k8s.io"
 def install_leader_worker_sets(api: Api) -> None:
     """The kind, without anything that acts on it."""
     api.request("POST", _CRDS, crd())
-    until("LeaderWorkerSets are served", lambda: _is_served(api))
+    until("LeaderWorkerSets are served", lambda: is_served(api, SET))
 
 
 def remove_leader_worker_sets(api: Api) -> None:
@@ -75,7 +76,7 @@ def _make(api: Api, wanted: Document) -> None:
             made["spec"]["ordinals"] = {"start": 1}
             if api.get(STATEFUL_SET.path(namespace, pod)) is None:
                 _apply(api, {**leader, "apiVersion": "v1", "kind": "Pod"}, made)
-    ready = [each for each in leaders if _is_ready(each)]
+    ready = [each for each in leaders if is_ready(each)]
     status = {"replicas": len(leaders), "readyReplicas": len(ready), "updatedReplicas": len(ready)}
     if wanted.get("status") != status:
         api.patch(f"{SET.path(namespace, name)}/status", {"status": status})
@@ -105,14 +106,10 @@ def _apply(api: Api, owner: Document, made: Document) -> None:
     api.apply(path, made, manager="stand-in")
 
 
-def _is_ready(pod: Document) -> bool:
-    conditions = pod.get("status", {}).get("conditions", [])
-    return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
-
-
-def _is_served(api: Api) -> bool:
+def is_served(api: Api, kind: Kind) -> bool:
+    """Whether objects of a kind can be made whose CRD has just been."""
     try:
-        return api.get(SET.everywhere) is not None
+        return api.get(kind.everywhere) is not None
     except ApiError as error:
         # It is being prepared.
         if error.status != 429:
@@ -147,10 +144,7 @@ def crd() -> Document:
     }  # fmt: skip
     return {
         "apiVersion": "apiextensions.k8s.io/v1", "kind": "CustomResourceDefinition",
-        "metadata": {
-            "name": f"{SET.plural}.{SET.group}",
-            "annotations": {"api-approved.kubernetes.io": "unapproved, for a test"},
-        },
+        "metadata": {"name": f"{SET.plural}.{SET.group}"},
         "spec": {
             "group": SET.group, "scope": "Namespaced", "versions": [version],
             "names": {"kind": SET.name, "plural": SET.plural, "singular": SET.name.lower()},

@@ -71,9 +71,10 @@ def _missing(service: InferenceService, observed: Observed) -> Iterator[Problem]
         for entry in ("tls.crt", "tls.key") if name else ():
             wanted = SecretKey(name=name or "", key=entry)
             yield from _missing_entries(service, observed, Component.GATEWAY, field, wanted)
-    for entry in ("tls.crt", "tls.key", "ca.crt") if spec.tls else ():
-        wanted = SecretKey(name=spec.tls.secret if spec.tls else "", key=entry)
-        yield from _missing_entries(service, observed, Component.ENGINE, "spec.tls.secret", wanted)
+    if spec.tls:
+        for entry in ("tls.crt", "tls.key", "ca.crt"):
+            wanted = SecretKey(name=spec.tls.secret, key=entry)
+            yield from _missing_entries(service, observed, Component.ENGINE, "spec.tls.secret", wanted)
     for name in spec.image_pull_secrets:
         if name not in observed.secrets:
             yield _no_secret(service, Component.ENGINE, "spec.imagePullSecrets", name)

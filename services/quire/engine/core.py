@@ -18,9 +18,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
 
-import numpy as np
-
-from quire.engine.masks import MaskBatch, MaskRequest, MaskSource
+from quire.engine.masking import Masking
+from quire.engine.masks import MaskSource
 from quire.engine.runner import PendingStep, Runner, StepMasks
 from quire.engine.schedule import Schedule
 from quire.engine.scheduler import Scheduler
@@ -44,19 +43,6 @@ _PATIENCE_S = 0.25
 _IDLE_S = 0.01
 
 
-@dataclass(frozen=True, slots=True)
-class _AllAllowed:
-    """See quire.engine.masks.MaskTicket."""
-
-    batch: MaskBatch
-
-    def arrives(self, seconds: float) -> bool:
-        return True
-
-    def wait(self) -> MaskBatch:
-        return self.batch
-
-
 @dataclass(slots=True)
 class _Step:
     """A step that was launched. `constrained` are the indexes of its work that masks apply to."""
@@ -70,14 +56,6 @@ class _Step:
     ahead: bool
     # Indexes of its work whose draws are void: masks did not come, or the tokens before them did not count.
     void: set[int] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True)
-class _LateMasks:
-    """Masks that a step did not wait for. Until they come, or an error does, their like are not asked for."""
-
-    masks: StepMasks
-    sequences: tuple[Sequence, ...]
 
 
 class EngineCore:
@@ -100,17 +78,16 @@ class EngineCore:
         self.scheduler = scheduler
         self.stats = EngineStats()
         self._runner = runner
-        self._masks = masks
+        max_forced = speculator.max_forced if speculator is not None else 0
+        self._masking = Masking(masks, vocab_size, max_forced) if masks is not None else None
         self._vocab_size = vocab_size
         self._clock = clock
         self._run_ahead = run_ahead
         self._speculator = speculator
         self.stats.speculation = speculator.stats if speculator is not None else None
         self._in_flight: _Step | None = None
-        self._late: _LateMasks | None = None
         self._last_commit = 0.0  # 0: nothing has run since
         self._updates: list[Update] = []
-        self._released: list[int] = []
 
     @property
     def vocab_size(self) -> int:
@@ -136,7 +113,7 @@ class EngineCore:
                 raise InvalidRequestError(
                     f"{name} holds token {token}: the model's tokens are 0 to {self._vocab_size - 1}", field=name
                 )
-        if request.constraint is not None and self._masks is None:
+        if request.constraint is not None and self._masking is None:
             raise InvalidRequestError(
                 "constraint is set and this engine has no sidecar: start one and name it with --sidecar",
                 field="constraint",
@@ -201,44 +178,38 @@ class EngineCore:
     def close(self) -> None:
         """Lets go of the device and of the sidecar."""
         self._runner.close()
-        if self._masks is not None:
-            self._masks.close()
+        if self._masking is not None:
+            self._masking.close()
         if self._speculator is not None:
             self._speculator.close()
 
     def _launch(self, schedule: Schedule) -> _Step:
-        began = time.perf_counter()
+        began, masks = time.perf_counter(), None
         constrained: tuple[int, ...] = ()
-        if self._masks is not None:
+        if self._masking is not None:
             constrained = tuple(
                 index
                 for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True))
                 if work.sample and sequence.request.constraint is not None
             )
-        # Where all tokens are known the sidecar works while the forward pass does.
-        masks = self._ask_masks(schedule, constrained) if self._in_flight is None else None
+            # Where all tokens are known the sidecar works while the forward pass does.
+            masks = self._masking.ask(schedule, constrained) if self._in_flight is None else None
         pending = self._runner.launch(schedule.plan, masked=bool(constrained))
         return _Step(schedule, constrained, pending, masks, began, self._in_flight is not None)
 
     def _draw(self, step: _Step) -> None:
+        if self._masking is None:
+            return
         if step.masks is None:
             constrained = tuple(index for index in step.constrained if index not in step.void)
-            step.masks = self._ask_masks(step.schedule, constrained)
+            step.masks = self._masking.ask(step.schedule, constrained)
         if step.constrained:
             if step.masks is not None and not step.masks.arrive(_PATIENCE_S):
-                step.masks = self._do_without(step, step.masks)
+                for index in step.masks.work:
+                    self._retract(step, index)
+                self.scheduler.hold_constrained = True
+                step.masks = self._masking.do_without(step.schedule, step.masks)
             step.pending.draw(step.masks)
-
-    def _do_without(self, step: _Step, masks: StepMasks) -> StepMasks:
-        """The masks of a step whose own are late: they allow everything, and what is drawn is taken back."""
-        sequences = tuple(step.schedule.sequences[index] for index in masks.work)
-        for index in masks.work:
-            self._retract(step, index)
-        self.scheduler.hold_constrained = True
-        self._late = _LateMasks(masks, sequences)
-        num_rows = sum(1 + step.schedule.plan.work[index].num_drafts for index in masks.work)
-        rows = np.full((num_rows, -(-self._vocab_size // 32)), 0xFFFFFFFF, np.uint32)
-        return StepMasks(masks.work, _AllAllowed(MaskBatch(rows, {})))
 
     def _retract(self, step: _Step, index: int) -> None:
         """What work `index` of the step that was launched last draws is void."""
@@ -247,35 +218,11 @@ class EngineCore:
 
     def _look_for_late_masks(self, seconds: float) -> None:
         """If masks that were late have come, the sequences that wait for masks go on: they ask again."""
-        if self._late is None or not self._late.masks.arrive(seconds):
-            return
-        late, self._late = self._late, None
-        self.scheduler.hold_constrained = False
-        errors = late.masks.batch.errors
-        for sequence in late.sequences:
-            error = errors.get(sequence.key)
-            if error is not None and sequence.state is not SequenceState.FINISHED:
+        broken = self._masking.late_arrive(seconds) if self._masking is not None else None
+        if broken is not None:
+            self.scheduler.hold_constrained = False
+            for sequence, error in broken.items():
                 self._finish(sequence, Finished(FinishReason.ERROR, error))
-
-    def _ask_masks(self, schedule: Schedule, constrained: tuple[int, ...]) -> StepMasks | None:
-        if self._masks is None or not (constrained or self._released):
-            return None
-        work, requests = [], []
-        for index in constrained:
-            sequence = schedule.sequences[index]
-            constraint, tenant = sequence.request.constraint, sequence.request.cache_key.salt
-            # What ended after this step was launched is drawn without a mask, and dropped.
-            if sequence.state is not SequenceState.FINISHED and constraint is not None:
-                work.append(index)
-                forced = self._speculator.max_forced if self._speculator is not None else 0
-                verified = schedule.drafts.get(sequence)
-                drafts = verified.token_ids if verified is not None else ()
-                requests.append(
-                    MaskRequest(sequence.key, constraint, sequence.output_token_ids, tenant, drafts, forced)
-                )
-        ticket = self._masks.begin(requests, self._released)
-        self._released = []
-        return StepMasks(tuple(work), ticket)
 
     def _commit(self, step: _Step, following: _Step | None) -> None:
         result, schedule = step.pending.wait(), step.schedule
@@ -387,6 +334,6 @@ class EngineCore:
         if self._speculator is not None:
             self._speculator.forget(sequence.key)
         self.stats.record_finish(finished.reason, time.perf_counter() - sequence.arrived_at)
-        if sequence.request.constraint is not None:
-            self._released.append(sequence.key)
+        if self._masking is not None and sequence.request.constraint is not None:
+            self._masking.released.append(sequence.key)
         self._updates.append(Update(sequence.key, token_ids, None, finished, logprobs, None, drafts))
