@@ -35,6 +35,7 @@ from quire.engine.core import EngineCore
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.loading import LoadedCore, load_core
 from quire.engine.models.gpu_linear import GpuLinears
+from quire.engine.parallel.leader import Leader
 from quire.engine.speculation.speculator import SpeculationStats
 from quire.kernels.linear_tiles import LinearTile
 from quire.service.request import Constraint
@@ -148,6 +149,7 @@ def parse() -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=256)
     add("--max-num-batched-tokens", type=int, default=None)
     add("--max-mixed-tokens", type=int, default=None)
+    add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
     add("--cublas", action="store_true", help="also for products of few rows")
     add("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
     add("--rehearse", action="store_true", help="what is run before a workload is the workload itself")
@@ -166,7 +168,10 @@ def parse() -> argparse.Namespace:
     add("--head", action="store_true", help="an EAGLE-3 head makes the drafts: else they cost no time")
     add("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
     add("--out", type=Path, help="where figures go as JSON")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.accept and arguments.tensor_parallel_size > 1:
+        parser.error("--accept is of one GPU's: others would count which drafts are right themselves")
+    return arguments
 
 
 def load(arguments: argparse.Namespace) -> LoadedCore:
@@ -189,6 +194,7 @@ def load(arguments: argparse.Namespace) -> LoadedCore:
             speculation=Speculation.AUTO if arguments.drafts else Speculation.OFF,
             num_speculative_tokens=arguments.drafts or 1,
             speculative_model=str(head) if arguments.head else "",
+            tensor_parallel_size=arguments.tensor_parallel_size,
         )  # fmt: skip
         return load_core(config, lambda *_: None)
 
@@ -223,6 +229,8 @@ def main() -> None:
     arguments = parse()
     loaded = load(arguments)
     core, runner = loaded.core, loaded.core._runner
+    if isinstance(runner, Leader):
+        runner = runner.runner
     assert isinstance(runner, GpuRunner)
     told = ToldDrafts(core, runner)
     told.tell(None, arguments.drafts)
@@ -231,7 +239,8 @@ def main() -> None:
     start = {**loaded.ready.start_seconds, "first token": time.perf_counter() - began}
     figures: dict[str, object] = {
         "device": torch.cuda.get_device_name(), "date": time.strftime("%Y-%m-%d"), "torch": torch.__version__,
-        "model": arguments.model, "pages": loaded.ready.num_pages,
+        "model": arguments.model, "tensor_parallel_size": arguments.tensor_parallel_size,
+        "pages": loaded.ready.num_pages,
         "start_s": {name: round(seconds, 2) for name, seconds in start.items()},
     }  # fmt: skip
     began, more = time.perf_counter(), not arguments.no_prepare
@@ -255,6 +264,7 @@ def main() -> None:
     if arguments.caching:
         figures["caching"] = caching(core, loaded, arguments.caching)
         print("prefix caching, s", figures["caching"], flush=True)
+    core.close()
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(figures, indent=1))
 

@@ -62,6 +62,7 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
     config = replace(config, tool_call_format="hermes", **dict(zip(TLS, files, strict=True)))
     config = replace(config, speculation="auto", num_speculative_tokens=4)
     config = replace(config, device="cuda", gpu_memory_utilization=0.5, kv_cache_dtype="fp8")
+    config = replace(config, tensor_parallel_size=2)
     planned = commands(tmp_path, config)
     assert list(planned) == ["gateway", "router", "engine-0", "engine-1", "sidecar-0", "sidecar-1"]
     assert len(planned) == config.num_processes
@@ -85,7 +86,7 @@ def test_flags_reach_the_services(tmp_path: Path) -> None:
             f"--name=engine-{index}", "--dtype=float32", "--max-model-len=512", "--max-num-seqs=8", "--num-pages=99",
             f"--kv-cache-bytes={1 << 30}", "--threads=3", "--speculation=auto", "--num-speculative-tokens=4",
             f"--sidecar=unix:{tmp_path}/sidecar-{index}.sock", "--device=cuda", "--gpu-memory-utilization=0.5",
-            "--kv-cache-dtype=fp8",
+            "--kv-cache-dtype=fp8", "--tensor-parallel-size=2",
         } <= set(planned[f"engine-{index}"])  # fmt: skip
         assert "--model=m.gguf" in planned[f"sidecar-{index}"]
 
@@ -95,40 +96,49 @@ def test_services_have_their_own_defaults(tmp_path: Path) -> None:
     given = {flag.partition("=")[0] for flag in commands(tmp_path, ServeConfig())["engine-0"]}
     assert not given & {
         "--max-model-len", "--max-num-seqs", "--num-pages", "--kv-cache-bytes", "--model", "--speculation",
-        "--num-speculative-tokens", "--gpu-memory-utilization", "--kv-cache-dtype",
+        "--num-speculative-tokens", "--gpu-memory-utilization", "--kv-cache-dtype", "--tensor-parallel-size",
     }  # fmt: skip
 
 
-def test_each_engine_has_a_gpu_of_its_own(tmp_path: Path) -> None:
+def test_each_engine_has_gpus_of_its_own(tmp_path: Path) -> None:
     """Two on one GPU would both ask for most of its memory; the other services need none."""
-    config = ServeConfig(engines=2, gpus=("0", "GPU-7f"))
+    config = ServeConfig(engines=2, gpus=("0,1", "GPU-7f"))
     planned = stages(config, tmp_path, lambda name, activity, fraction: None)
     found = {spec.name: spec.environment.get("CUDA_VISIBLE_DEVICES") for stage in planned for spec in stage}
-    assert (found.pop("engine-0"), found.pop("engine-1")) == ("0", "GPU-7f")
+    assert (found.pop("engine-0"), found.pop("engine-1")) == ("0,1", "GPU-7f")
     assert set(found.values()) == {None}
 
 
 @pytest.mark.parametrize(
-    ("engines", "device", "visible", "count", "given"),
+    ("engines", "each", "device", "visible", "count", "given"),
     [
-        (1, "auto", None, 8, ()),
-        (2, "cpu", None, 8, ()),
-        (2, "auto", None, 0, ()),
-        (2, "auto", None, 2, ("0", "1")),
-        (2, "cuda", "3, GPU-7f,1", 3, ("3", "GPU-7f")),
-        (2, "auto", "", 0, ()),
+        (1, 1, "auto", None, 8, ()),
+        (2, 1, "cpu", None, 8, ()),
+        (2, 1, "auto", None, 0, ()),
+        (2, 1, "auto", None, 2, ("0", "1")),
+        (2, 1, "cuda", "3, GPU-7f,1", 3, ("3", "GPU-7f")),
+        (2, 1, "auto", "", 0, ()),
+        (2, 2, "auto", None, 5, ("0,1", "2,3")),
+        (2, 2, "auto", "4,5,6,7", 4, ("4,5", "6,7")),
+        (1, 4, "auto", None, 4, ()),
     ],
 )
 def test_gpus_of_engines(
-    engines: int, device: str, visible: str | None, count: int, given: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+    engines: int,
+    each: int,
+    device: str,
+    visible: str | None,
+    count: int,
+    given: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As many as there are engines, of those that may be seen; without GPUs engines run on the CPU, as before."""
+    """As many as the engines need, of those that may be seen; without GPUs engines run on the CPU, as before."""
     monkeypatch.setattr("quire.cli.gpus._DRIVERS", (Path("/"),))
     monkeypatch.setattr("quire.cli.gpus._count_gpus", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert gpus_of(engines, device) == given
+    assert gpus_of(engines, device, each) == given
 
 
 def test_more_engines_than_gpus(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
@@ -137,6 +147,8 @@ def test_more_engines_than_gpus(monkeypatch: pytest.MonkeyPatch, capsys: Output)
     monkeypatch.setattr("quire.cli.gpus._count_gpus", lambda: 2)
     assert main(["serve", "--engines", "3", "--port", "0"]) == 2
     assert "--engines is 3, and torch sees 2 GPUs: each engine takes one; lower it, or" in capsys.readouterr().err
+    assert main(["serve", "--engines", "2", "--tensor-parallel-size", "2", "--port", "0"]) == 2
+    assert "each engine takes 2, as --tensor-parallel-size says; lower it" in capsys.readouterr().err
 
 
 def test_gpus_are_counted_as_torch_does() -> None:

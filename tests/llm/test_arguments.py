@@ -22,10 +22,11 @@ from quire.service.errors import ConfigError, InvalidRequestError, ModelError, Q
         ({"tensor_paralel_size": 1}, "did you mean tensor_parallel_size?"),
         ({"qqqq": 1}, "LLM has no argument 'qqqq': it takes model, tokenizer, dtype"),
         (
-            {"tensor_parallel_size": 2},
-            "tensor_parallel_size is 2, which is not supported: the model runs on one device",
+            {"pipeline_parallel_size": 2},
+            "pipeline_parallel_size is 2, which is not supported: set tensor_parallel_size",
         ),
         ({"tensor_parallel_size": True}, "tensor_parallel_size is True"),
+        ({"tensor_parallel_size": 0}, "^tensor_parallel_size is 0: it must be at least 1"),
         ({"quantization": "awq"}, "quantization is 'awq', which is not supported"),
         ({"gpu_memory_utilization": 9}, "gpu_memory_utilization is 9: give a share"),
         ({"dtype": "half"}, "dtype is 'half': choose one of auto, float32, bfloat16"),

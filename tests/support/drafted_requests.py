@@ -46,6 +46,7 @@ class Output:
 
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
+    prompt_logprobs: tuple[TokenLogprobs, ...]
     reason: str
 
 
@@ -53,6 +54,7 @@ def run(core: EngineCore, requests: Sequence[Request], arrivals: Sequence[int]) 
     """Request i is submitted before step `arrivals[i]`."""
     tokens: dict[int, list[int]] = {key: [] for key in range(len(requests))}
     logprobs: dict[int, list[TokenLogprobs]] = {key: [] for key in tokens}
+    prompts: dict[int, list[TokenLogprobs]] = {key: [] for key in tokens}
     reasons: dict[int, str] = {}
     number = 0
     while len(reasons) < len(requests):
@@ -62,17 +64,19 @@ def run(core: EngineCore, requests: Sequence[Request], arrivals: Sequence[int]) 
         for update in core.step():
             tokens[update.key] += update.token_ids
             logprobs[update.key] += update.logprobs
+            if update.prompt_logprobs is not None:
+                prompts[update.key] += update.prompt_logprobs.tokens
             if update.finished is not None:
                 reasons[update.key] = update.finished.reason.value
         number += 1
     assert core.scheduler.pool.available == core.scheduler.pool.num_pages
-    return [Output(tuple(tokens[key]), tuple(logprobs[key]), reasons[key]) for key in tokens]
+    return [Output(tuple(tokens[key]), tuple(logprobs[key]), tuple(prompts[key]), reasons[key]) for key in tokens]
 
 
 def same_outputs(found: Sequence[Output], expected: Sequence[Output]) -> None:
     """The same tokens, ends and ranks, and log-probabilities up to rounding."""
     for one, other in zip(found, expected, strict=True):
         assert (one.token_ids, one.reason) == (other.token_ids, other.reason)
-        assert len(one.logprobs) == len(other.logprobs)
-        for mine, theirs in zip(one.logprobs, other.logprobs, strict=True):
+        told, expected_to_be = (*one.prompt_logprobs, *one.logprobs), (*other.prompt_logprobs, *other.logprobs)
+        for mine, theirs in zip(told, expected_to_be, strict=True):
             assert mine.rank == theirs.rank and math.isclose(mine.logprob, theirs.logprob, abs_tol=1e-4)

@@ -184,6 +184,9 @@ class PageMachine:
     def prepare(self) -> bool:
         return False
 
+    def close(self) -> None:
+        """Holds nothing."""
+
     def draw(self, plan: StepPlan, masks: StepMasks | None) -> tuple[tuple[int, ...], dict[int, int]]:
         """What each of the plan's work draws last, the next step's input, and how many drafts it keeps."""
         allowed: dict[int, list[list[int]]] = {}

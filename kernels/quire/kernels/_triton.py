@@ -31,6 +31,7 @@ __all__ = [
     "ceil_div",
     "gdc_launch_dependents",
     "gdc_wait",
+    "interpreted",
     "jit",
     "may_overlap",
     "next_power_of_2",
@@ -53,6 +54,11 @@ def overlap_option(overlaps: bool) -> dict[str, bool]:
 def jit(kernel: Callable[..., Any]) -> Any:
     """`triton.jit`, typed as what it is to its callers: something that is indexed with a grid and called."""
     return kernel if triton is None else triton.jit(kernel)
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which has to be asked for before Triton is imported."""
+    return triton is not None and not isinstance(tl.sum, triton.runtime.jit.JITFunction)
 
 
 def before_each_compilation(tell: Callable[[], None]) -> None:

@@ -1,4 +1,4 @@
-"""Which GPU each engine of `quire serve` gets."""
+"""Which GPUs each engine of `quire serve` gets."""
 
 from __future__ import annotations
 
@@ -16,24 +16,27 @@ _DRIVERS = (Path("/dev/nvidiactl"), Path("/dev/dxg"))
 _COUNT = "import torch; print(torch.cuda.device_count())"
 
 
-def gpus_of(engines: int, device: str) -> tuple[str, ...]:
-    """A GPU for each engine, as CUDA_VISIBLE_DEVICES names it; none if they may take what they find.
+def gpus_of(engines: int, device: str, each: int = 1) -> tuple[str, ...]:
+    """The GPUs of each engine, `each` of them, as CUDA_VISIBLE_DEVICES has them; none if they may take what they find.
 
-    Raises ConfigError if there are GPUs and fewer than engines: each takes most of one's memory.
+    Raises ConfigError if there are GPUs and too few: each engine takes most of its own's memory.
     """
     # One engine takes the first; without a driver there is none.
     if engines == 1 or device == "cpu" or not any(driver.exists() for driver in _DRIVERS):
         return ()
     count = _count_gpus()
-    if 0 < count < engines:
+    if 0 < count < engines * each:
+        takes = f"{each}, as --tensor-parallel-size says" if each > 1 else "one"
         raise ConfigError(
-            f"--engines is {engines}, and torch sees {count} GPU{'s' * (count > 1)}: each engine takes one; lower it, "
-            "or set --device to cpu",
+            f"--engines is {engines}, and torch sees {count} GPU{'s' * (count > 1)}: each engine takes {takes}; lower "
+            "it, or set --device to cpu",
             field="engines",
         )
     given = os.environ.get(VISIBLE)
-    names = given.split(",") if given else [str(index) for index in range(count)]
-    return tuple(name.strip() for name in names[: min(count, engines)])
+    names = [name.strip() for name in given.split(",")] if given else [str(index) for index in range(count)]
+    if not count:
+        return ()
+    return tuple(",".join(names[first * each : (first + 1) * each]) for first in range(engines))
 
 
 def _count_gpus() -> int:

@@ -59,12 +59,16 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     config = config_of(_parser().parse_args(argv))
     setup_logging("serve", level=config.log_level, style=LogFormat(config.log_format))
-    config = _with_free_ports(replace(config, gpus=gpus_of(config.engines, config.device)))
+    config = _with_free_ports(replace(config, gpus=_gpus(config)))
     # What is missing or wrong is said once, here, and what has to be downloaded is downloaded once.
     model_name = locate(config.model).name
     with runtime_dir() as folder:
         announce(folder, Serving(config.url, model_name, engine_addresses(config, folder)))
         return asyncio.run(_serve(config, model_name, folder, began))
+
+
+def _gpus(config: ServeConfig) -> tuple[str, ...]:
+    return gpus_of(config.engines, config.device, config.tensor_parallel_size or 1)
 
 
 def config_of(arguments: argparse.Namespace) -> ServeConfig:
@@ -116,6 +120,7 @@ def _parser() -> Parser:
         "--gpu-memory-utilization", type=float, metavar="SHARE",
         help="of a GPU's memory that its engine may use (default: the engine's)",
     )  # fmt: skip
+    add("--tensor-parallel-size", type=int, metavar="N", help="GPUs that share the model in each engine (default: 1)")
     add("--threads", type=int, metavar="N", help="per engine (default: the cores divided by the engines)")
     add("--log-level", default=default.log_level, choices=_LEVELS, help="of all services (default: %(default)s)")
     add(

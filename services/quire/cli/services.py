@@ -66,7 +66,9 @@ class ServeConfig:
     gpu_memory_utilization: float | None = None
     # In which type they keep keys and values: auto or fp8.
     kv_cache_dtype: str | None = None
-    # A GPU for each engine; none is what each finds.
+    # How many GPUs share the model in each.
+    tensor_parallel_size: int | None = None
+    # The GPUs of each engine, as CUDA_VISIBLE_DEVICES has them; none is what each finds.
     gpus: tuple[str, ...] = ()
 
     @property
@@ -100,6 +102,7 @@ class ServeConfig:
             "num_pages",
             "kv_cache_bytes",
             "threads",
+            "tensor_parallel_size",
         ):
             value = getattr(self, name)
             if value is not None:
@@ -203,6 +206,7 @@ def _engine(config: ServeConfig, folder: Path, index: int, report: Report) -> Ch
         "--kv-cache-bytes": config.kv_cache_bytes,
         "--gpu-memory-utilization": config.gpu_memory_utilization,
         "--kv-cache-dtype": config.kv_cache_dtype,
+        "--tensor-parallel-size": config.tensor_parallel_size,
         "--threads": config.threads_per_engine,
         "--grace": GRACE_SECONDS,
     }

@@ -6,7 +6,8 @@ import argparse
 import sys
 
 from quire.engine.config import CoreConfig, EngineConfig
-from quire.engine.flags import add_core_flags, core_config
+from quire.engine.flags import add_core_flags, add_node_flags, core_config
+from quire.engine.parallel.node import EngineNode
 from quire.engine.service import EngineService
 from quire.service.errors import ConfigError
 from quire.service.lifecycle import run_service
@@ -17,6 +18,9 @@ _EXAMPLES = """examples:
   python -m quire.engine --listen 127.0.0.1:9100
   python -m quire.engine --listen unix:/run/quire/engine.sock --sidecar unix:/run/quire/sidecar.sock --dtype float32
   python -m quire.engine --listen 0.0.0.0:9100 --model ./Llama-3.2-1B --max-model-len 8192 --kv-cache-bytes 8000000000
+  python -m quire.engine --listen 0.0.0.0:9100 --model ./Llama-3.1-70B --tensor-parallel-size 16 --nnodes 2 \
+      --master-addr 10.0.0.1    # and on the other host, for half of the GPUs:
+  python -m quire.engine --tensor-parallel-size 16 --nnodes 2 --node-rank 1 --master-addr 10.0.0.1
 """
 
 
@@ -29,10 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         print(f"quire.engine: {error.message}", file=sys.stderr)
         return 2
-    return run_service(EngineService(config).run)
+    return run_service(EngineNode(config).run if config.core.node_rank else EngineService(config).run)
 
 
 def _config(arguments: argparse.Namespace) -> EngineConfig:
+    if not arguments.listen and not arguments.node_rank:
+        raise ConfigError("--listen is missing: give HOST:PORT or unix:PATH, where routers reach this", field="listen")
     return EngineConfig(
         listen=arguments.listen,
         name=arguments.name,
@@ -44,7 +50,15 @@ def _config(arguments: argparse.Namespace) -> EngineConfig:
         tls=TlsFiles.of_flags(arguments),
         reload_interval=arguments.reload_interval,
         core=core_config(
-            arguments, model=arguments.model, sidecar=arguments.sidecar, max_waiting=arguments.max_waiting
+            arguments,
+            model=arguments.model,
+            sidecar=arguments.sidecar,
+            max_waiting=arguments.max_waiting,
+            nnodes=arguments.nnodes,
+            node_rank=arguments.node_rank,
+            master_addr=arguments.master_addr,
+            master_port=arguments.master_port,
+            rendezvous_timeout_s=arguments.rendezvous_timeout,
         ),
     )
 
@@ -58,12 +72,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     core = CoreConfig()
     add = parser.add_argument
-    add("--listen", required=True, metavar="ADDRESS[,ADDRESS…]", help="HOST:PORT or unix:PATH")
+    add("--listen", default="", metavar="ADDRESS[,ADDRESS…]", help="HOST:PORT or unix:PATH; of --node-rank 0 only")
     add("--name", default="engine-0", help="what logs, traces and metrics call it (default: %(default)s)")
     add("--model", default=core.model, help="GGUF file, Hugging Face folder or hub name (default: the embedded model)")
     add("--sidecar", default=core.sidecar, metavar="ADDRESS", help="grammars and drafts; without it no constraints")
     add("--max-waiting", type=int, default=core.max_waiting, help="requests in the queue (default: %(default)s)")
     add_core_flags(add)
+    add_node_flags(add)
     add_tls_flags(add, "routers")
     add(
         "--reload-interval", type=float, default=1.0, metavar="SECONDS",

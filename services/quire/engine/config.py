@@ -16,6 +16,7 @@ _GPU_NUM_BATCHED_TOKENS = 8192
 _GPU_MIXED_TOKENS = 512
 
 MAX_SPECULATIVE_TOKENS = 64
+CPU_KV_CACHE_BYTES = 2 << 30
 
 
 class Device(Enum):
@@ -65,6 +66,10 @@ class CoreConfig:
     and `max_mixed_tokens` None are the device's. `enforce_eager`: no CUDA graphs. `num_speculative_tokens` at
     most are drafted for a sequence and step; `speculative_model` is the folder of an EAGLE head for it, or empty: a GPU
     then drafts nothing, unless who loads the core brings drafts.
+
+    `tensor_parallel_size` GPUs share the model, as many on each of `nnodes` hosts; `kv_cache_bytes` is then each one's.
+    The other hosts find host 0 at `master_addr` and `master_port`; all must be there within `rendezvous_timeout_s`
+    seconds.
     """
 
     model: str = ""
@@ -88,6 +93,22 @@ class CoreConfig:
     speculation: Speculation = Speculation.OFF
     num_speculative_tokens: int = 8
     speculative_model: str = ""
+    tensor_parallel_size: int = 1
+    nnodes: int = 1
+    node_rank: int = 0
+    master_addr: str = ""
+    master_port: int = 29501
+    rendezvous_timeout_s: float = 600.0
+
+    @property
+    def ranks_per_node(self) -> int:
+        """How many of the GPUs that share the model one host has."""
+        return self.tensor_parallel_size // self.nnodes
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether the GPU's code is to run on a CPU: its kernels then need Triton's interpreter."""
+        return self.tensor_parallel_size > 1 and self.device is Device.CPU
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "num_pages", "threads"):
@@ -114,7 +135,45 @@ class CoreConfig:
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization:g}: give a share, like 0.9",
                 field="gpu_memory_utilization",
             )
+        self._check_ranks()
         self.batch_limits(on_gpu=False)
+
+    def _check_ranks(self) -> None:
+        size, nodes = self.tensor_parallel_size, self.nnodes
+        for name in ("tensor_parallel_size", "nnodes"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}: it must be at least 1", field=name
+                )
+        if size % nodes:
+            raise ConfigError(
+                f"--nnodes is {nodes} and --tensor-parallel-size, the GPUs of all nodes together, is {size}: it must "
+                f"be a multiple, such as {-(-size // nodes) * nodes}",
+                field="nnodes",
+            )
+        if not 0 <= self.node_rank < nodes:
+            raise ConfigError(
+                f"--node-rank is {self.node_rank} and --nnodes is {nodes}: it must lie in [0, {nodes - 1}]",
+                field="node_rank",
+            )
+        if nodes > 1 and not self.master_addr:
+            raise ConfigError(
+                f"--nnodes is {nodes} and --master-addr is empty: give the address at which the others reach node 0",
+                field="master_addr",
+            )
+        if not 1 <= self.master_port <= 65535:
+            raise ConfigError(f"--master-port is {self.master_port}: it must lie in [1, 65535]", field="master_port")
+        if not self.rendezvous_timeout_s > 0:
+            raise ConfigError(
+                f"--rendezvous-timeout is {self.rendezvous_timeout_s:g}: it must be above 0 seconds",
+                field="rendezvous_timeout_s",
+            )
+        if self.interpreted and self.dtype is Dtype.BFLOAT16:
+            raise ConfigError(
+                f"--dtype is bfloat16 and --tensor-parallel-size {size} on a CPU, where kernels are interpreted in "
+                "float32 only: leave it out",
+                field="dtype",
+            )
 
     def batch_limits(self, *, on_gpu: bool) -> SchedulerConfig:
         """The batch's limits on a device; of the two that belong together one that is not set follows the other.

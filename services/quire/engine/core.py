@@ -176,7 +176,8 @@ class EngineCore:
         return self._runner.prepare()
 
     def close(self) -> None:
-        """Lets go of the sidecar."""
+        """Lets go of the device and of the sidecar."""
+        self._runner.close()
         if self._masking is not None:
             self._masking.close()
         if self._speculator is not None:

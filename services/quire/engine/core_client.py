@@ -10,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import suppress
 
+from quire.engine.config import CoreConfig
 from quire.engine.messages import LENGTH, FromCore, StartCore, ToCore, encode
 
 # A step of the largest prompt chunk on a slow CPU.
@@ -36,7 +37,7 @@ class CoreClient:
                 str(theirs.fileno()),
                 pass_fds=[theirs.fileno()],
                 stdin=asyncio.subprocess.DEVNULL,
-                env=_environment(start.config.threads),
+                env=_environment(start.config),
                 # Ctrl-C goes to the whole foreground group; this process is to end when its server does.
                 start_new_session=True,
             )
@@ -81,9 +82,12 @@ class CoreClient:
                 await asyncio.wait_for(self._process.wait(), _END_SECONDS)
 
 
-def _environment(threads: int) -> dict[str, str]:
+def _environment(config: CoreConfig) -> dict[str, str]:
     environment = dict(os.environ)
-    if threads:
+    if config.threads:
         # OpenMP reads this once, when torch is imported.
-        environment["OMP_NUM_THREADS"] = str(threads)
+        environment["OMP_NUM_THREADS"] = str(config.threads)
+    if config.interpreted:
+        # So does Triton.
+        environment["TRITON_INTERPRET"] = "1"
     return environment

@@ -7,11 +7,14 @@ ends when the other end is closed, so it never outlives the server.
 from __future__ import annotations
 
 import logging
+import os
 import pickle
 import select
 import socket
 import sys
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from typing import NoReturn
 
@@ -51,11 +54,13 @@ class ServerLink:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._buffer = bytearray()
+        self._sending = threading.Lock()
 
     def send(self, message: FromCore) -> None:
-        """Raises ServerGoneError if nobody listens any more."""
+        """Raises ServerGoneError if nobody listens any more. May be called from any thread."""
         try:
-            self._socket.sendall(encode(message))
+            with self._sending:
+                self._socket.sendall(encode(message))
         except OSError as error:
             raise ServerGoneError("the engine's server process is gone") from error
 
@@ -179,6 +184,14 @@ def main(fd: int) -> int:
         core.close()
 
 
+def _end_at_once(link: ServerLink, reason: str) -> NoReturn:
+    """From another thread: this process's first one may wait for what is lost, and never come back."""
+    logger.error("%s", reason)
+    with suppress(ServerGoneError):
+        link.send(Failed(reason))
+    os._exit(1)
+
+
 def _load(config: CoreConfig, link: ServerLink) -> EngineCore:
     link.send(Loading("starting", 0.0))
     began = time.perf_counter()
@@ -187,7 +200,11 @@ def _load(config: CoreConfig, link: ServerLink) -> EngineCore:
     from quire.kernels._triton import before_each_compilation
 
     imported = time.perf_counter() - began
-    loaded = load_core(config, lambda progress, activity: link.send(Loading(activity, progress)))
+    loaded = load_core(
+        config,
+        lambda progress, activity: link.send(Loading(activity, progress)),
+        on_lost=lambda reason: _end_at_once(link, reason),
+    )
     # Minutes, in the first steps of all kinds: each kernel shows that the core does not hang.
     before_each_compilation(lambda: link.send(Compiling()))
     link.send(replace(loaded.ready, start_seconds={"import": imported, **loaded.ready.start_seconds}))

@@ -81,6 +81,9 @@ class CpuRunner:
         """There is nothing to prepare."""
         return False
 
+    def close(self) -> None:
+        """It has no processes of its own."""
+
     @torch.inference_mode()
     def _draw(
         self,

@@ -71,7 +71,34 @@ def add_core_flags(option: Callable[..., Any], *, speculation: Speculation = Spe
         help="an EAGLE head for the model, as SafeAILab's EAGLE or speculators write it (default: none, and a GPU "
         "then drafts nothing)",
     )  # fmt: skip
+    option(
+        "--tensor-parallel-size", type=int, default=core.tensor_parallel_size, metavar="N",
+        help="GPUs that share the model; with --device cpu as many processes, which is slow and for trying it out "
+        "(default: %(default)s)",
+    )  # fmt: skip
     option("--threads", type=int, default=core.threads, metavar="N", help="for the model; 0: one per core")
+
+
+def add_node_flags(option: Callable[..., Any]) -> None:
+    """Where the hosts of an engine on several of them meet."""
+    core = CoreConfig()
+    option(
+        "--nnodes", type=int, default=core.nnodes, metavar="N",
+        help="hosts with as many each of the GPUs that share the model (default: %(default)s)",
+    )  # fmt: skip
+    option(
+        "--node-rank",
+        type=int,
+        default=core.node_rank,
+        metavar="RANK",
+        help="which of them this is; 0 listens and takes requests, the others take all other flags from it",
+    )
+    option("--master-addr", default=core.master_addr, metavar="HOST", help="where the others reach host 0")
+    option("--master-port", type=int, default=core.master_port, metavar="PORT", help="likewise (default: %(default)s)")
+    option(
+        "--rendezvous-timeout", type=float, default=core.rendezvous_timeout_s, metavar="SECONDS",
+        help="by when all must be there (default: %(default)s)",
+    )  # fmt: skip
 
 
 def core_config(arguments: argparse.Namespace, **others: Any) -> CoreConfig:
@@ -93,5 +120,6 @@ def core_config(arguments: argparse.Namespace, **others: Any) -> CoreConfig:
         speculation=Speculation(arguments.speculation),
         num_speculative_tokens=arguments.num_speculative_tokens,
         speculative_model=arguments.speculative_model,
+        tensor_parallel_size=arguments.tensor_parallel_size,
         **others,
     )

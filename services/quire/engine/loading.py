@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from quire.engine.config import CoreConfig, Dtype, LoadFormat, Speculation
+from quire.engine.config import CPU_KV_CACHE_BYTES, CoreConfig, Dtype, LoadFormat, Speculation
 from quire.engine.core import EngineCore
 from quire.engine.cpu_runner import CpuRunner
 from quire.engine.gpu.eagle import GpuEagle, load_gpu_eagle
-from quire.engine.gpu.loading import choose_gpu, choose_kv_dtype, size_pages
-from quire.engine.gpu.runner import GpuRunner
+from quire.engine.gpu.loading import choose_device, choose_kv_dtype, load_part, new_runner, size_pages
 from quire.engine.masks import MaskSource
 from quire.engine.messages import Ready
 from quire.engine.models.config import ModelConfig
 from quire.engine.models.gpu_decoder import GpuDecoder
 from quire.engine.models.model import ModelDtype
-from quire.engine.models.registry import load_gpu_model, load_model
+from quire.engine.models.registry import load_model, open_weights
 from quire.engine.page_pool import PagePool
+from quire.engine.parallel.leader import Leader
+from quire.engine.parallel.messages import Begin, Loaded, Measure, Measured
+from quire.engine.parallel.ranks import OnLost, Ranks
+from quire.engine.parallel.shards import Shard
 from quire.engine.runner import Runner
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.sequence import pages_for
@@ -35,8 +39,6 @@ from quire.engine.speculation.eagle.head import load_eagle
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.checkpoint.locate import Checkpoint, locate
 from quire.service.errors import ConfigError
-
-_CPU_KV_CACHE_BYTES = 2 << 30
 
 # What the masks of drafts may take of the memory that is shared with the sidecar.
 _DRAFT_MASK_BYTES = 32 << 20
@@ -59,53 +61,65 @@ class LoadedCore:
 
 
 def load_core(
-    config: CoreConfig, progress: Progress, make_masks: MakeMasks | None = None, make_drafts: MakeDrafts | None = None
+    config: CoreConfig,
+    progress: Progress,
+    make_masks: MakeMasks | None = None,
+    make_drafts: MakeDrafts | None = None,
+    on_lost: OnLost | None = None,
 ) -> LoadedCore:
     """Loads what `config` names; raises ConfigError or ModelError with what to change. `progress` gets 0 to 1.
 
     Masks come from what `make_masks` makes for the model, if it is given, and else from the sidecar, if there is one;
-    with speculation drafts come from what `make_drafts` makes in the same way.
+    with speculation drafts come from what `make_drafts` makes in the same way. `on_lost` hears, in a thread of its own,
+    if a process that computes a part of the model is lost; without it the next step raises the error.
     """
     if config.threads:
         torch.set_num_threads(config.threads)
     began = time.perf_counter()
     checkpoint = locate(config.model)
-    gpu = choose_gpu(config.device)
+    gpu = choose_device(config)
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype, gpu)
     speculation = _speculation(config, gpu, chosen=make_drafts is not None)
-    limits = config.batch_limits(on_gpu=gpu is not None)
+    limits = config.batch_limits(on_gpu=gpu is not None and gpu.type == "cuda")
     if speculation is not None and gpu is not None:
         limits = replace(limits, max_draft_tokens=_most_drafts(limits, speculation, _GPU_DRAFT_TOKENS))
-    load = _load_cpu if gpu is None else partial(_load_gpu, gpu, kv_dtype)
-    loaded = load(config, checkpoint, limits, progress)
-    pool = PagePool(loaded.num_pages)
-    limits = replace(limits, max_model_len=loaded.max_model_len, drafter_in_pages=gpu is not None and loaded.drafts)
-    if speculation is not None and config.sidecar:
-        limits = replace(limits, max_draft_tokens=_maskable_drafts(limits, speculation, loaded.model.vocab_size))
-    scheduler = Scheduler(limits, pool, frozenset(loaded.model.eos_token_ids))
-    if make_masks is None and config.sidecar:
-        make_masks = partial(_sidecar_masks, config, limits.max_num_seqs + (limits.max_draft_tokens or 0))
-    masks = make_masks(loaded.model) if make_masks is not None else None
-    if make_drafts is None and config.sidecar:
-        patience_s = _CPU_DRAFT_PATIENCE_S if gpu is None else _GPU_DRAFT_PATIENCE_S
-        make_drafts = partial(_sidecar_drafts, config, patience_s)
-    speculator = None
-    if speculation is not None:
-        source = make_drafts() if make_drafts is not None else None
-        speculator = Speculator(source, speculation, on_device=loaded.drafts)
-    core = EngineCore(
-        loaded.runner, scheduler, masks, loaded.model.vocab_size, run_ahead=gpu is not None, speculator=speculator
-    )
-    seconds = {"model": loaded.weights_at - began, "pages": time.perf_counter() - loaded.weights_at}
-    ready = Ready(
-        model=checkpoint.name,
-        device=loaded.runner.info,
-        max_model_len=loaded.max_model_len,
-        max_num_seqs=limits.max_num_seqs,
-        num_pages=loaded.num_pages,
-        start_seconds=seconds,
-    )
-    return LoadedCore(core, ready)
+    with ExitStack() as on_error:
+        if gpu is None:
+            loaded = _load_cpu(config, checkpoint, limits, progress)
+        elif config.tensor_parallel_size == 1:
+            loaded = _load_gpu(gpu, kv_dtype, config, checkpoint, limits, progress)
+        else:
+            loaded = _load_ranks(gpu, kv_dtype, config, checkpoint, limits, progress, on_lost)
+        on_error.callback(loaded.runner.close)
+        pool = PagePool(loaded.num_pages)
+        limits = replace(limits, max_model_len=loaded.max_model_len, drafter_in_pages=gpu is not None and loaded.drafts)
+        if speculation is not None and config.sidecar:
+            limits = replace(limits, max_draft_tokens=_maskable_drafts(limits, speculation, loaded.model.vocab_size))
+        scheduler = Scheduler(limits, pool, frozenset(loaded.model.eos_token_ids))
+        if make_masks is None and config.sidecar:
+            make_masks = partial(_sidecar_masks, config, limits.max_num_seqs + (limits.max_draft_tokens or 0))
+        masks = make_masks(loaded.model) if make_masks is not None else None
+        if make_drafts is None and config.sidecar:
+            patience_s = _CPU_DRAFT_PATIENCE_S if gpu is None else _GPU_DRAFT_PATIENCE_S
+            make_drafts = partial(_sidecar_drafts, config, patience_s)
+        speculator = None
+        if speculation is not None:
+            source = make_drafts() if make_drafts is not None else None
+            speculator = Speculator(source, speculation, on_device=loaded.drafts)
+        core = EngineCore(
+            loaded.runner, scheduler, masks, loaded.model.vocab_size, run_ahead=gpu is not None, speculator=speculator
+        )
+        seconds = {"model": loaded.weights_at - began, "pages": time.perf_counter() - loaded.weights_at}
+        ready = Ready(
+            model=checkpoint.name,
+            device=loaded.runner.info,
+            max_model_len=loaded.max_model_len,
+            max_num_seqs=limits.max_num_seqs,
+            num_pages=loaded.num_pages,
+            start_seconds=seconds,
+        )
+        on_error.pop_all()
+        return LoadedCore(core, ready)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +140,7 @@ def _load_cpu(config: CoreConfig, checkpoint: Checkpoint, limits: SchedulerConfi
     model = load_model(checkpoint.path, checkpoint.format, dtype, progress, dummy=dummy)
     weights_at = time.perf_counter()
     max_model_len = _max_model_len(config, model.config)
-    num_bytes = config.kv_cache_bytes or _CPU_KV_CACHE_BYTES
+    num_bytes = config.kv_cache_bytes or CPU_KV_CACHE_BYTES
     num_pages = _num_pages(
         config.num_pages or num_bytes // model.kv_page_bytes, limits, max_model_len, model.kv_page_bytes
     )
@@ -146,28 +160,55 @@ def _load_gpu(
     limits: SchedulerConfig,
     progress: Progress,
 ) -> _Loaded:
-    dtype = ModelDtype.FLOAT32 if config.dtype is Dtype.FLOAT32 else ModelDtype.BFLOAT16
-    dummy = config.load_format is LoadFormat.DUMMY
-    model = load_gpu_model(checkpoint.path, checkpoint.format, dtype, gpu, progress, dummy=dummy, kv_dtype=kv_dtype)
+    model = load_part(config, checkpoint, gpu, kv_dtype, progress)
     head = _load_head(config, model)
     weights_at = time.perf_counter()
     max_model_len = _max_model_len(config, model.config)
     progress(1.0, "sizing the cache")
-    page_bytes = model.kv_page_bytes + (head.kv_page_bytes if head is not None else 0)
     num_pages = size_pages(config, model, limits, max_model_len, head)
-    num_pages = _num_pages(num_pages, limits, max_model_len, page_bytes)
-    runner = GpuRunner(
-        model,
-        num_pages,
-        limits.max_num_seqs,
-        limits.max_num_batched_tokens,
-        max_model_len,
-        graphs=not config.enforce_eager,
-        max_draft_tokens=limits.max_draft_tokens or 0,
-        num_speculative_tokens=config.num_speculative_tokens,
-        head=head,
-    )
+    num_pages = _num_pages(num_pages, limits, max_model_len, _page_bytes(model, head))
+    runner = new_runner(config, model, num_pages, limits, max_model_len, head)
     return _Loaded(runner, model.config, num_pages, max_model_len, weights_at, head is not None)
+
+
+def _load_ranks(
+    gpu: torch.device,
+    kv_dtype: torch.dtype | None,
+    config: CoreConfig,
+    checkpoint: Checkpoint,
+    limits: SchedulerConfig,
+    progress: Progress,
+    on_lost: OnLost | None,
+) -> _Loaded:
+    """As `_load_gpu`, on all ranks: this one, 0, loads its part of the model, and the head."""
+    # Whether the model can be divided is known before anything is started.
+    _, whole, _ = open_weights(checkpoint.path, checkpoint.format, progress)
+    Shard(0, config.tensor_parallel_size).config(whole)
+    max_model_len = _max_model_len(config, whole)
+    progress(0.0, f"waiting for {config.tensor_parallel_size} ranks")
+    ranks = Ranks.gather(config, gpu, on_lost)
+    try:
+        model = load_part(config, checkpoint, gpu, kv_dtype, progress, ranks.group)
+        head = _load_head(config, model)
+        ranks.expect(Loaded)
+        weights_at = time.perf_counter()
+        progress(1.0, "sizing the cache")
+        ranks.send(Measure(limits, max_model_len))
+        with ranks.watched():
+            num_pages = size_pages(config, model, limits, max_model_len, head)
+        num_pages = min(num_pages, *(measured.num_pages for measured in ranks.expect(Measured)))
+        num_pages = _num_pages(num_pages, limits, max_model_len, _page_bytes(model, head))
+        ranks.send(Begin(num_pages))
+        runner = new_runner(config, model, num_pages, limits, max_model_len, head)
+    except BaseException:
+        ranks.close()
+        raise
+    leader = Leader(runner, ranks)
+    return _Loaded(leader, model.config, num_pages, max_model_len, weights_at, head is not None)
+
+
+def _page_bytes(model: GpuDecoder, head: GpuEagle | None) -> int:
+    return model.kv_page_bytes + (head.kv_page_bytes if head is not None else 0)
 
 
 def _load_head(config: CoreConfig, model: GpuDecoder) -> GpuEagle | None:

@@ -66,3 +66,6 @@ class Runner(Protocol):
 
     def prepare(self) -> bool:
         """Does a part of what makes later steps faster, while there is no work; returns whether there may be more."""
+
+    def close(self) -> None:
+        """Lets go of what it holds, and ends the processes that compute with this one; it can't be used after that."""

@@ -18,13 +18,12 @@ _ARGUMENTS = (
     *("model", "tokenizer", "dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens"),
     *("enable_prefix_caching", "kv_cache_bytes", "kv_cache_memory_bytes", "num_pages", "seed", "threads"),
     *("device", "gpu_memory_utilization", "enforce_eager", "load_format", "speculative_config", "kv_cache_dtype"),
+    "tensor_parallel_size",
 )
-_ONE_DEVICE = "the model runs on one device: leave it out"
 _UNSUPPORTED: Unsupported = {
-    "tensor_parallel_size": ((None, 1), _ONE_DEVICE),
-    "pipeline_parallel_size": ((None, 1), _ONE_DEVICE),
-    "data_parallel_size": ((None, 1), _ONE_DEVICE),
-    "distributed_executor_backend": ((None,), _ONE_DEVICE),
+    "pipeline_parallel_size": ((None, 1), "set tensor_parallel_size"),
+    "data_parallel_size": ((None, 1), "make an LLM in each of several processes"),
+    "distributed_executor_backend": ((None, "mp"), "each GPU has a process: leave it out"),
     "quantization": ((None,), "a GGUF file's own quantization is used: leave it out"),
     "num_gpu_blocks_override": ((None,), "set num_pages"),
     "block_size": ((None, 16), "pages have 16 tokens: leave it out"),
@@ -89,7 +88,10 @@ def core_config(
     Raises ConfigError for a wrong value, ArgumentError for a wrong name or type.
     """
     check_arguments("LLM", others, _ARGUMENTS, _UNSUPPORTED)
-    for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages", "threads"):
+    for name in (
+        *("max_model_len", "max_num_seqs", "max_num_batched_tokens", "kv_cache_bytes", "num_pages", "threads"),
+        "tensor_parallel_size",
+    ):
         check_number(name, given[name], whole=True, optional=True)
     check_number("gpu_memory_utilization", given["gpu_memory_utilization"], optional=True)
     # Calls bring all their prompts at once.

@@ -55,6 +55,7 @@ class LLM:
     speculative_config: {"method": "suffix"} verifies several tokens a step where text repeats what was said before; the
     outputs are the same. "num_speculative_tokens" is how many at most (8). {"method": "eagle3", "model": folder} drafts
     with an EAGLE head instead ("eagle": of EAGLE-1 or 2).
+    tensor_parallel_size: GPUs that share the model, each but the first with a process of its own.
     seed: for outputs whose params have none; None is a random one. threads: of the model, None is torch's choice.
 
     Raises ModelError if the model can't be found or run, ConfigError for a wrong value, ArgumentError for a wrong name.
@@ -81,6 +82,7 @@ class LLM:
         enforce_eager: bool | None = None,
         load_format: str | None = None,
         speculative_config: Mapping[str, object] | None = None,
+        tensor_parallel_size: int | None = None,
         threads: int | None = None,
         **others: object,
     ) -> None:
@@ -105,6 +107,7 @@ class LLM:
                 num_pages=num_pages,
                 gpu_memory_utilization=gpu_memory_utilization,
                 enforce_eager=enforce_eager,
+                tensor_parallel_size=tensor_parallel_size,
                 threads=threads,
                 **speculation(speculative_config),
             )

@@ -138,6 +138,9 @@ class CheckingRunner:
     def prepare(self) -> bool:
         return self.runner.prepare()
 
+    def close(self) -> None:
+        self.runner.close()
+
     def tell(self, text: list[int], count: int) -> tuple[int, ...]:
         prompt = max((prompt for prompt in PROMPTS if tuple(text[: len(prompt)]) == prompt), key=len)
         truth = [*prompt, *self.heads.answer(prompt), *[0] * count][len(text) : len(text) + count]
@@ -237,7 +240,7 @@ def core_config(heads: Heads, **others: object) -> CoreConfig:
 
 def load(config: CoreConfig, monkeypatch: pytest.MonkeyPatch) -> EngineCore:
     """As on a GPU, but for the size of its memory."""
-    monkeypatch.setattr("quire.engine.loading.choose_gpu", lambda _: torch.device(DEVICE))
+    monkeypatch.setattr("quire.engine.loading.choose_device", lambda _: torch.device(DEVICE))
     monkeypatch.setattr("quire.engine.loading.size_pages", lambda *_: 20)
     return load_core(config, lambda *_: None).core
 

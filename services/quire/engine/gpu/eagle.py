@@ -29,10 +29,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quire.engine.models.decoder import rotary_frequencies_table
-from quire.engine.models.gpu_decoder import GpuDecoder, GpuKVCache, GpuStep, attend, head_norm, on_gpu
+from quire.engine.models.gpu_decoder import GpuDecoder, GpuKVCache, GpuStep, attend, head_norm, last_product, on_gpu
 from quire.engine.models.gpu_linear import GpuLinear
 from quire.engine.models.model import HiddenTaps
 from quire.engine.speculation.eagle.checkpoint import open_eagle
+from quire.engine.speculation.eagle.config import EagleKind
 from quire.engine.speculation.eagle.dummy import dummy_eagle
 from quire.engine.speculation.eagle.parts import EagleParts, load_parts
 from quire.kernels.attention_worklist import AttentionShape, list_work
@@ -55,6 +56,12 @@ def load_gpu_eagle(path: Path, target: GpuDecoder, *, dummy: bool = False) -> Gp
         checkpoint = dummy_eagle(path, target.config, target.device, target.dtype)
     else:
         checkpoint = open_eagle(path, target.config)
+    if checkpoint.config.kind is EagleKind.EAGLE1 and target.whole_head is None:
+        raise ModelError(
+            f"{path} is an EAGLE-1 head, which ends in the model's own last product, and with --tensor-parallel-size "
+            "each GPU has a part of that: name an EAGLE-3 head",
+            field="speculative_model",
+        )
     try:
         return GpuEagle(load_parts(checkpoint, target, target.linears), target)
     except torch.OutOfMemoryError as error:
@@ -159,11 +166,11 @@ class GpuEagle:
 
     def _most_likely(self, residual: Tensor, hidden: Tensor) -> Tensor:
         """Adds `hidden` to the residual stream first."""
-        parts = self._parts
-        if parts.norm is None:
-            best = self._target.logits(residual.add_(hidden)).argmax(-1)
-        elif parts.head is None:
-            raise InternalError("an EAGLE-3 head was loaded without its last product")
+        parts, whole_head = self._parts, self._target.whole_head
+        if parts.norm is None and whole_head is not None:
+            best = last_product(residual.add_(hidden), whole_head).argmax(-1)
+        elif parts.norm is None or parts.head is None:
+            raise InternalError("a head was loaded without its last product")
         else:
             head = on_gpu(parts.head)
             normed = add_rms_norm(residual, hidden, parts.norm, self._eps, self.dtype)

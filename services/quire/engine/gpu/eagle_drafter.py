@@ -148,11 +148,16 @@ class EagleInPages:
         for _ in range(places):
             self._run_pass(size or len(order))
         self._turn = (self._turn + 1) % len(self._results)
-        drafts, targets = self._drafts[:places, : len(order)], self._targets[:places, : len(order)]
+        drafts, targets = self.made(places, len(order))
         self._batch.token_ids.view(-1).index_put_((targets,), drafts.to(torch.int32))
         token_ids = self._results[self._turn][:places]
         token_ids.copy_(self._drafts[:places], non_blocking=True)
         return PendingDrafts(draws.items[order], wanted, token_ids, began, self._mark(), time.perf_counter() - clock)
+
+    def made(self, places: int, count: int) -> tuple[Tensor, Tensor]:
+        """The last step's drafts of so many sequences, int64 [places, count], and where they are among the batch's
+        tokens; what is no draft lies where nobody reads."""
+        return self._drafts[:places, :count], self._targets[:places, :count]
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self._on_gpu:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,16 +18,31 @@ class Graphs:
 
     What a captured function returns is overwritten by the next graph that runs: results belong into memory of the
     caller's. Without `enabled` functions just run.
+
+    Functions with collectives in them must be captured on all ranks or on none: `agree` tells whether all others could,
+    too (`quire.engine.parallel.group.Group.agree`). `alone` is for functions of this rank only.
     """
 
-    def __init__(self, stream: torch.cuda.Stream | None, *, enabled: bool) -> None:
+    def __init__(
+        self, stream: torch.cuda.Stream | None, *, enabled: bool, agree: Callable[[bool], bool] | None = None
+    ) -> None:
         self._enabled = enabled and stream is not None
         self._stream = stream
-        self._pool: Any = None
+        self._agree = agree
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._enabled else None
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
+        self.alone = self
+        if agree is not None:
+            self.alone = Graphs(stream, enabled=enabled)
+            self.alone._pool = self._pool
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def clear(self) -> None:
+        """Lets go of all graphs: NCCL's connections don't end before those that use them."""
+        self._graphs.clear()
+        self.alone._graphs.clear()
 
     def run(self, key: Hashable, function: Callable[[], None]) -> None:
         """Runs `function` on the stream: from its graph if it was called under this key before.
@@ -39,9 +55,10 @@ class Graphs:
             return
         function()
         if self._enabled:
-            try:
-                self._graphs[key] = self._capture(function)
-            except torch.OutOfMemoryError:
+            graph = self._try_to_capture(function)
+            if graph is not None:
+                self._graphs[key] = graph
+            else:
                 self._enabled = False
                 logger.warning(
                     "no GPU memory is left for graph %d: steps of other sizes run kernel by kernel; lower "
@@ -49,9 +66,14 @@ class Graphs:
                     len(self._graphs) + 1,
                 )
 
+    def _try_to_capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph | None:
+        """None if memory does not suffice, here or on another rank."""
+        graph = None
+        with suppress(torch.OutOfMemoryError):
+            graph = self._capture(function)
+        return graph if self._agree is None or self._agree(graph is not None) else None
+
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would also wait for the device, collect garbage and empty the cache: a pause for requests.
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")

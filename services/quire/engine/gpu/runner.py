@@ -121,7 +121,8 @@ class GpuRunner:
         self._device = device
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         self._copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._graphs = Graphs(self._stream, enabled=graphs and on_gpu)
+        agree = None if model.group is None else model.group.agree
+        self._graphs = Graphs(self._stream, enabled=graphs and on_gpu, agree=agree)
         self._batch = batch = GpuBatch(max_num_seqs, max_model_len, device, max_draft_tokens)
         self._cache = model.new_kv_cache(num_pages)
         self._max_num_seqs = max_num_seqs
@@ -153,20 +154,21 @@ class GpuRunner:
         self._drafter: EagleInPages | None = None
         if head is not None:
             sizes = (self._batch_sizes, self._token_sizes) if on_gpu else None
-            self._drafter = EagleInPages(head, num_pages, batch, self._inputs, self._drawn, self._graphs, sizes)
+            drafts = self._graphs.alone
+            self._drafter = EagleInPages(head, num_pages, batch, self._inputs, self._drawn, drafts, sizes)
         self._unprepared = self._all_graphs() if graphs and on_gpu else []
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan, *, masked: bool) -> GpuPendingStep:
         """Starts a step; see quire.engine.runner.Runner."""
         with self._on_stream():
-            staged, num_graphs = self._batch.stage(plan), len(self._graphs)
+            staged, num_graphs = self._batch.stage(plan), self._num_graphs
             step = GpuPendingStep(staged, self._draw)
             if staged.work.score.any():
                 self._forward_and_score(step)
             else:
                 self._forward(staged)
-            step.num_captured = len(self._graphs) - num_graphs
+            step.num_captured = self._num_graphs - num_graphs
             if not masked:
                 self._draw(step, None)
         return step
@@ -196,7 +198,7 @@ class GpuRunner:
             sizes = [size for size in self._token_sizes.all if size <= self._max_num_draws]
             wanted += [(1, size, partial(self._run_verifications, size, count, False)) for size in sizes]
             wanted += [(2, size, partial(self._run_mixed, size, count, False)) for size in self._token_sizes.all]
-        if self._drafter is not None:
+        if self._drafter is not None and self._model.group is None:
             wanted += [(0, size, run) for size, run in self._drafter.graphs()]
         # The largest before all: the others fit into the memory that they leave, which would else grow with each.
         largest: list[Callable[[], None]] = [
@@ -204,6 +206,14 @@ class GpuRunner:
             partial(self._run_mixed, self._token_sizes.all[-1], 1, True),
         ]
         return largest + [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
+
+    def close(self) -> None:
+        """Lets go of its graphs."""
+        self._graphs.clear()
+
+    @property
+    def _num_graphs(self) -> int:
+        return len(self._graphs) + len(self._graphs.alone)
 
     def _synchronize(self) -> None:
         if self._stream is not None:
@@ -216,7 +226,7 @@ class GpuRunner:
             size = min(max_num_batched_tokens, len(self._inputs.token_ids))
             num_seqs, num_draws = min(size, self._max_num_seqs), min(size, self._max_num_draws)
             self._hidden_states(AttentionLimits(size, num_seqs, size), num_draws)
-            self._draw_rows(self._max_num_draws, 0, False, False)
+            self._run_draw(self._max_num_draws, 0, False, False)
             if self._max_num_draws > self._max_num_seqs:
                 self._verify()
                 self._batch.follow_drafts()
@@ -260,7 +270,7 @@ class GpuRunner:
 
     def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool) -> None:
         kind = (size, num_masks, adjusted, reported)
-        self._graphs.run(("draw", *kind), partial(self._draw_rows, *kind))
+        self._graphs.alone.run(("draw", *kind), partial(self._draw_rows, *kind))
 
     def _forward_padded(self, limits: AttentionLimits, num_logits: int | None, grouped: bool) -> None:
         self._keep(self._hidden_states(limits, num_logits, grouped))
@@ -298,7 +308,7 @@ class GpuRunner:
 
     def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
         with torch.inference_mode(), self._on_stream():
-            staged, count, num_graphs = step.staged, len(step.staged.draws), len(self._graphs)
+            staged, count, num_graphs = step.staged, len(step.staged.draws), self._num_graphs
             if count:
                 num_masks = self._send_masks(staged, masks) if masks is not None and masks.work else 0
                 state, slots = self._batch.sampling, staged.draws.slots
@@ -309,18 +319,20 @@ class GpuRunner:
                 self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()))
             if staged.work.drafts.any():
                 self._verify()
-            if self._drafter is not None:
-                step.drafts = self._drafter.follow(staged)
+            step.drafts = self._draft(staged)
             self._send_back(step)
-            step.num_captured += len(self._graphs) - num_graphs
+            step.num_captured += self._num_graphs - num_graphs
         step.drawn = True
+
+    def _draft(self, staged: StagedStep) -> PendingDrafts | None:
+        return None if self._drafter is None else self._drafter.follow(staged)
 
     def _verify(self) -> None:
         self._batch.count_accepted(self._drawn, self._inputs.token_ids)
 
     def _draw_rows(self, num_rows: int, num_masks: int, adjusted: bool, reported: bool) -> None:
         """`adjusted`: some want penalties, bias or bans. `reported`: some want log-probabilities."""
-        logits, drawn = self._model.logits(self._hidden[:num_rows]), self._drawn[:num_rows]
+        logits, drawn = self._logits(num_rows), self._drawn[:num_rows]
         as_given = logits.clone() if reported and (adjusted or num_masks) else logits
         if adjusted:
             adjust(logits, self._batch, self._scratch)
@@ -329,6 +341,10 @@ class GpuRunner:
         draw_tokens(logits, self._batch, drawn)
         if reported:
             report_tokens(as_given, self._batch, drawn, self._reports)
+
+    def _logits(self, num_rows: int) -> Tensor:
+        """Of the first rows of `_hidden`; they will be changed."""
+        return self._model.logits(self._hidden[:num_rows])
 
     def _send_back(self, step: GpuPendingStep) -> None:
         count = len(step.staged.draws)

@@ -36,6 +36,10 @@ class DummyWeights:
         matrix = torch.empty(rows, columns, dtype=self._dtype, device=self._device)
         return matrix.normal_(0.0, _DEVIATION, generator=self._generator)
 
+    def part(self, name: str, shape: tuple[int, int], rows: range, columns: range) -> Tensor:
+        """As many rows and columns, drawn anew."""
+        return self.matrix(name, len(rows), len(columns))
+
     def frequency_divisors(self, size: int) -> None:
         """There are none: the settings say it all."""
 

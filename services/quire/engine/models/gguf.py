@@ -80,8 +80,18 @@ class GgufWeights:
 
     def matrix(self, name: str, rows: int, columns: int) -> LinearWeight:
         """[rows, columns], packed or in the type it is stored in."""
-        tensor = self._take(_file_name(name), (rows, columns))
-        return self._decode(tensor, self._halves_apart(name, self._rows(tensor)))
+        return self.part(name, (rows, columns), range(rows), range(columns))
+
+    def part(self, name: str, shape: tuple[int, int], rows: range, columns: range) -> LinearWeight:
+        """Of the matrix `name`, which has `shape`, these rows and columns; dense if they cut blocks."""
+        tensor = self._take(_file_name(name), shape)
+        block_size, block_bytes = self._block(tensor)
+        first, end = columns.start // block_size, -(-columns.stop // block_size)
+        blocks = self._rows(tensor)[rows.start : rows.stop, first * block_bytes : end * block_bytes].contiguous()
+        weight = self._decode(tensor, self._halves_apart(name, blocks))
+        if columns.start % block_size == 0 and columns.stop % block_size == 0:
+            return weight
+        return dense(weight)[:, columns.start - first * block_size : columns.stop - first * block_size]
 
     def frequency_divisors(self, size: int) -> Tensor | None:
         """Float32 [size], by which rotary frequencies are to be divided; None if the settings say it all."""
@@ -100,20 +110,19 @@ class GgufWeights:
         return self._tensors[file_name]
 
     def _halves_apart(self, name: str, rows: Tensor) -> Tensor:
-        """Puts the rows of `name`, [rows, any], into Hugging Face's order: a head's first halves of pairs first."""
+        """Puts rows of `name`, [heads × head_size, any], into Hugging Face's order: a head's first halves of pairs
+        first."""
         heads = next((setting for part, setting in _HEADS.items() if part in name), None)
         if heads is None or self.settings.text("model_type") != _PAIRS_TOGETHER:
             return rows
         num_heads = self.settings.integer(heads, self.settings.integer("num_attention_heads"))
-        pairs = rows.view(num_heads, rows.shape[0] // num_heads // 2, 2, rows.shape[1])
+        head_size = self._tensors[_file_name(name)].shape[0] // num_heads
+        pairs = rows.view(-1, head_size // 2, 2, rows.shape[1])
         return pairs.transpose(1, 2).reshape(rows.shape)
 
     def _rows(self, tensor: GgufTensor) -> Tensor:
         """The tensor's bytes, uint8 [rows, bytes of a row]; a vector is one row."""
-        try:
-            block_size, block_bytes = GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
-        except (ValueError, KeyError) as error:
-            raise self._unknown_type(tensor) from error
+        block_size, block_bytes = self._block(tensor)
         columns = tensor.shape[-1]
         row_bytes = columns // block_size * block_bytes
         num_rows = int(np.prod(tensor.shape[:-1], dtype=np.int64))
@@ -124,6 +133,13 @@ class GgufWeights:
                 field="model",
             )
         return torch.from_numpy(self._data[tensor.offset : end]).view(num_rows, row_bytes)
+
+    def _block(self, tensor: GgufTensor) -> tuple[int, int]:
+        """How many numbers a block of the tensor's type has, and bytes."""
+        try:
+            return GGML_QUANT_SIZES[GGMLQuantizationType(tensor.kind)]
+        except (ValueError, KeyError) as error:
+            raise self._unknown_type(tensor) from error
 
     def _decode(self, tensor: GgufTensor, rows: Tensor) -> LinearWeight:
         try:

@@ -21,6 +21,7 @@ from quire.engine.models.layer import Attention, Layer, LayerLoader
 from quire.engine.models.linear import Linear
 from quire.engine.models.model import HiddenTaps, ModelDtype
 from quire.engine.models.weights import Weights
+from quire.engine.parallel.group import Group
 from quire.kernels.attention_new_tokens import attend_new_tokens_triton
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
 from quire.kernels.paged_attention_triton import (
@@ -70,7 +71,8 @@ class GpuDecoder:
     """A model whose weights are on `device`. `load_layer` is what makes it a model of its family.
 
     `embedding` [vocab_size, hidden_size]; `linears` made its products, and makes those that run between them. Keys and
-    values are kept in `kv_dtype`; None is the model's type.
+    values are kept in `kv_dtype`; None is the model's type. In a `group` weights and `config` are those of its rank:
+    `quire.engine.parallel.shards`. `whole_head` is the last product's matrix where this device has all of it.
     """
 
     def __init__(
@@ -82,9 +84,11 @@ class GpuDecoder:
         device: torch.device,
         progress: Callable[[float], None],
         kv_dtype: torch.dtype | None = None,
+        group: Group | None = None,
     ) -> None:
         self.config = config
         self.device = device
+        self.group = group
         self.dtype = torch.float32 if dtype is ModelDtype.FLOAT32 else torch.bfloat16
         self.kv_page_bytes = 2 * config.num_layers * config.num_kv_heads * PAGE_SIZE * config.head_size
         self.kv_dtype = kv_dtype or self.dtype
@@ -96,6 +100,10 @@ class GpuDecoder:
             if not config.tie_word_embeddings:
                 head = weights.matrix("lm_head.weight", config.vocab_size, config.hidden_size)
                 self._head = linears.matrix([head])
+            elif group is not None:
+                own = group.shard.vocabulary(config.vocab_size)
+                self._head = self.embedding[own.start : own.stop]
+            self.whole_head = self._head if group is None else self.embedding if config.tie_word_embeddings else None
             self._layers = []
             for index in range(config.num_layers):
                 progress(index / config.num_layers)
@@ -147,8 +155,12 @@ class GpuDecoder:
             plan, norm = plans[layer.attention.window], self._head_norms[index]
             keys, values = cache.keys[index], cache.values[index]
             attended = attend(layer.attention, norm, hidden, step, plan, self._rotary, keys, values)
+            if self.group is not None:
+                self.group.sum(attended)
             hidden = add_rms_norm(residual, attended, layer.mlp_norm, eps, self.dtype)
             hidden = layer.mlp.down(self._gate_ups[index].gated(hidden))
+            if self.group is not None:
+                self.group.sum(hidden)
         if taps is not None and self.config.num_layers in taps.layers:
             hidden = add_rms_norm(residual, hidden, self._norm, eps, self.dtype)
             taps.keep(self.config.num_layers, hidden)
@@ -157,15 +169,15 @@ class GpuDecoder:
             residual, hidden = residual.index_select(0, step.logit_rows), hidden.index_select(0, step.logit_rows)
         return add_rms_norm(residual, hidden, self._norm, eps, self.dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [N, hidden_size], as `forward` gives it → float32 [N, vocab_size].
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """hidden [N, hidden_size], as `forward` gives it → float32 [N, vocab_size]; a group puts them into `out`, if it
+        is given.
 
         Not rounded to bfloat16 on the way: largest logits of 20 to 30 would be multiples of 1/8, and two greedy tokens
         in a hundred others.
         """
-        if hidden.is_cuda and hidden.dtype is not torch.float32:
-            return torch.mm(hidden, self._head.t(), out_dtype=torch.float32)
-        return F.linear(hidden, self._head).to(torch.float32)
+        logits = last_product(hidden, self._head)
+        return logits if self.group is None else self.group.gather_columns(logits, self.config.vocab_size, out)
 
     def _plan(self, step: GpuStep) -> Mapping[int, TritonAttentionPlan]:
         config = self.config
@@ -211,6 +223,13 @@ def attend(
         queries = rotary_and_write(qkv, step.positions, rotary, step.slot_mapping, keys, values, norm)
         attended = paged_attention_triton(queries, keys, values, plan)
     return attention.output(attended.view(hidden.shape[0], -1))
+
+
+def last_product(hidden: Tensor, head: Tensor) -> Tensor:
+    """hidden [N, K] times head [M, K] of its type → float32 [N, M], rounded to no other type on the way."""
+    if hidden.is_cuda and hidden.dtype is not torch.float32:
+        return torch.mm(hidden, head.t(), out_dtype=torch.float32)
+    return F.linear(hidden, head).to(torch.float32)
 
 
 def on_gpu(linear: Linear) -> GpuLinear:

@@ -18,6 +18,8 @@ from quire.engine.models.model import ModelDtype
 from quire.engine.models.safetensors import FolderWeights
 from quire.engine.models.settings import Settings
 from quire.engine.models.weights import Weights
+from quire.engine.parallel.group import Group
+from quire.engine.parallel.shards import ShardedWeights
 from quire.service.checkpoint.locate import CheckpointFormat
 from quire.service.errors import ModelError
 
@@ -66,16 +68,20 @@ def load_gpu_model(
     *,
     dummy: bool = False,
     kv_dtype: torch.dtype | None = None,
+    group: Group | None = None,
 ) -> GpuDecoder:
-    """As `load_model`, for a GPU; `kv_dtype` of keys and values is the model's, or FP8.
+    """As `load_model`, for a GPU; `kv_dtype` of keys and values is the model's, or FP8. In a group it is this rank's
+    part of the model.
 
     Raises ModelError if the GPU's memory does not suffice, too.
     """
     made = _dummy(path, format, dtype, device) if dummy else None
     weights, config, family = open_weights(path, format, progress, made)
+    if group is not None:
+        weights, config = ShardedWeights(weights, config, group.shard), group.shard.config(config)
     activity = _activity(made)
     model = GpuDecoder(
-        weights, config, family.load_layer, dtype, device, lambda done: progress(done, activity), kv_dtype
+        weights, config, family.load_layer, dtype, device, lambda done: progress(done, activity), kv_dtype, group
     )
     weights.finish()
     return model

@@ -63,6 +63,11 @@ class FolderWeights:
         """[rows, columns], in the type it is stored in."""
         return self._take(name, (rows, columns))
 
+    def part(self, name: str, shape: tuple[int, int], rows: range, columns: range) -> LinearWeight:
+        """Of the matrix `name`, which has `shape`, these rows and columns."""
+        # A view of the mapped file: what it leaves out is not read.
+        return self._take(name, shape)[rows.start : rows.stop, columns.start : columns.stop]
+
     def frequency_divisors(self, size: int) -> None:
         """There are none: the settings say it all."""
 

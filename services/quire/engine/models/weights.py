@@ -52,6 +52,12 @@ class Weights(Tensors, Protocol):
 
     settings: Settings
 
+    def part(self, name: str, shape: tuple[int, int], rows: range, columns: range) -> LinearWeight:
+        """Of the matrix `name`, which has `shape`, these rows and columns; of a tensor with rows by head, whole heads.
+
+        Nothing else is read, but the rest of packed blocks that are cut.
+        """
+
     def frequency_divisors(self, size: int) -> Tensor | None:
         """Float32 [size], by which rotary frequencies are to be divided; None if the settings say it all."""
 
