@@ -10,7 +10,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from operator_strategies import document, services
 
@@ -241,17 +241,6 @@ def test_render_says_what_it_wants(text: str, said: str, tmp_path: Path, capsys:
 @given(service=services)
 def test_every_flag_is_one_that_the_service_knows(service: InferenceService) -> None:
     """The services' own parsers read what their containers are started with; a flag that is gone is a crash loop."""
-    assume(service.spec.engine.gpus <= 1 and not service.spans_nodes)
-    assert_flags_are_known(service)
-
-
-@settings(max_examples=10, deadline=None)
-@given(service=services)
-def test_every_flag_of_several_gpus_is_one_that_the_engine_knows(service: InferenceService) -> None:
-    """The same of engines that share a model."""
-    if "--tensor-parallel-size" not in parser_of("quire.engine")().format_help():
-        pytest.skip("this engine runs on one GPU")
-    assume(service.spec.engine.gpus > 1)
     assert_flags_are_known(service)
 
 
