@@ -340,16 +340,18 @@ def test_a_hub_name_without_a_hub() -> None:
     assert "hf auth login" in result.stdout
 
 
-def test_a_hub_name_in_the_cache(tmp_path: Path, folder: Path) -> None:
-    """A model fetched before could not be served offline, or would be named by its snapshot's hash."""
+@pytest.mark.parametrize(("revision", "typed"), [("main", "owner/name"), ("v1.0", "owner/name@v1.0")])
+def test_a_hub_name_in_the_cache(tmp_path: Path, folder: Path, revision: str, typed: str) -> None:
+    """A model fetched before could not be served offline, would be named by its snapshot's hash, or be of another
+    revision than the one that was asked for."""
     snapshot = tmp_path / "hub" / "models--owner--name" / "snapshots" / ("0" * 40)
     snapshot.parent.mkdir(parents=True)
     folder.rename(snapshot)
     (tmp_path / "hub" / "models--owner--name" / "refs").mkdir()
-    (tmp_path / "hub" / "models--owner--name" / "refs" / "main").write_text("0" * 40)
+    (tmp_path / "hub" / "models--owner--name" / "refs" / revision).write_text("0" * 40)
     program = (
         "from quire.service.checkpoint import load_text, locate\n"
-        "checkpoint = locate('owner/name', text_only=True)\n"
+        f"checkpoint = locate('{typed}', text_only=True)\n"
         "print(checkpoint.name, checkpoint.format.value, load_text(checkpoint).vocab_size)"
     )
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub")}

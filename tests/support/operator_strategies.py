@@ -20,7 +20,8 @@ _resources = st.fixed_dictionaries(
     },
 )
 _hub = st.fixed_dictionaries(
-    {"name": st.just("Qwen/Qwen3-8B")}, optional={"tokenSecret": st.fixed_dictionaries({"name": _names})}
+    {"name": st.just("Qwen/Qwen3-8B")},
+    optional={"tokenSecret": st.fixed_dictionaries({"name": _names}), "revision": st.sampled_from(["v1", "refs/pr/3"])},
 )
 _cache = st.fixed_dictionaries({"size": _quantities}, optional={"storageClass": _names})
 _models = st.one_of(
@@ -32,7 +33,8 @@ _models = st.one_of(
 
 
 def _with_gpus(engine: Document) -> Document:
-    return {**engine, "gpus": engine.get("gpus") or 1} if engine.get("nodes", 1) > 1 else engine
+    takes = engine.get("nodes", 1) > 1 or engine.get("kvDtype") == "fp8"
+    return {**engine, "gpus": engine.get("gpus") or 1} if takes else engine
 
 
 _engines = st.fixed_dictionaries(
@@ -47,6 +49,8 @@ _engines = st.fixed_dictionaries(
         "nodes": st.sampled_from([1, 1, 1, 2, 4]),
         "resources": _resources,
         "maxModelLen": st.integers(16, 10**6),
+        "kvDtype": st.sampled_from(["auto", "fp8"]),
+        "speculation": st.fixed_dictionaries({}, optional={"enabled": st.booleans(), "tokens": st.integers(1, 64)}),
         "kvCache": st.sampled_from(["1Mi", "512Mi", "8Gi", "1.5G", "1Ti"]),
         "surge": st.integers(0, 3),
         "extraArgs": st.lists(st.sampled_from(["--max-waiting=4", "--no-prefix-caching"]), max_size=2),

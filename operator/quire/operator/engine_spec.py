@@ -9,11 +9,13 @@ from msgspec import Meta, field
 from quire.operator.autoscaling_spec import Autoscaling
 from quire.operator.rules import Rule, Spec, matches
 from quire.operator.spec_parts import IMAGE, IMAGE_ADVICE, MEMORY, ResourceSpec
+from quire.operator.speculation_spec import SpeculationSpec
 
 _OWN_FLAGS = ("listen", "name", "model", "sidecar", "metrics-port", "grace", "log-level", "log-format")
-_FIELD_FLAGS = ("max-model-len", "dtype", "kv-cache-bytes", "max-num-seqs")
+_FIELD_FLAGS = ("max-model-len", "dtype", "kv-cache-bytes", "kv-cache-dtype", "max-num-seqs")
+_DRAFT_FLAGS = ("speculation", "num-speculative-tokens", "speculative-model")
 _GROUP_FLAGS = ("tensor-parallel-size", "nnodes", "node-rank", "master-addr", "master-port", "rendezvous-timeout")
-_TAKEN = f"--({'|'.join((*_OWN_FLAGS, *_FIELD_FLAGS, *_GROUP_FLAGS))})(=.*)?"
+_TAKEN = f"--({'|'.join((*_OWN_FLAGS, *_FIELD_FLAGS, *_DRAFT_FLAGS, *_GROUP_FLAGS))})(=.*)?"
 
 
 class Toleration(Spec, frozen=True):
@@ -93,6 +95,13 @@ class EngineSpec(Spec, frozen=True):
         Annotated[str, Meta(max_length=32)] | None,
         Meta(description="Memory for keys and values, such as 8Gi; left out, the engine's default."),
     ] = None
+    kv_dtype: Annotated[
+        Literal["auto", "fp8"],
+        Meta(description="What keys and values are kept in; fp8 takes half the memory, and a GPU that has it."),
+    ] = "auto"
+    speculation: Annotated[SpeculationSpec, Meta(description="Drafts, several of which a step may verify.")] = field(
+        default_factory=SpeculationSpec
+    )
     max_num_seqs: Annotated[
         Annotated[int, Meta(ge=1, le=4096)] | None,
         Meta(description="Sequences in a batch; left out, the engine's default."),
@@ -133,6 +142,11 @@ class EngineSpec(Spec, frozen=True):
             "instead of engine.nodes",
             lambda engine: engine.nodes == 1 or engine.gpus > 0,
         ),
+        Rule(
+            "!has(self.kvDtype) || self.kvDtype != 'fp8' || (has(self.gpus) && self.gpus > 0)",
+            "kvDtype is fp8, which takes a GPU: set engine.gpus, or leave engine.kvDtype out",
+            lambda engine: engine.kv_dtype != "fp8" or engine.gpus > 0,
+        ),
         matches(
             "kv_cache", MEMORY, "kvCache is not an amount of memory: write a number with Mi, Gi or Ti, such as 8Gi"
         ),
@@ -144,9 +158,9 @@ class EngineSpec(Spec, frozen=True):
         ),
         Rule(
             f"!self.exists(flag, flag.matches('^{_TAKEN}$'))",
-            "extraArgs sets a flag that the operator sets: use maxModelLen, dtype, kvCache or maxNumSeqs for those, "
-            "gpus and nodes for those of several GPUs, and leave out --listen, --name, --model, --sidecar, "
-            "--metrics-port, --grace and the log's",
+            "extraArgs sets a flag that the operator sets: use maxModelLen, dtype, kvCache, kvDtype or maxNumSeqs for "
+            "those, speculation for drafts', gpus and nodes for those of several GPUs, and leave out --listen, --name, "
+            "--model, --sidecar, --metrics-port, --grace and the log's",
             lambda flags: not any(matches("", _TAKEN, "").holds(flag) for flag in flags),
             "extra_args",
         ),

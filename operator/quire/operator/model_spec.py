@@ -14,9 +14,18 @@ class HubModel(Spec, frozen=True):
     """A model on the Hugging Face hub. Every pod downloads it, into the cache if there is one."""
 
     name: Annotated[str, Meta(description="Its name on the hub, as OWNER/NAME.", min_length=3, max_length=200)]
+    revision: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=200)] | None,
+        Meta(description="A branch, tag or commit; left out, the hub's main branch, as it is when a pod downloads it."),
+    ] = None
     token_secret: Annotated[SecretKey | None, Meta(description="The hub's token, for private and gated models.")] = None
 
     rules = (
+        matches(
+            "revision",
+            r"\w[\w./-]*",
+            "revision is no branch, tag or commit: write one as the hub shows it, such as v1.0",
+        ),
         matches("name", r"\w[\w.-]*/\w[\w.-]*", "name is not a hub name: write OWNER/NAME, such as Qwen/Qwen3-8B"),
     )
 

@@ -154,7 +154,15 @@ class InferenceServiceSpec(Spec, frozen=True):
         Meta(description="Secrets with which nodes pull the images.", max_length=8),
     ] = ()
 
-    rules = (each_matches("image_pull_secrets", NAME, f"imagePullSecrets holds a bad name: use {NAME_ADVICE}"),)
+    rules = (
+        each_matches("image_pull_secrets", NAME, f"imagePullSecrets holds a bad name: use {NAME_ADVICE}"),
+        Rule(
+            "!has(self.engine) || !has(self.engine.speculation) || !has(self.engine.speculation.head) || "
+            "(has(self.model) && (has(self.model.claim) || has(self.model.image)))",
+            "engine.speculation.head is a folder beside the model: give model.claim or model.image, or leave it out",
+            lambda spec: spec.engine.speculation.head is None or bool(spec.model.claim or spec.model.image),
+        ),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from quire.operator.resources.metadata import Component, Manifest
 from quire.operator.resources.pods import container, deployment, linger, own_name, pod_template, resources_of
 from quire.operator.revision import Revision
 from quire.operator.spec import InferenceService
+from quire.operator.speculation_spec import SpeculationSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,6 +165,19 @@ def _flags(spec: EngineSpec) -> list[str]:
         found.append(f"--max-model-len={spec.max_model_len}")
     if spec.kv_cache is not None:
         found.append(f"--kv-cache-bytes={whole_bytes(spec.kv_cache)}")
+    if spec.kv_dtype != "auto":
+        found.append(f"--kv-cache-dtype={spec.kv_dtype}")
     if spec.max_num_seqs is not None:
         found.append(f"--max-num-seqs={spec.max_num_seqs}")
+    return found + _draft_flags(spec.speculation)
+
+
+def _draft_flags(spec: SpeculationSpec) -> list[str]:
+    found = []
+    if not spec.enabled:
+        found.append("--speculation=off")
+    if spec.tokens != SpeculationSpec().tokens:
+        found.append(f"--num-speculative-tokens={spec.tokens}")
+    if spec.head is not None:
+        found.append(f"--speculative-model={model.beside(spec.head)}")
     return found

@@ -30,9 +30,15 @@ def flags(service: InferenceService) -> list[str]:
     """For every container that reads the model or its tokenizer; none is the model in the image."""
     model = service.spec.model
     if model.hub:
-        return [f"--model={model.hub.name}"]
+        at = f"@{model.hub.revision}" if model.hub.revision else ""
+        return [f"--model={model.hub.name}{at}"]
     mounted = model.claim or model.image
     return [f"--model={_MODEL}/{mounted.path}".rstrip("/")] if mounted else []
+
+
+def beside(path: str) -> str:
+    """Where a container sees `path` of the volume that the model is on."""
+    return f"{_MODEL}/{path}"
 
 
 def volumes(service: InferenceService) -> list[Manifest]:
@@ -71,7 +77,7 @@ def environment(service: InferenceService) -> list[Manifest]:
 
 
 def kernel_cache(service: InferenceService) -> list[Manifest]:
-    """Where a GPU's kernels stay once they are compiled: beside what was downloaded, which outlives a pod if it is kept.
+    """Where a GPU's kernels stay once they are compiled: beside the hub's downloads, which may outlive the pod.
 
     Elsewhere it is the pod's own scratch folder.
     """

