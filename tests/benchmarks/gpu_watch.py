@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from quire.engine.core import EngineCore
-from quire.engine.gpu.runner import GpuPendingStep, GpuRunner
+from quire.engine.gpu.pending import GpuPendingStep
+from quire.engine.gpu.runner import GpuRunner
 from quire.engine.plan import StepPlan
 from quire.service.pages import PAGE_SIZE
 

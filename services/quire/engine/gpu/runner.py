@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -27,19 +26,18 @@ from quire.engine.gpu.drawing import adjust, draw_tokens, report_tokens
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.eagle_drafter import EagleInPages, PendingDrafts
 from quire.engine.gpu.graphs import Graphs, batch_sizes, token_sizes
-from quire.engine.gpu.reports import PromptReport, TokenReport
-from quire.engine.logprobs import Found
+from quire.engine.gpu.mask_rows import MaskRows
+from quire.engine.gpu.pending import GpuPendingStep, Results
+from quire.engine.gpu.reports import PromptReport
 from quire.engine.models.gpu_decoder import GpuDecoder, GpuStep
-from quire.engine.plan import StepPlan, StepResult
+from quire.engine.plan import StepPlan
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.kernels.adjust import new_scratch
 from quire.kernels.attention_worklist import AttentionLimits
 from quire.kernels.logprobs import new_logprobs
 from quire.kernels.step_inputs import StepInputs, prepare_inputs
-from quire.kernels.token_mask import apply_token_mask_triton
-from quire.service.errors import InternalError
 from quire.service.pages import PAGE_SIZE
-from quire.service.request import MAX_LOGPROBS, TokenLogprobs
+from quire.service.request import MAX_LOGPROBS
 
 # Larger steps take longer to run than to launch kernel by kernel, and are rarely of a size seen before.
 _LARGEST_GRAPH = 2048
@@ -50,47 +48,6 @@ _MOST_VERIFIED = 16
 # What their heads that share a KV head may take of a program's memory, beside blocks of keys and values, each of which
 # may be so long.
 _VERIFIED_BYTES, _KEY_BYTES = 16 << 10, 256
-
-
-@dataclass(slots=True)
-class GpuPendingStep:
-    """A step on its way; see quire.engine.runner.PendingStep."""
-
-    staged: StagedStep
-    draw_masked: Callable[[GpuPendingStep, StepMasks | None], None]
-    drawn: bool = False
-    token_ids: Tensor | None = None  # on the host, once `done`
-    accepted: Tensor | None = None  # int32 [slots] on the host, likewise; None: no drafts are verified
-    done: torch.cuda.Event | None = None
-    logprobs: TokenReport | None = None
-    prompt_logprobs: list[PromptReport] = field(default_factory=list)
-    drafts: PendingDrafts | None = None
-    num_captured: int = 0  # graphs
-
-    def draw(self, masks: StepMasks | None) -> None:
-        if not self.drawn:
-            self.draw_masked(self, masks)
-
-    def wait(self) -> StepResult:
-        if self.token_ids is None:
-            raise InternalError("the step's masks never came")
-        if self.done is not None:
-            self.done.synchronize()
-        draws, token_ids = self.staged.draws, np.full(len(self.staged.work), -1)
-        drawn = self.token_ids[: len(draws)].numpy()
-        accepted = np.zeros(len(draws.items), dtype=np.int64)
-        if self.accepted is not None:
-            verified = draws.verified
-            accepted[verified] = self.accepted.numpy()[draws.slots[draws.firsts[verified]]]
-        token_ids[draws.items] = drawn[draws.firsts + accepted]
-        logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        if self.logprobs is not None:
-            logprobs = self.logprobs.read(draws, accepted)
-        prompts = {report.item: tuple(report.read()) for report in self.prompt_logprobs}
-        drafts = self.drafts.read() if self.drafts is not None else {}
-        seconds = self.drafts.seconds if self.drafts is not None else 0.0
-        kept, repeatable = draws.kept(accepted), self.num_captured == 0
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompts, kept, drafts, seconds, repeatable)
 
 
 class GpuRunner:
@@ -120,7 +77,6 @@ class GpuRunner:
         self._model = model
         self._device = device
         self._stream = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
-        self._copies = torch.cuda.Stream(device) if on_gpu else None  # type: ignore[no-untyped-call]
         agree = None if model.group is None else model.group.agree
         self._graphs = Graphs(self._stream, enabled=graphs and on_gpu, agree=agree)
         self._batch = batch = GpuBatch(max_num_seqs, max_model_len, device, max_draft_tokens)
@@ -141,16 +97,11 @@ class GpuRunner:
         num_draws = batch.num_draws
         self._hidden = torch.zeros(num_draws, model.config.hidden_size, dtype=model.dtype, device=device)
         self._drawn = torch.zeros(num_draws, dtype=torch.int64, device=device)
-        self._results = [torch.zeros(num_draws, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
-        self._accepted = [torch.zeros_like(batch.accepted, device="cpu", pin_memory=on_gpu) for _ in range(3)]
-        self._turn = 0
         self._scratch = new_scratch(min(num_draws, _ADJUSTED_AT_ONCE), vocab_size, device)
         most = min(MAX_LOGPROBS, vocab_size)
         self._reports = new_logprobs(num_draws, most, device)
-        self._found = [self._new_found(num_draws, most) for _ in self._results]
-        words = -(-vocab_size // 32)
-        self._masks = torch.zeros(num_draws, words, dtype=torch.int32, device=device)
-        self._mask_rows = torch.zeros(num_draws, dtype=torch.int32, device=device)
+        self._results = Results(batch, most)
+        self._masks = MaskRows(num_draws, vocab_size, device, self._stream, self._draw_sizes)
         self._drafter: EagleInPages | None = None
         if head is not None:
             sizes = (self._batch_sizes, self._token_sizes) if on_gpu else None
@@ -310,7 +261,7 @@ class GpuRunner:
         with torch.inference_mode(), self._on_stream():
             staged, count, num_graphs = step.staged, len(step.staged.draws), self._num_graphs
             if count:
-                num_masks = self._send_masks(staged, masks) if masks is not None and masks.work else 0
+                num_masks = self._masks.send(staged, masks) if masks is not None and masks.work else 0
                 state, slots = self._batch.sampling, staged.draws.slots
                 adjusted = state.penalizes[slots] | state.biases[slots]
                 adjusted |= state.forbids_ends[slots] | state.forbids_words[slots]
@@ -320,7 +271,7 @@ class GpuRunner:
             if staged.work.drafts.any():
                 self._verify()
             step.drafts = self._draft(staged)
-            self._send_back(step)
+            self._results.send(step, self._drawn, self._reports, self._stream)
             step.num_captured += self._num_graphs - num_graphs
         step.drawn = True
 
@@ -337,7 +288,7 @@ class GpuRunner:
         if adjusted:
             adjust(logits, self._batch, self._scratch)
         if num_masks:
-            apply_token_mask_triton(logits, self._mask_rows[:num_masks], self._masks[:num_masks])
+            self._masks.apply(logits, num_masks)
         draw_tokens(logits, self._batch, drawn)
         if reported:
             report_tokens(as_given, self._batch, drawn, self._reports)
@@ -345,61 +296,6 @@ class GpuRunner:
     def _logits(self, num_rows: int) -> Tensor:
         """Of the first rows of `_hidden`; they will be changed."""
         return self._model.logits(self._hidden[:num_rows])
-
-    def _send_back(self, step: GpuPendingStep) -> None:
-        count = len(step.staged.draws)
-        self._turn = (self._turn + 1) % len(self._results)
-        step.token_ids = self._results[self._turn]
-        step.token_ids[:count].copy_(self._drawn[:count], non_blocking=True)
-        if step.staged.work.drafts.any():
-            step.accepted = self._accepted[self._turn]
-            step.accepted.copy_(self._batch.accepted, non_blocking=True)
-        self._send_reports(step)
-        if self._stream is not None:
-            step.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            step.done.record(self._stream)
-
-    def _send_reports(self, step: GpuPendingStep) -> None:
-        draws = step.staged.draws
-        num_top = self._batch.sampling.num_logprobs[draws.slots]
-        rows = np.flatnonzero(num_top >= 0)
-        if rows.size:
-            found, there = self._found[self._turn], self._reports
-            columns = (there.chosen, there.ranks, there.top_tokens, there.top_logprobs)
-            for values, column in zip(found, columns, strict=True):
-                values[: len(draws)].copy_(column[: len(draws)], non_blocking=True)
-            step.logprobs = TokenReport(rows, num_top[rows], found)
-
-    def _send_masks(self, staged: StagedStep, masks: StepMasks) -> int:
-        """Copies masks beside the forward pass; returns how many."""
-        rows = staged.draws.rows_of(masks.work).astype(np.int32)
-        size = self._draw_sizes(len(rows)) or len(rows)
-        padded = np.full(size, -1, dtype=np.int32)
-        padded[: len(rows)] = rows
-        # Blocks until the masks are there, while the forward pass runs.
-        bits = torch.from_numpy(masks.batch.rows.view(np.int32))
-        if self._copies is None or self._stream is None:
-            self._masks[: len(rows)].copy_(bits)
-            self._mask_rows[:size].copy_(torch.from_numpy(padded))
-            return size
-        # No step that still reads the last masks can be running: its tokens were needed to ask for these.
-        with torch.cuda.stream(self._copies):
-            self._masks[: len(rows)].copy_(self._pinned(bits), non_blocking=True)
-            self._mask_rows[:size].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
-        self._stream.wait_stream(self._copies)
-        return size
-
-    def _pinned(self, values: Tensor) -> Tensor:
-        return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
-
-    def _new_found(self, num_rows: int, most: int) -> Found:
-        """On the host, for what `_reports` has."""
-        return Found(
-            torch.zeros(num_rows, pin_memory=self._pads),
-            torch.zeros(num_rows, dtype=torch.int32, pin_memory=self._pads),
-            torch.zeros(num_rows, most, dtype=torch.int32, pin_memory=self._pads),
-            torch.zeros(num_rows, most, pin_memory=self._pads),
-        )
 
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from quire.engine.gpu.runner import GpuPendingStep, GpuRunner
+from quire.engine.gpu.pending import GpuPendingStep
+from quire.engine.gpu.runner import GpuRunner
 from quire.engine.parallel.messages import Launch, Prepare
 from quire.engine.parallel.ranks import Ranks
 from quire.engine.plan import StepPlan, StepResult
