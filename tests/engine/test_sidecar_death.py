@@ -62,6 +62,9 @@ class FirstTokenRunner:
             step.draw(None)
         return step
 
+    def close(self) -> None:
+        """Holds nothing."""
+
 
 @dataclass
 class Engine:

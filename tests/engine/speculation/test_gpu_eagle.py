@@ -149,7 +149,7 @@ class CheckingRunner:
 
 
 @given(data=st.data())
-@settings(deadline=None, max_examples=40 if ON_GPU else 3)
+@settings(deadline=None, max_examples=40 if ON_GPU else 2)
 def test_drafts_are_those_of_the_text_alone_and_change_nothing(heads: Heads, data: st.DataObject) -> None:
     """A slot that was not written after a chunk, a hit, a preemption or a wrong draft, or one that was but shouldn't,
     makes drafts worse, which nobody sees; a draft that is wrong and kept would be seen by everybody."""
