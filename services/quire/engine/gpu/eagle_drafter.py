@@ -220,7 +220,7 @@ class EagleInPages:
         # What is no draft goes behind the last token that a slot may have.
         length = batch.token_ids.shape[1]
         columns_of = torch.where(there, positions + 1, length - 1).clamp_max_(length - 1)
-        self._targets[:, :size] = slots * length + columns_of
+        self._targets[:, :size] = slots.to(torch.int64) * length + columns_of
         starts = torch.arange(size + 1, dtype=torch.int32, device=ahead.device)
         query_start, *others = self._columns(self._steps, size)
         torch.minimum(starts, self._counts[:, None], out=query_start)
