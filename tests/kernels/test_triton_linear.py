@@ -50,7 +50,7 @@ def check(
         assert not space.arrivals.any()
 
 
-@settings(max_examples=examples(30, 150), deadline=None)
+@settings(max_examples=examples(30, 20), deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 7, 16, 33, 64]),
     columns=st.sampled_from([1, 16, 40, 64, 130]),

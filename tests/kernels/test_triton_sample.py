@@ -198,7 +198,7 @@ def test_logits_that_say_nothing_draw_nothing(row: Row) -> None:
 def test_what_cannot_be_read_is_refused() -> None:
     """Without it logits in another layout give other tokens and no error."""
     with pytest.raises(ValueError, match="contiguous along V"):
-        draw(torch.zeros(300, 1).t().expand(2, 300).t(), [Row(0)])
+        draw(torch.zeros(300, 2, device=DEVICE).t(), [Row(0), Row(1)])
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="graphs need a GPU")

@@ -143,7 +143,8 @@ class CheckingRunner:
 
     def tell(self, text: list[int], count: int) -> tuple[int, ...]:
         prompt = max((prompt for prompt in PROMPTS if tuple(text[: len(prompt)]) == prompt), key=len)
-        truth = [*prompt, *self.heads.answer(prompt), *[0] * count][len(text) : len(text) + count]
+        # A step that runs ahead may draw behind the answer's end.
+        truth = [*prompt, *self.heads.answer(prompt), *[0] * MAX_MODEL_LEN][len(text) : len(text) + count]
         self.num_told += count
         return tuple(token if self.random.random() < self.quality else (token + 1) % VOCAB_SIZE for token in truth)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Hashable, Sequence
@@ -76,11 +77,16 @@ class Graphs:
     def _capture(self, function: Callable[[], None]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         # torch.cuda.graph would also wait for the device, collect garbage and empty the cache: a pause for requests.
+        # Garbage that is collected meanwhile may be graphs, whose end would break this one's capture.
+        collects = gc.isenabled()
+        gc.disable()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             function()
         finally:
             graph.capture_end()
+            if collects:
+                gc.enable()
         return graph
 
 
