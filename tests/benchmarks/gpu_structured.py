@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_engine import MODELS, fixed, measure
+from gpu_profile import Profile
 
 from quire.engine.config import CoreConfig, Device, LoadFormat
 from quire.engine.loading import load_core
@@ -88,6 +89,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fill-us", type=float, default=0.0, help="that a row takes besides (default: none)")
+    parser.add_argument("--profile", action="store_true", help="of 20 constrained steps at each number of requests")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     constraint = Constraint(ConstraintKind.JSON_OBJECT)
@@ -113,6 +115,9 @@ def main() -> None:
         free, constrained = (statistics.median(seconds[masked]) for masked in (False, True))
         figures[count] = {"free_s": seconds[False], "constrained_s": seconds[True], "cost": constrained / free - 1}
         print(count, json.dumps(figures[count]), flush=True)
+        if args.profile:
+            measure(core, fixed(count, 128, 256, seed), constraint=constraint, each_step=Profile(40, 20))
+            seed += count
     core.close()
     print(torch.cuda.get_device_name())
     if args.out:

@@ -216,7 +216,7 @@ class Speculator:
             sequence.num_wanted = places or int(prospect.num_idle % _PROBED < _PROBES)
 
     def observe_step(self, measured: StepTime | None) -> None:
-        """A step was read; None: it compiled or captured something, which also held up the reading of the one before."""
+        """A step was read; None: it compiled or captured something, which held up the one before it, too."""
         if measured is not None and self._measured is not None:
             before = self._measured
             if before.seconds is not None:
