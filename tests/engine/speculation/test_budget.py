@@ -18,8 +18,10 @@ from quire.engine.page_pool import PagePool
 from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import StepMasks
 from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.engine.speculation.acceptance import Rates
 from quire.engine.speculation.budget import Offer, choose
 from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.drafts import Drafter
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator, StepTime
 from quire.service.request import Request, SamplingParams, StopConditions
 
@@ -311,6 +313,22 @@ def test_a_device_with_a_head_does_not_wait_for_the_host(
     assert took < without / 2.5
     _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, head=Head(0.0005, right=False), host=host)
     assert finish(core, machine) <= 1.03 * without
+
+
+def test_a_few_drafts_say_what_a_new_drafter_is_worth() -> None:
+    """Where nothing is known a rate that moves slowly has a short answer pay for drafts that are never right."""
+    rates = Rates.of_all()
+    for _ in range(4):
+        rates.record(Drafter.EAGLE, 0, True)
+    assert rates[Drafter.EAGLE] < 0.25
+    for _ in range(200):
+        rates.record(Drafter.EAGLE, 1, False)
+    settled = rates[Drafter.EAGLE]
+    rates.record(Drafter.EAGLE, 0, True)
+    assert 0.9 < settled and settled - rates[Drafter.EAGLE] < 0.011
+    one = Rates(start=rates)
+    one.record(Drafter.EAGLE, 1, False)
+    assert one[Drafter.EAGLE] > rates[Drafter.EAGLE]
 
 
 def test_what_is_compiled_for_one_step_is_no_cost_of_the_one_before() -> None:
