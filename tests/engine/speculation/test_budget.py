@@ -325,7 +325,7 @@ def test_a_few_drafts_say_what_a_new_drafter_is_worth() -> None:
         rates.record(Drafter.EAGLE, 1, False)
     settled = rates[Drafter.EAGLE]
     rates.record(Drafter.EAGLE, 0, True)
-    assert 0.9 < settled and settled - rates[Drafter.EAGLE] < 0.011
+    assert settled > 0.9 and settled - rates[Drafter.EAGLE] < 0.011
     one = Rates(start=rates)
     one.record(Drafter.EAGLE, 1, False)
     assert one[Drafter.EAGLE] > rates[Drafter.EAGLE]
