@@ -2,7 +2,7 @@
 
     python tests/benchmarks/speculation.py
     python tests/benchmarks/speculation.py --head FOLDER --rounds 5
-    python tests/benchmarks/speculation.py --head FOLDER --requests 1 8 64 --gpu-memory-utilization 0.4
+    python tests/benchmarks/speculation.py --head FOLDER --requests 1 8 64 --kv-cache-bytes 20000000000
 
 Kinds of text: code that is copied, as an editor asks for, JSON under a schema, talk, and the questions that heads are
 evaluated on, for JSON among them. Two engines are in one process; each answers each prompt in each round.
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--head", type=Path, metavar="FOLDER", help="an EAGLE-3 head to draft with (default: suffixes)")
     parser.add_argument("--num-tokens", type=int, default=8, metavar="N", help="drafts a step, at most (default: 8)")
     parser.add_argument("--requests", type=int, nargs="+", default=[1], metavar="N", help="at once (default: 1)")
-    parser.add_argument("--gpu-memory-utilization", type=float, metavar="SHARE", help="of each engine, on a GPU")
+    parser.add_argument("--kv-cache-bytes", type=int, metavar="N", help="of each engine: on a GPU, which both share")
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="(default: %(default)s)")
     arguments = parser.parse_args()
     drafts: dict[str, object] = {"method": "suffix", "num_speculative_tokens": arguments.num_tokens}
@@ -106,9 +106,7 @@ def main() -> None:
     table = Table()
     for name in ("tokens/s, median", "at once", "without drafts", "with", "ratio of each round, median"):
         table.add_column(name, justify="left" if name.startswith("tokens") else "right")
-    given = (
-        {} if arguments.gpu_memory_utilization is None else {"gpu_memory_utilization": arguments.gpu_memory_utilization}
-    )
+    given = {} if arguments.kv_cache_bytes is None else {"kv_cache_bytes": arguments.kv_cache_bytes}
     with (
         LLM(arguments.model, **given) as plain,
         LLM(arguments.model, **given, speculative_config=drafts) as speculating,

@@ -84,8 +84,8 @@ def _data_parser() -> Parser:
     )
     add("--max-num-seqs", type=int, metavar="N", help="sequences in the model's batch (default: the engine's)")
     add(
-        "--gpu-memory-utilization", type=float, metavar="SHARE",
-        help="of a GPU's memory: less where several of these commands share one (default: the engine's)",
+        "--kv-cache-bytes", type=int, metavar="N",
+        help="for pages: what to say where several of these commands share a GPU (default: the engine's)",
     )  # fmt: skip
     add("--seed", type=int, default=default.seed, metavar="N", help="of all draws (default: %(default)s)")
     add("--max-minutes", type=float, metavar="M", help="begin no other part after that")
@@ -161,7 +161,7 @@ def _data(arguments: Any) -> int:
     folder.begin({"target": checkpoint.name, **settings})
     enough = _after(arguments.max_minutes)
     tokens = 0
-    given = {name: getattr(arguments, name) for name in ("max_num_seqs", "gpu_memory_utilization")}
+    given = {name: getattr(arguments, name) for name in ("max_num_seqs", "kv_cache_bytes")}
     with _llm(checkpoint, **given) as llm, _progress("dialogues") as progress:
         task = progress.add_task("", total=config.num_parts, completed=sum(map(folder.has, range(config.num_parts))))
 
