@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quire.speculate.dialogues import Dialogue
@@ -23,6 +24,7 @@ class Batch:
 
     token_ids: Tensor  # int64 [batch, length]
     wanted: Tensor  # bool [batch, length]
+    before: Tensor  # int64 [N], where in [batch × length] a token stands whose next one is wanted
 
     @classmethod
     def of(cls, dialogues: Sequence[Dialogue], max_length: int) -> Batch:
@@ -36,11 +38,15 @@ class Batch:
             token_ids[row, : len(kept)] = kept
             for begin, end in dialogue.spans:
                 wanted[row, begin : min(end, length)] = True
-        return cls(token_ids, wanted)
+        before = F.pad(wanted[:, 1:], (0, 1)).flatten().nonzero().squeeze(1)
+        return cls(token_ids, wanted, before)
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`."""
-        return Batch(self.token_ids.to(device), self.wanted.to(device))
+        """The same on `device`; a GPU is not waited for."""
+        tensors = (self.token_ids, self.wanted, self.before)
+        if device.type == "cuda":
+            return Batch(*(tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors))
+        return Batch(*(tensor.to(device) for tensor in tensors))
 
 
 def batches(
