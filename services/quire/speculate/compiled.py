@@ -22,7 +22,7 @@ class Compiled(Generic[_P, _R]):
 
     def __init__(self, function: Callable[_P, _R]) -> None:
         self._function = function
-        self._compiled: Callable[_P, _R] = torch.compile(function, fullgraph=True)
+        self._compiled: Callable[_P, _R] = torch.compile(function)
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         first = args[0]

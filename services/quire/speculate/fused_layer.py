@@ -14,8 +14,8 @@ from quire.speculate.compiled import Compiled
 
 
 def no_planned_attention() -> AbstractContextManager[None]:
-    """Within it `scaled_dot_product_attention` takes none of cuDNN's kernels, torch's first choice on a Hopper GPU: they
-    are planned anew for each batch size and length, which takes tens of milliseconds."""
+    """Within it `scaled_dot_product_attention` takes none of cuDNN's kernels, torch's first choice on a Hopper GPU:
+    they are planned anew for each batch size and length, which takes tens of milliseconds."""
     return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 

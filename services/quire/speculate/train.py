@@ -60,6 +60,8 @@ class TrainConfig:
                 )
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"--learning-rate is {self.learning_rate:g}: give more than 0, less than 1")
+        if not 0 < self.step_decay <= 1:
+            raise ConfigError(f"--step-decay is {self.step_decay:g}: give more than 0, at most 1", field="step_decay")
         if not self.max_minutes > 0:
             raise ConfigError(f"--max-minutes is {self.max_minutes:g}: give more than 0")
 
