@@ -22,12 +22,15 @@ class Compiled(Generic[_P, _R]):
 
     def __init__(self, function: Callable[_P, _R]) -> None:
         self._function = function
-        self._compiled: Callable[_P, _R] = torch.compile(function)
+        self._compiled: Callable[_P, _R] | None = None
 
     def __call__(self, *args: _P.args, **kwargs: _P.kwargs) -> _R:
         first = args[0]
         if not isinstance(first, Tensor) or not _compiles(first.device.type):
             return self._function(*args, **kwargs)
+        if self._compiled is None:
+            # Importing the compiler takes seconds, and a CPU needs none of it.
+            self._compiled = torch.compile(self._function)
         for given in args:
             if isinstance(given, Tensor) and given.ndim and given.shape[0] == first.shape[0]:
                 torch._dynamo.maybe_mark_dynamic(given, 0)
