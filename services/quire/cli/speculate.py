@@ -115,6 +115,10 @@ def _train_parser() -> Parser:
         help="tokens that can be drafted (default: %(default)s)",
     )  # fmt: skip
     add("--steps", type=int, default=default.steps, metavar="N", help="drafts in a row (default: %(default)s)")
+    add(
+        "--step-decay", type=float, default=default.step_decay, metavar="R",
+        help="how much a draft counts, as a share of the one before (default: %(default)s)",
+    )  # fmt: skip
     add("--batch-tokens", type=int, default=default.batch_tokens, metavar="N", help="in a batch (default: %(default)s)")
     add("--max-length", type=int, default=default.max_length, metavar="N", help="dialogues are cut to (%(default)s)")
     add(
@@ -190,6 +194,7 @@ def _train(arguments: Any) -> int:
         "epochs",
         "draft_vocab_size",
         "steps",
+        "step_decay",
         "batch_tokens",
         "max_length",
         "learning_rate",
