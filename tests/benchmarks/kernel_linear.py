@@ -2,7 +2,8 @@
 
     PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --out figures
     PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --model qwen3-0.6b --rows 1 8
-    PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --model llama-8b --wide --out figures
+    PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --wide --model llama-8b \\
+        --matrix qkv --matrix o --matrix gate_up --matrix down --out figures
 
 For every matrix of the models and every number of rows: cuBLAS, the tile that is best where launches are dependent
 (programmatic dependent launch), in µs and in TB/s of weights, and what it takes without; the limit; then the lines of
@@ -28,7 +29,7 @@ import torch.nn.functional as F  # noqa: N812
 from gpu_timing import graph_us, summary
 from kernel_cases import DTYPE, SHAPES, Shape, error_ratio, random, turns
 from torch import Tensor
-from wide_tiles import MULTIPROCESSORS, wide_candidates
+from wide_tiles import MULTIPROCESSORS, limit_s, wide_candidates
 
 from quire.kernels.linear import SplitSpace, linear_triton
 from quire.kernels.linear_tiles import TUNED, LinearTile, WideTile, tile_for
@@ -38,8 +39,6 @@ from quire.kernels.silu_and_mul import silu_and_mul
 FEW_ROWS = (1, 2, 4, 8, 16, 32, 64)
 WIDE_ROWS = (64, 96, 128, 192, 256, 320, 384)
 SHARED_BYTES = 225_000
-# What an H200 reads and multiplies at most, measured: see `gpu_timing.measure_ceilings`.
-READ_BYTES_PER_S, FLOPS_PER_S = 4.14e12, 751e12
 # For all of them.
 COMPILATION_S = 240
 # So many of the fastest candidates are timed again.
@@ -65,8 +64,8 @@ class Matrix:
         return self.columns * self.size * 2 * (2 if self.gated else 1)
 
     def limit_us(self, rows: int) -> float:
-        """What reading W takes at least, or the arithmetic if that is longer."""
-        return max(self.num_bytes / READ_BYTES_PER_S, self.num_bytes * rows / FLOPS_PER_S) * 1e6
+        """What reading W takes on an H200, or the arithmetic if that is longer."""
+        return self.num_bytes * limit_s(rows) * 1e6
 
     def cublas(self, x: Tensor, weight: Tensor) -> Tensor:
         out = F.linear(x, weight)

@@ -8,14 +8,17 @@ its way while two are multiplied. And what the L2 cache can bring: W once for ea
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from quire.kernels.linear_tiles import WideTile
 
 MULTIPROCESSORS = 132
 # Shared memory of a program where so many have to fit a multiprocessor.
 SHARED_BYTES = {1: 230_000, 2: 114_000, 3: 75_000}
-# Rows that tiles would have to have at most, of those that there are.
-MOST_PADDING = 1.4
+# What an H200 reads from memory, and from its L2 cache, and multiplies at most.
+READ_BYTES_PER_S, CACHE_BYTES_PER_S, FLOPS_PER_S = 4.14e12, 6.5e12, 751e12
+# How many times the limit a tile may take by what the cache brings, and by arithmetic with rows that are not there.
+MOST_CACHE, MOST_PADDING = 2.2, 1.5
 
 # (rows, columns of a half, warps)
 _PLAIN = (
@@ -35,30 +38,29 @@ _GATED = ((64, 64, 4), (64, 64, 8), (64, 128, 8), (128, 64, 4), (128, 64, 8), (1
 
 def wide_candidates(columns: int, size: int, gated: bool, rows: int) -> Iterator[WideTile]:
     """For [rows, size] × [columns, size]ᵀ; `columns` are those of a half where it is gated."""
-    seen: set[WideTile] = set()
-    for fused in (True, False) if gated else (True,):
-        of_tiles = columns if fused or not gated else 2 * columns
-        halves = 2 if gated and fused else 1
-        for shape in _GATED if halves == 2 else _PLAIN:
-            if not _suits(shape, rows, plain_gate=gated and not fused):
-                continue
-            for tile in _cuts(shape, halves, of_tiles, size, rows, fused):
-                if tile not in seen:
-                    seen.add(tile)
-                    yield tile
+    found: dict[WideTile, None] = {}
+    for shape in _GATED if gated else _PLAIN:
+        if _suits(shape[0], shape[1] * (2 if gated else 1), rows):
+            found |= dict.fromkeys(_cuts(shape, 2 if gated else 1, columns, size, rows, True))
+    # An activation of its own costs two more trips of the result: only with the largest tiles.
+    for shape in _PLAIN if gated else ():
+        if shape[0] * shape[1] >= min(128, rows) * 256 and _suits(*shape[:2], rows):
+            found |= dict.fromkeys(_cuts(shape, 1, 2 * columns, size, rows, False))
+    yield from found
 
 
-def _suits(shape: tuple[int, int, int], rows: int, plain_gate: bool) -> bool:
-    tile_rows, columns, _ = shape
+def limit_s(rows: int) -> float:
+    """Seconds a byte of W takes at least."""
+    return max(1 / READ_BYTES_PER_S, rows / FLOPS_PER_S)
+
+
+def _suits(tile_rows: int, columns: int, rows: int) -> bool:
     row_tiles = -(-rows // tile_rows)
-    if row_tiles * tile_rows > max(64, rows * MOST_PADDING):
-        # W once beats rows for nothing, where rows are few.
-        return tile_rows == 128 and 64 < rows <= 128
-    # Small tiles of many rows read more from the L2 cache than it can bring.
-    if rows > 128 and tile_rows * columns < 128 * 128:
-        return tile_rows == 64 and columns == 128 and rows <= 192
-    # An activation of its own costs two more trips of the result: only with large tiles.
-    return not plain_gate or (tile_rows * columns >= 128 * 128 or (rows <= 64 and columns >= 128))
+    if tile_rows >= 2 * max(rows, 64):
+        return False
+    from_cache = (row_tiles + rows / columns) / CACHE_BYTES_PER_S
+    arithmetic = row_tiles * tile_rows / FLOPS_PER_S
+    return from_cache <= MOST_CACHE * limit_s(rows) and arithmetic <= MOST_PADDING * limit_s(rows)
 
 
 def _cuts(
@@ -68,15 +70,18 @@ def _cuts(
     tile_rows, tile_columns, warps = shape
     row_tiles, tiles = -(-rows // tile_rows), -(-columns // tile_columns)
     lines = tile_rows + halves * tile_columns
-    # Next to each other fit 16 warps of 128 registers a thread, of which the result takes most where four warps have
-    # more than 64 columns.
-    most = 1 if warps == 8 else 3 if tile_rows * tile_columns * halves <= 64 * 64 else 2
+    # How many fit next to each other: parts are added with 100 registers a thread if it has 32 outputs, else with 255.
+    outputs = tile_rows * tile_columns * halves // (32 * warps)
+    most = {4: 3, 8: 2}[warps] if outputs <= 32 else {4: 2, 8: 1}[warps]
     # One program with the memory for two: the next launch's begin while it ends.
     ways = [(1, SHARED_BYTES[1]), (1, SHARED_BYTES[2])] + [(fit, SHARED_BYTES[fit]) for fit in range(2, most + 1)]
     for fit, budget in ways:
         depth, stages = _stages(lines, budget)
         if stages >= 3:
-            yield WideTile(tile_rows, tile_columns, depth, stages, warps, fit * MULTIPROCESSORS, fused)
+            tile = WideTile(tile_rows, tile_columns, depth, stages, warps, fit * MULTIPROCESSORS, fused)
+            yield tile
+            if rows <= 128 and budget == SHARED_BYTES[2] and tile_columns >= 128:
+                yield replace(tile, prefetch=512)
     whole = row_tiles * tiles
     for fit in range(most, 0, -1):
         depth, stages = _stages(lines, SHARED_BYTES[fit])

@@ -18,7 +18,7 @@ class SplitSpace:
     arrivals: Tensor  # int32 [tiles], 0 between launches
 
     @classmethod
-    def new(cls, device: torch.device, elements: int = 12 << 20, tiles: int = 1 << 14) -> SplitSpace:
+    def new(cls, device: torch.device, elements: int = 9 << 20, tiles: int = 1 << 14) -> SplitSpace:
         """Room for products of up to `elements` outputs times splits."""
         return cls(
             torch.empty(elements, dtype=torch.float32, device=device),

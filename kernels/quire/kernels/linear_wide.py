@@ -58,9 +58,8 @@ class Cut:
         return cls(row_tiles, tiles, share, ceil_div(tiles * blocks, share), share % blocks != 0)
 
     def partials(self, tile: WideTile, gated: bool) -> int:
-        """Elements for parts: as many slots as pairs of a program and a tile can have sums."""
-        slots = self.row_tiles * (self.programs + self.tiles)
-        return slots * (2 if gated else 1) * tile.rows * tile.columns
+        """Elements for parts: a program may begin and end within a tile."""
+        return 2 * self.row_tiles * self.programs * (2 if gated else 1) * tile.rows * tile.columns
 
 
 def linear_wide(
@@ -149,9 +148,10 @@ def _multiply_blocks(
 
 @jit
 def _add_parts(ptrs: tl.tensor, parts: tl.tensor, STRIDE: tl.constexpr) -> tl.tensor:
-    total = tl.load(ptrs, cache_modifier=".cg")
+    """A tile's parts, of which `ptrs` are the first program's slots: it ends there, and the others begin there."""
+    total = tl.load(ptrs + STRIDE, cache_modifier=".cg")
     for part in tl.range(1, parts):
-        total += tl.load(ptrs + part * STRIDE, cache_modifier=".cg")
+        total += tl.load(ptrs + part * (2 * STRIDE), cache_modifier=".cg")
     return total
 
 
@@ -214,12 +214,13 @@ def _wide_kernel(
         if PARTS:
             ours = end - begin == blocks
             if end - begin < blocks:
-                # A program and a tile that meet have the slot of their sum: one of the two is always the next one.
                 first_program = tile * blocks // share
                 parts = ((tile + 1) * blocks - 1) // share - first_program + 1
-                slots = tl.program_id(0) * (tl.num_programs(1) + tiles) + tile
-                place = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-                mine = partials_ptr + (slots + program).to(tl.int64) * (halves * size) + place
+                # Two slots a program: of the tile that it begins within, and of the one that it ends within.
+                slots = partials_ptr + tl.program_id(0).to(tl.int64) * tl.num_programs(1) * (2 * halves * size)
+                slots += tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+                slot = 2 * program + (program == first_program).to(tl.int32)
+                mine = slots + slot * (halves * size)
                 tl.store(mine, acc)
                 if GATED:
                     tl.store(mine + size, acc_up)
@@ -229,7 +230,7 @@ def _wide_kernel(
                 ours = tl.atomic_add(arrivals, 1, sem="acq_rel") == parts - 1
                 if ours:
                     tl.store(arrivals, 0)
-                    theirs = partials_ptr + (slots + first_program).to(tl.int64) * (halves * size) + place
+                    theirs = slots + first_program * (2 * halves * size)
                     acc = _add_parts(theirs, parts, halves * size)
                     if GATED:
                         acc_up = _add_parts(theirs + size, parts, halves * size)
