@@ -18,7 +18,7 @@ SHARED_BYTES = {1: 230_000, 2: 114_000, 3: 75_000}
 # What an H200 reads from memory, and from its L2 cache, and multiplies at most.
 READ_BYTES_PER_S, CACHE_BYTES_PER_S, FLOPS_PER_S = 4.14e12, 6.5e12, 751e12
 # How many times the limit a tile may take by what the cache brings, and by arithmetic with rows that are not there.
-MOST_CACHE, MOST_PADDING = 2.2, 1.5
+MOST_CACHE, MOST_PADDING = 2.3, 1.5
 
 # (rows, columns of a half, warps)
 _PLAIN = (
@@ -70,9 +70,10 @@ def _cuts(
     tile_rows, tile_columns, warps = shape
     row_tiles, tiles = -(-rows // tile_rows), -(-columns // tile_columns)
     lines = tile_rows + halves * tile_columns
-    # How many fit next to each other: parts are added with 100 registers a thread if it has 32 outputs, else with 255.
-    outputs = tile_rows * tile_columns * halves // (32 * warps)
-    most = {4: 3, 8: 2}[warps] if outputs <= 32 else {4: 2, 8: 1}[warps]
+    # How many fit next to each other: threads of up to 32 outputs of a half, or 64 of a plain product's four warps,
+    # have some 130 registers, others up to 255.
+    few = tile_rows * tile_columns // (32 * warps) <= (64 if warps == 4 and halves == 1 else 32)
+    most = {4: 3, 8: 2}[warps] if few else {4: 2, 8: 1}[warps]
     # One program with the memory for two: the next launch's begin while it ends.
     ways = [(1, SHARED_BYTES[1]), (1, SHARED_BYTES[2])] + [(fit, SHARED_BYTES[fit]) for fit in range(2, most + 1)]
     for fit, budget in ways:

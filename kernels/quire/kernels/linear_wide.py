@@ -199,7 +199,8 @@ def _wide_kernel(
                 prefetch(lines + columns.to(tl.int64) * SIZE)
     if DEPENDENT:
         gdc_wait()
-    for tile in tl.range(first // blocks, (last + blocks - 1) // blocks):
+    # Addresses of results are not computed ahead of the loop: they would take 100 registers through all of it.
+    for tile in tl.range(first // blocks, (last + blocks - 1) // blocks, disable_licm=True):
         begin = tl.maximum(first - tile * blocks, 0)
         end = tl.minimum(last - tile * blocks, blocks)
         column = tile * COLUMNS
