@@ -80,8 +80,10 @@ def compile_tile(task: tuple[Tile, Tile, int]) -> str:
     workload = Workload("", [(query_len, 4096), (query_len + 16, 4096)], decode_query_len=query_len)
     try:
         if query_len == 0:
-            inputs = PagedInput(SHAPES[0], Workload("", [(1, 2048)] * 2), (decode, prefill))
-            inputs.launches_with_new_tokens()[0]()
+            # Plans are compiled for the number of sequences.
+            for step in STEPS:
+                inputs = PagedInput(SHAPES[0], Workload("", [(1, 32)] * len(step.seqs)), (decode, prefill))
+                inputs.launches_with_new_tokens()[0]()
         else:
             PagedInput(SHAPES[0], workload, (decode, prefill)).run(0)
         torch.cuda.synchronize()
@@ -137,6 +139,8 @@ def main() -> None:
         for _, tiles, which, query_len in parts
         for pair in tiles
     }
+    # And what lists a step's work.
+    tasks |= {(tile.keys, tile.programs_per_sm): (tile, prefill, 0) for tile, _ in of_steps}
     with multiprocessing.get_context("spawn").Pool(args.processes) as workers:
         for task, failure in zip(tasks.values(), workers.map(compile_tile, tasks.values(), chunksize=1), strict=True):
             if failure:
