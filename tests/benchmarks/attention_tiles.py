@@ -58,9 +58,10 @@ def decode_candidates(rows: int) -> Iterator[Tile]:
 
 
 def step_candidates(rows: int) -> Iterator[Tile]:
-    """Small programs, of which more fit a multiprocessor, and parts of 64 keys on: some 600 keys are few to stream."""
-    for keys, warps in ((32, 1), (32, 2), (64, 1), (64, 2), (64, 4), (128, 2), (128, 4), (128, 8)):
-        for stages in (3, 4, 5):
+    """Small programs, of which more fit a multiprocessor at once: registers leave room for 12 warps, and 64 sequences
+    of 8 KV heads are 512 programs, which should not be one and a half rounds."""
+    for keys, warps in ((32, 1), (32, 2), (64, 2), (64, 4), (128, 2), (128, 4)):
+        for stages in (3, 5):
             for programs in (4, 8, 12, 16):
                 yield Tile(rows, keys, warps, stages, programs, 128)
 
