@@ -64,6 +64,9 @@ def step_candidates(rows: int) -> Iterator[Tile]:
         for stages in (3, 5):
             for programs in (4, 8, 12, 16):
                 yield Tile(rows, keys, warps, stages, programs, 128)
+                if stages == 3 and (keys, warps) in ((32, 2), (64, 4)):
+                    # 16 warps, and nothing is spilled.
+                    yield Tile(rows, keys, warps, stages, programs, 128, max_registers=128)
 
 
 def prefill_candidates() -> Iterator[Tile]:
