@@ -133,7 +133,7 @@ def main() -> None:
     of_decodes = [(tile, prefill) for tile in (decode, *decode_candidates(decode.rows))]
     of_verifications = [(tile, prefill) for tile in (drafts, *decode_candidates(drafts.rows))]
     of_prefills = [(decode, tile) for tile in (prefill, *prefill_candidates())]
-    of_steps = [(tile, prefill) for tile in (decode, *step_candidates(decode.rows))]
+    of_steps = [(tile, prefill) for tile in (decode_tile(group, 1, num_seqs=64), *step_candidates(decode.rows))]
     # Workloads, tiles, which of a pair differs, queries of a sequence (see `compile_tile`)
     parts = [(STEPS, of_steps, 0, 0)]
     if not args.steps:

@@ -25,6 +25,7 @@ from quire.kernels.prefix_groups import PrefixGroups
 ITEM_FIELDS = 9
 
 _ANY = 2**30  # queries: so that limits differ without another compilation
+_MANY_SEQS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +94,16 @@ class WorkList:
     arrivals: Tensor  # int32 [slots, kv_heads], how many parts are done; 0 between launches
 
 
-def decode_tile(group: int, query_len: int, head_size: int = 128) -> Tile:
+def decode_tile(group: int, query_len: int, head_size: int = 128, num_seqs: int = 1) -> Tile:
     """For few queries of a sequence: bound by reading keys and values.
 
     For more than one query, a key must have at most 256 bytes.
     """
-    keys = 128 if query_len > 1 and head_size <= 128 else 64
-    return Tile(max(16, next_power_of_2(group * query_len)), keys, 4, 3, 4, 128)
+    rows = max(16, next_power_of_2(group * query_len))
+    if query_len > 1 and head_size <= 128:
+        return Tile(rows, 128, 4, 3, 4, 128)
+    # Of many sequences more programs than a multiprocessor holds wait for their turn: small ones all fit.
+    return Tile(rows, 64, 2, 3, 8, 128) if num_seqs >= _MANY_SEQS else Tile(rows, 64, 4, 3, 4, 128)
 
 
 def prefill_tile(head_size: int) -> Tile:
@@ -126,7 +130,7 @@ def list_work(
     prefix_lens int32 [S]: so many keys of each sequence are left out.
     """
     decode, prefill = tiles or (
-        decode_tile(shape.group, limits.decode_query_len, shape.head_size),
+        decode_tile(shape.group, limits.decode_query_len, shape.head_size, limits.max_seqs),
         prefill_tile(shape.head_size),
     )
     if limits.decode_query_len * shape.group > decode.rows or shape.group > prefill.rows:

@@ -60,19 +60,29 @@ class WideTile:
 TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | WideTile | None], ...]] = {
     (6144, 4096, False): (
         (16, LinearTile(64, 256, 3, swap=True)),
-        (64, LinearTile(64, 128, 6, swap=True, bulk=True)),
+        (32, LinearTile(64, 128, 6, swap=True, bulk=True)),
+        (64, WideTile(64, 64, 128, 6, 4, 96)),
+        (256, None),
+        (320, WideTile(64, 256, 64, 5, 8, 120)),
+        (384, None),
     ),
     (4096, 4096, False): (
         (16, LinearTile(64, 256, 4, splits=2, swap=True)),
         (64, LinearTile(32, 128, 6)),
+        (384, None),
     ),
     (14336, 4096, True): (
         (16, LinearTile(64, 128, 4, swap=True, bulk=True)),
-        (64, LinearTile(64, 128, 4, bulk=True)),
+        (32, LinearTile(64, 128, 4, bulk=True)),
+        (64, WideTile(64, 64, 128, 4, 4, 224)),
+        (96, None),
+        (128, WideTile(128, 128, 64, 4, 8, 112)),
+        (384, None),
     ),
     (4096, 14336, False): (
         (16, LinearTile(64, 256, 4, splits=2, swap=True, bulk=True)),
         (64, LinearTile(32, 128, 6)),
+        (384, None),
     ),
     (4096, 1024, False): (
         (16, LinearTile(64, 128, 6, splits=2, swap=True)),
