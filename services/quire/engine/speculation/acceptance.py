@@ -9,6 +9,8 @@ from quire.engine.speculation.drafts import Drafter
 # Weight of one draft in its sequence's rate, and in that of all sequences, which a new one begins with.
 _NEWEST, _NEWEST_OF_ALL = 0.15, 0.01
 _UNKNOWN = 0.6
+# Of second choices, of which fewer are seen: one where a draft is wrong.
+_NEWEST_SECOND, _UNKNOWN_SECOND = 0.02, 0.2
 
 
 @dataclass(slots=True)
@@ -34,3 +36,14 @@ class Rates:
         """So many drafts were right, one after another, and then one was wrong, or there was no other."""
         rate = 1.0 - (1.0 - self[drafter]) * (1.0 - self.newest) ** num_right
         self.known[drafter] = rate * (1.0 - self.newest) if wrong else rate
+
+
+@dataclass(slots=True)
+class SecondRate:
+    """The probability that a drafter's second choice is right where its first is wrong: a moving average."""
+
+    rate: float = _UNKNOWN_SECOND
+
+    def record(self, right: bool) -> None:
+        """A draft was wrong, and what it had as its second choice was `right` or not."""
+        self.rate += _NEWEST_SECOND * (right - self.rate)
