@@ -42,6 +42,7 @@ from quire.kernels.paged_attention_triton import TritonAttentionPlan
 from quire.kernels.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.rotary_and_write import rotary_and_write
 from quire.kernels.step_inputs import StepInputs
+from quire.kernels.two_largest import two_largest
 from quire.service.errors import InternalError, ModelError
 from quire.service.pages import PAGE_SIZE
 
@@ -176,8 +177,7 @@ class GpuEagle:
             head = on_gpu(parts.head)
             normed = add_rms_norm(residual, hidden, parts.norm, self._eps, self.dtype)
             logits = linear(normed, head.weight, None, head.space, dependent=True, dtype=torch.float32)
-        choices = [logits.argmax(-1)]
-        if num_choices > 1:
-            # A second search takes a fraction of what sorting for two would.
-            choices.append(logits.scatter_(1, choices[0][:, None], -torch.inf).argmax(-1))
-        return torch.stack([one if self._target_ids is None else self._target_ids[one] for one in choices])
+        if num_choices == 2:
+            return two_largest(logits, self._target_ids)
+        best = logits.argmax(-1)
+        return (best if self._target_ids is None else self._target_ids.index_select(0, best))[None]
