@@ -18,9 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from quire.kernels.attention_new_tokens import attend_new_tokens_triton
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape, Tile
 from quire.kernels.paged_attention_triton import TritonAttentionPlan, paged_attention_triton, plan_attention_triton
 from quire.kernels.prefix_groups import group_prefixes
+from quire.kernels.rotary import rotary_table
 
 POOL_TOKENS = 1 << 21
 Launches = list[Callable[[], object]]
@@ -37,9 +39,9 @@ class Workload:
     shared: int = 0  # tokens that all of them begin with, in the same pages
 
 
-def uneven(count: int) -> list[int]:
-    """Lengths from 100 to 2,000 in no order."""
-    return torch.randint(100, 2001, (count,), generator=torch.Generator().manual_seed(0)).tolist()
+def uneven(count: int, least: int = 100, most: int = 2000) -> list[int]:
+    """Lengths from `least` to `most` in no order."""
+    return torch.randint(least, most + 1, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def decodes() -> Iterator[Workload]:
@@ -134,6 +136,18 @@ class PagedInput:
 
     def launches(self) -> Launches:
         return [lambda index=index: self.run(index) for index in range(len(self.plans))]
+
+    def launches_with_new_tokens(self) -> Launches:
+        """The same for decodes as an engine runs them: the last key and value of each are made and written, too."""
+        heads, kv_heads, size = self.shape.num_heads, self.shape.num_kv_heads, self.shape.head_size
+        table = rotary_table(int(self.context_lens.max()), 1.0 / 5e5 ** (torch.arange(0, size, 2) / size)).cuda()
+        qkv = [random(self.starts[-1], heads + 2 * kv_heads, size) for _ in self.plans]
+        keys, values = self.pages
+
+        def launch(index: int) -> Tensor:
+            return attend_new_tokens_triton(qkv[index], table, None, keys, values, self.plans[index])
+
+        return [lambda index=index: launch(index) for index in range(len(self.plans))]
 
     def error(self) -> float:
         """Over torch's in the same precision, in some queries of some sequences."""

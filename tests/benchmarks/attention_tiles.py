@@ -1,6 +1,7 @@
 """Finds the tiles that suit attention on this GPU: every candidate on decodes, verifications and prefill chunks.
 
     PYTHONPATH=kernels python tests/benchmarks/attention_tiles.py --out figures
+    PYTHONPATH=kernels python tests/benchmarks/attention_tiles.py --steps --out figures
 
 Prints each workload's best five and the one in use; what to use is `decode_tile` and `prefill_tile` in
 `quire.kernels.attention_worklist`. Candidates are compiled by several processes first.
@@ -13,7 +14,7 @@ import json
 import multiprocessing
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import attention_cases
@@ -33,6 +34,11 @@ DECODES = [
     Workload("64 decodes at 1024", [(1, 1024)] * 64),
     Workload("256 decodes at 100-2000", [(1, length) for length in attention_cases.uneven(256)]),
 ]
+# Steps of decodes alone, whose attention makes and writes their new keys and values, too.
+STEPS = [
+    Workload("64 new tokens at 480-720", [(1, length) for length in attention_cases.uneven(64, 480, 720)]),
+    Workload("256 new tokens at 700-1100", [(1, length) for length in attention_cases.uneven(256, 700, 1100)]),
+]
 VERIFICATIONS = [
     Workload("1 verification of 8 at 32768", [(8, 32768)], decode_query_len=8),
     Workload("64 verifications of 8 at 2048", [(8, 2048)] * 64, decode_query_len=8),
@@ -51,6 +57,18 @@ def decode_candidates(rows: int) -> Iterator[Tile]:
                 yield Tile(rows, keys, warps, stages, programs, 128)
 
 
+def step_candidates(rows: int) -> Iterator[Tile]:
+    """Small programs, of which more fit a multiprocessor at once: registers leave room for 12 warps, and 64 sequences
+    of 8 KV heads are 512 programs, which should not be one and a half rounds."""
+    for keys, warps in ((32, 1), (32, 2), (64, 2), (64, 4), (128, 2), (128, 4)):
+        for stages in (3, 5):
+            for programs in (4, 8, 12, 16):
+                yield Tile(rows, keys, warps, stages, programs, 128)
+                if stages == 3 and (keys, warps) in ((32, 2), (64, 4)):
+                    # 16 warps, and nothing is spilled.
+                    yield Tile(rows, keys, warps, stages, programs, 128, max_registers=128)
+
+
 def prefill_candidates() -> Iterator[Tile]:
     for rows, warps in ((64, 4), (128, 8), (128, 4)):
         for keys in (32, 64, 128):
@@ -60,32 +78,41 @@ def prefill_candidates() -> Iterator[Tile]:
 
 
 def compile_tile(task: tuple[Tile, Tile, int]) -> str:
-    """Fills Triton's cache on disk: runs the tiles once on a small input of the same kind."""
+    """Fills Triton's cache on disk: runs the tiles once on a small input of the same kind, 0 queries for new tokens."""
     decode, prefill, query_len = task
     attention_cases.POOL_TOKENS = 1 << 14
     workload = Workload("", [(query_len, 4096), (query_len + 16, 4096)], decode_query_len=query_len)
     try:
-        PagedInput(SHAPES[0], workload, (decode, prefill)).run(0)
+        if query_len == 0:
+            # Plans are compiled for the number of sequences.
+            for step in STEPS:
+                inputs = PagedInput(SHAPES[0], Workload("", [(1, 32)] * len(step.seqs)), (decode, prefill))
+                inputs.launches_with_new_tokens()[0]()
+        else:
+            PagedInput(SHAPES[0], workload, (decode, prefill)).run(0)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - a tile that does not fit the GPU is out
         return summary(error)
     return ""
 
 
-def sweep(workloads: list[Workload], tiles: list[tuple[Tile, Tile]], which: int) -> Iterator[dict[str, object]]:
+def sweep(
+    workloads: list[Workload], tiles: list[tuple[Tile, Tile]], which: int, new: bool = False
+) -> Iterator[dict[str, object]]:
     for workload in workloads:
         inputs = PagedInput(SHAPES[0], workload)
+        launches = inputs.launches_with_new_tokens() if new else inputs.launches()
         figures = []
         for index, pair in enumerate(tiles):
             try:
                 inputs.use(pair)
-                us = graph_us(inputs.launches(), replays=5, at_least=12)
+                us = graph_us(launches, replays=5, at_least=12)
             except Exception as error:  # noqa: BLE001 - as above
                 print(pair[which], summary(error), flush=True)
                 continue
             figures.append((us, index))
         in_use = next(us for us, index in figures if index == 0)
-        print(f"{workload.detail}: {in_use:.1f} µs in use", flush=True)
+        print(f"{workload.detail}: {in_use:.1f} µs in use, {inputs.num_bytes * 1e-6:.0f} MB", flush=True)
         for us, index in sorted(figures)[:5]:
             print(f"    {us:9.1f} µs  {tiles[index][which]}", flush=True)
         for us, index in figures:
@@ -96,6 +123,7 @@ def sweep(workloads: list[Workload], tiles: list[tuple[Tile, Tile]], which: int)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write attention_tiles.json")
+    parser.add_argument("--steps", action="store_true", help="only steps of decodes, with their new tokens")
     parser.add_argument("--processes", type=int, default=12, help="that compile (default: %(default)s)")
     args = parser.parse_args()
     started = time.monotonic()
@@ -105,18 +133,27 @@ def main() -> None:
     of_decodes = [(tile, prefill) for tile in (decode, *decode_candidates(decode.rows))]
     of_verifications = [(tile, prefill) for tile in (drafts, *decode_candidates(drafts.rows))]
     of_prefills = [(decode, tile) for tile in (prefill, *prefill_candidates())]
-    tasks = {(a.rows, a.keys, a.num_warps, a.num_stages): (a, b, 1) for a, b in of_decodes}
-    tasks |= {(a.rows, a.keys, a.num_warps, a.num_stages): (a, b, 8) for a, b in of_verifications}
-    tasks |= {(0, b.rows, b.keys, b.num_warps, b.num_stages): (a, b, 1) for a, b in of_prefills}
+    of_steps = [(tile, prefill) for tile in (decode, *step_candidates(decode.rows))]
+    # Workloads, tiles, which of a pair differs, queries of a sequence (see `compile_tile`)
+    parts = [(STEPS, of_steps, 0, 0)]
+    if not args.steps:
+        parts += [(DECODES, of_decodes, 0, 1), (VERIFICATIONS, of_verifications, 0, 8), (PREFILLS, of_prefills, 1, 1)]
+    tasks = {
+        (which, query_len, replace(pair[which], programs_per_sm=1, min_part=1024)): (*pair, query_len)
+        for _, tiles, which, query_len in parts
+        for pair in tiles
+    }
+    # And what lists a step's work.
+    tasks |= {(tile.keys, tile.programs_per_sm): (tile, prefill, 0) for tile, _ in of_steps}
     with multiprocessing.get_context("spawn").Pool(args.processes) as workers:
         for task, failure in zip(tasks.values(), workers.map(compile_tile, tasks.values(), chunksize=1), strict=True):
             if failure:
                 print(task, failure, flush=True)
     print(f"{len(tasks)} candidates compiled after {time.monotonic() - started:.0f} s", flush=True)
     rows = [
-        *sweep(DECODES, of_decodes, 0),
-        *sweep(VERIFICATIONS, of_verifications, 0),
-        *sweep(PREFILLS, of_prefills, 1),
+        row
+        for workloads, tiles, which, query_len in parts
+        for row in sweep(workloads, tiles, which, new=query_len == 0)
     ]
     print(f"{time.monotonic() - started:.0f} s in all", flush=True)
     if args.out:

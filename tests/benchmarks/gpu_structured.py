@@ -24,8 +24,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from gpu_engine import MODELS, fixed, measure
+from gpu_profile import Profile
+from gpu_watch import StepGaps
 
 from quire.engine.config import CoreConfig, Device, LoadFormat
+from quire.engine.gpu.runner import GpuRunner
 from quire.engine.loading import load_core
 from quire.engine.masks import MaskBatch, MaskRequest
 from quire.service.request import Constraint, ConstraintKind
@@ -88,6 +91,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, nargs="+", default=[64, 256])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fill-us", type=float, default=0.0, help="that a row takes besides (default: none)")
+    parser.add_argument("--profile", action="store_true", help="of 20 constrained steps at each number of requests")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     constraint = Constraint(ConstraintKind.JSON_OBJECT)
@@ -101,18 +105,30 @@ def main() -> None:
             lambda *_: None,
             lambda model: SyntheticMasks(model.vocab_size, sorted(model.eos_token_ids), args.fill_us),
         )
-    core, seed, figures = loaded.core, 0, {}
+    core, runner, seed, figures = loaded.core, loaded.core._runner, 0, {}
+    assert isinstance(runner, GpuRunner)
     for count in args.requests:
         seconds: dict[bool, list[float]] = {False: [], True: []}
+        idle: dict[bool, float] = {}
+        busy: dict[bool, float] = {}
         for turn in range(2 + 2 * args.rounds):
             masked = turn % 4 in (1, 2)
+            gaps = StepGaps(runner)
             found = measure(core, fixed(count, 128, 256, seed), constraint=constraint if masked else None)
+            idle[masked], busy[masked] = round(gaps.share(), 5), found["host_busy"]
             seed += count
             if turn > 1:  # the first two capture graphs
                 seconds[masked].append(found["s"])
         free, constrained = (statistics.median(seconds[masked]) for masked in (False, True))
-        figures[count] = {"free_s": seconds[False], "constrained_s": seconds[True], "cost": constrained / free - 1}
+        figures[count] = {
+            "free_s": seconds[False], "constrained_s": seconds[True], "cost": round(constrained / free - 1, 4),
+            "idle between steps, free and constrained": [idle[False], idle[True]],
+            "host_busy": [busy[False], busy[True]],
+        }  # fmt: skip
         print(count, json.dumps(figures[count]), flush=True)
+        if args.profile:
+            measure(core, fixed(count, 128, 256, seed), constraint=constraint, each_step=Profile(40, 20))
+            seed += count
     core.close()
     print(torch.cuda.get_device_name())
     if args.out:

@@ -13,6 +13,7 @@ from quire.engine.core import EngineCore
 from quire.engine.gpu.pending import GpuPendingStep
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.plan import StepPlan
+from quire.engine.runner import StepMasks
 from quire.service.pages import PAGE_SIZE
 
 
@@ -58,8 +59,17 @@ class StepGaps:
         events = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
         events[0].record(self._runner._stream)
         step = self._launch(plan, masked=masked)
-        events[1].record(self._runner._stream)
         self._events.append(events)
+        if not masked:
+            events[1].record(self._runner._stream)
+            return step
+        draw = step.draw_masked
+
+        def draw_masked(step: GpuPendingStep, masks: StepMasks | None) -> None:
+            draw(step, masks)
+            events[1].record(self._runner._stream)
+
+        step.draw_masked = draw_masked
         return step
 
 

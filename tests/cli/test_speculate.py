@@ -92,12 +92,13 @@ def test_a_wrong_line_says_what_to_correct(
 
 
 def test_from_dialogues_to_numbers(tiny: Path, dialogues: Path, tmp_path: Path, capsys: Output) -> None:
-    """Training and evaluation as they are typed; the head's file is one that the engine and vLLM read."""
+    """Training, on what several commands wrote, and evaluation as they are typed; the head is one that the engine and
+    vLLM read."""
     head, plot, numbers = tmp_path / "head", tmp_path / "plot.svg", tmp_path / "numbers.json"
-    train = ["speculate", "train", str(tiny), str(dialogues), "-o", str(head), "--epochs", "2", "--steps", "2"]
+    train = ["speculate", "train", str(tiny), *[str(dialogues)] * 2, "-o", str(head), "--epochs", "2", "--steps", "2"]
     assert main([*train, "--draft-vocab-size", "200"]) == 0
     shown = capsys.readouterr().out
-    assert "8 dialogues; draft tokens are 100% of what was written" in shown
+    assert "16 dialogues; draft tokens are 100% of what was written" in shown
     assert json.loads((head / "config.json").read_text())["speculators_model_type"] == "eagle3"
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('one\n{"kind": "json", "prompt": "two"}\n')

@@ -15,10 +15,17 @@ from triton_testing import DEVICE, FLOAT_TYPES, assert_close, examples, poison
 
 triton_testing.need_triton()
 
+import triton  # noqa: E402
+
 from quire.kernels._triton import next_power_of_2  # noqa: E402
 from quire.kernels.linear import SplitSpace, linear, linear_silu_and_mul, linear_triton  # noqa: E402
-from quire.kernels.linear_tiles import LinearTile, tile_for  # noqa: E402
+from quire.kernels.linear_tiles import TUNED, LinearTile, WideTile, tile_for  # noqa: E402
+from quire.kernels.linear_wide import Cut, linear_wide  # noqa: E402
 
+# The interpreter of older versions has no tensor descriptors.
+WITH_DESCRIPTORS = pytest.mark.skipif(
+    DEVICE == "cpu" and triton.__version__ < "3.7", reason="its interpreter has no tensor descriptors"
+)
 ON_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
 
 
@@ -31,8 +38,16 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gated: bool) -> Tens
 
 
 def check(
-    rows: int, columns: int, size: int, tile: LinearTile, dtype: torch.dtype, gated: bool, biased: bool, dependent: bool
+    rows: int,
+    columns: int,
+    size: int,
+    tile: LinearTile | WideTile,
+    dtype: torch.dtype,
+    gated: bool,
+    biased: bool,
+    dependent: bool,
 ) -> None:
+    run = linear_wide if isinstance(tile, WideTile) else linear_triton
     x = torch.randn(rows, size + 3, device=DEVICE)[:, :size].to(dtype)
     x = torch.cat((x, poison(rows, 8, dtype=dtype)), 1)[:, :size]  # strided rows
     weight = (torch.randn((2 if gated else 1) * columns, size, device=DEVICE) / size**0.5).to(dtype)
@@ -45,7 +60,7 @@ def check(
     terms = product(x.double().abs(), weight.double().abs(), bias.abs() if biased else None, gated)
     slack = max(1e-6, 2e-7 * (terms.max() / exact.abs().max()).item())
     for _ in range(2):
-        out = linear_triton(x, weight, tile, bias, space, gated, dependent)
+        out = run(x, weight, tile, bias, space, gated, dependent)
         assert_close(out, exact, by_torch, slack)
         assert not space.arrivals.any()
 
@@ -83,6 +98,58 @@ def test_products_equal_their_definition(
     check(rows, columns, size, tile, dtype, kind == "gated", kind == "bias", dependent)
 
 
+@WITH_DESCRIPTORS
+@settings(max_examples=examples(40, 20), deadline=None)
+@given(
+    rows=st.sampled_from([1, 31, 33, 70, 100]),
+    columns=st.sampled_from([1, 40, 64, 130]),
+    size=st.sampled_from([16, 96, 200, 328]),
+    tile=st.builds(
+        WideTile,
+        rows=st.sampled_from([16, 32, 64] if DEVICE == "cpu" else [64, 128]),
+        columns=st.sampled_from([16, 32, 64]),
+        depth=st.sampled_from([16, 64]),
+        stages=st.sampled_from([2, 3]),
+        warps=st.sampled_from([4, 8]),
+        programs=st.integers(1, 40),
+    ),
+    dtype=st.sampled_from(FLOAT_TYPES),
+    kind=st.sampled_from(["plain", "bias", "gated"]),
+    dependent=st.booleans() if DEVICE == "cuda" else st.just(False),
+    seed=st.integers(0, 2**32),
+)
+def test_products_of_more_rows_than_a_tile_has(
+    rows: int,
+    columns: int,
+    size: int,
+    tile: WideTile,
+    dtype: torch.dtype,
+    kind: str,
+    dependent: bool,
+    seed: int,
+) -> None:
+    """Without it a step of many sequences is off where programs meet within a tile, or at an edge of the product."""
+    torch.manual_seed(seed)
+    check(rows, columns, size, tile, dtype, kind == "gated", kind == "bias", dependent)
+
+
+@WITH_DESCRIPTORS
+@pytest.mark.parametrize(("rows", "programs"), [(64, 6), (64, 12), (64, 24), (90, 9), (90, 100)])
+def test_programs_share_blocks_evenly(rows: int, programs: int) -> None:
+    """Without it a part of the GPU waits for programs that have more to do, or a block is left out."""
+    tile = WideTile(32, 16, 16, 2, 4, programs)
+    columns, size = 96, 64
+    cut = Cut.of(tile, rows, columns, size)
+    blocks = cut.tiles * (size // tile.depth)
+    assert cut.row_tiles == -(-rows // 32) and cut.tiles == 6
+    assert cut.row_tiles * cut.programs <= programs
+    assert (cut.programs - 1) * cut.share < blocks <= cut.programs * cut.share
+    assert cut.parts == (cut.share % 4 != 0)
+    torch.manual_seed(0)
+    check(rows, columns, size, tile, torch.float16, False, False, DEVICE == "cuda")
+
+
+@WITH_DESCRIPTORS
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize(
     "tile", [LinearTile(16, 32, 2, bulk=True), LinearTile(32, 64, 3, splits=2, swap=True, bulk=True)]
@@ -90,10 +157,6 @@ def test_products_equal_their_definition(
 @pytest.mark.parametrize(("columns", "size"), [(64, 256), (40, 200)])
 def test_blocks_that_the_memory_accelerator_brings(columns: int, size: int, tile: LinearTile, gated: bool) -> None:
     """Without it a tile past the end of W, or of its gates, computes with what lies there."""
-    import triton
-
-    if DEVICE == "cpu" and triton.__version__ < "3.7":
-        pytest.skip("its interpreter has no tensor descriptors")
     torch.manual_seed(0)
     check(5, columns, size, tile, torch.float16, gated, False, DEVICE == "cuda")
 
@@ -112,7 +175,7 @@ def test_logits_may_be_more_exact_than_what_they_come_from(splits: int, dtype: t
 
 
 @ON_GPU
-@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64, 65])
+@pytest.mark.parametrize("rows", [1, 3, 16, 17, 64, 65, 128, 200, 320])
 @pytest.mark.parametrize(("columns", "size"), [(4096, 4096), (6144, 4096), (1024, 3072), (4096, 14336), (3072, 1024)])
 def test_the_tiles_in_use(rows: int, columns: int, size: int) -> None:
     """Without it the tile that a real layer gets may not fit the GPU, or may be wrong where those of other tests are
@@ -148,8 +211,27 @@ def test_shapes_without_an_entry_get_a_tile_that_exists() -> None:
         assert tile.stages >= 2
         lines = max(16, next_power_of_2(rows)) + tile.columns * (2 if gated else 1)
         assert lines * tile.depth * tile.stages * element_size <= 220 * 1024
-    assert tile_for(65, 4096, 4096, False) is None
+    assert tile_for(65, 5000, 4096, False) is None
     assert tile_for(1, 4096, 64, False) is None
+
+
+def test_what_the_table_has_fits() -> None:
+    """Without it a step of some number of rows has no room for the parts of a product, and the engine ends."""
+    space = SplitSpace.new(torch.device("cpu"))
+    for (columns, size, gated), entries in TUNED.items():
+        least = 1
+        for most, tile in entries:
+            assert most >= least
+            if isinstance(tile, WideTile):
+                halves = 2 if gated and tile.gated else 1
+                lines = tile.rows + halves * tile.columns
+                assert lines * tile.depth * tile.stages * 2 <= 227 * 1024
+                cut_columns = columns * 2 if gated and not tile.gated else columns
+                for rows in range(least, most + 1):
+                    cut = Cut.of(tile, rows, cut_columns, size)
+                    assert not cut.parts or cut.partials(tile, halves == 2) <= space.partials.numel()
+                    assert cut.row_tiles * cut.tiles <= space.arrivals.numel()
+            least = most + 1
 
 
 def test_what_a_product_cannot_have_is_refused() -> None:
@@ -167,6 +249,15 @@ def test_what_a_product_cannot_have_is_refused() -> None:
         LinearTile(8, 64, 2)
     with pytest.raises(ValueError, match="at most 256"):
         LinearTile(16, 512, 2, bulk=True)
+    with pytest.raises(ValueError, match="needs a SplitSpace of"):
+        linear_wide(x, weight, WideTile(16, 16, 16, 2, 4, 3))
+    with pytest.raises(ValueError, match="multiples of 16 bytes"):
+        linear_wide(x.new_zeros(2, 65)[:, :64], weight, WideTile(16, 16, 16, 2, 4, 1))
+    with pytest.raises(ValueError, match="power of two from 16 to 256"):
+        WideTile(16, 512, 16, 2, 4, 1)
+    with pytest.raises(ValueError, match="must be programs"):
+        WideTile(16, 16, 16, 2, 4, 0)
+    assert linear_wide(x[:0], weight, WideTile(16, 16, 16, 2, 4, 1)).shape == (0, 32)
     assert linear(x, weight).shape == (2, 32)
     assert linear_silu_and_mul(x, weight).shape == (2, 16)
     assert linear_triton(x[:0], weight, LinearTile(16, 16, 2)).shape == (0, 32)

@@ -110,7 +110,8 @@ def test_another_training_is_not_gone_on_with(tiny: Tiny, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("setting", "value"), [("epochs", 0), ("steps", 0), ("batch_tokens", -1), ("learning_rate", 2), ("max_minutes", 0)]
+    ("setting", "value"),
+    [("epochs", 0), ("steps", 0), ("batch_tokens", -1), ("learning_rate", 2), ("step_decay", 1.5), ("max_minutes", 0)],
 )
 def test_wrong_settings(setting: str, value: float) -> None:
     """A flag that can't work is said before a model is loaded."""

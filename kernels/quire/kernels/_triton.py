@@ -36,6 +36,7 @@ __all__ = [
     "may_overlap",
     "next_power_of_2",
     "overlap_option",
+    "register_option",
     "tl",
 ]
 
@@ -49,6 +50,11 @@ def may_overlap(device: torch.device) -> bool:
 def overlap_option(overlaps: bool) -> dict[str, bool]:
     """What a launch is given besides, for the kernel to overlap with the one before it. Interpreters do not know it."""
     return {"launch_pdl": True} if overlaps else {}
+
+
+def register_option(registers: int) -> dict[str, int]:
+    """What a launch is given besides, for a thread to have at most so many registers; 0: as the compiler likes."""
+    return {"maxnreg": registers} if registers and not interpreted() else {}
 
 
 def jit(kernel: Callable[..., Any]) -> Any:

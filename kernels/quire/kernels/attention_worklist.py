@@ -78,6 +78,7 @@ class Tile:
     num_stages: int  # of `keys` each, in flight
     programs_per_sm: int  # contexts are cut while there are fewer than this
     min_part: int  # keys: a smaller part is not worth combining
+    max_registers: int = 0  # of a thread, so that more programs fit a multiprocessor; 0: as the compiler likes
 
     def __post_init__(self) -> None:
         if self.min_part % self.keys != 0:

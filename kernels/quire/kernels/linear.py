@@ -1,4 +1,5 @@
-"""Products y = x Wᵀ of few rows on a GPU, which take as long as reading W does; cuBLAS where there are more.
+"""Products y = x Wᵀ of few rows on a GPU, which take as long as reading W does. `quire.kernels.linear_wide` has a
+kernel for more rows, and cuBLAS serves all else.
 
 A program owns a tile of outputs and reads its rows of W once, in blocks that several stages of loads keep in flight.
 Where there are fewer tiles than the GPU has multiprocessors, K is split among programs too; the last of them to finish
@@ -11,8 +12,6 @@ W in the L2 cache, which depends on nobody, and waits before it reads x.
 # ruff: noqa: N803
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -29,24 +28,12 @@ from quire.kernels._triton import (
     overlap_option,
     tl,
 )
-from quire.kernels.linear_tiles import LinearTile, tile_for
+from quire.kernels.linear_parts import SplitSpace, check_operands, check_space, prefetch
+from quire.kernels.linear_tiles import LinearTile, WideTile, tile_for
+from quire.kernels.linear_wide import aligned, linear_wide
 from quire.kernels.silu_and_mul import silu_and_mul
 
-
-@dataclass(frozen=True, slots=True)
-class SplitSpace:
-    """Where the programs that share a tile meet. One serves all products of a stream, which run one after another."""
-
-    partials: Tensor  # float32 [elements]
-    arrivals: Tensor  # int32 [tiles], 0 between launches
-
-    @classmethod
-    def new(cls, device: torch.device, elements: int = 1 << 22, tiles: int = 1 << 14) -> SplitSpace:
-        """Room for products of up to `elements` outputs times splits."""
-        return cls(
-            torch.empty(elements, dtype=torch.float32, device=device),
-            torch.zeros(tiles, dtype=torch.int32, device=device),
-        )
+__all__ = ["SplitSpace", "linear", "linear_silu_and_mul", "linear_triton"]
 
 
 def linear(
@@ -62,10 +49,9 @@ def linear(
     x [M, K]; weight [N, K] of x's type; bias [N] of any float type; space: without it cuBLAS does it; dependent: the
     launch may overlap the end of the kernel before it on the stream, where the GPU can do that.
     """
-    columns, size = weight.shape
-    tile = None
-    if x.is_cuda and space is not None:
-        tile = tile_for(x.shape[0], columns, size, False, x.element_size())
+    tile = _tile_of(x, weight, False, space)
+    if isinstance(tile, WideTile):
+        return linear_wide(x, weight, tile, bias, space, dependent=dependent, dtype=dtype)
     if tile is not None:
         return linear_triton(x, weight, tile, bias, space, dependent=dependent, dtype=dtype)
     if dtype is None or dtype is x.dtype:
@@ -79,13 +65,22 @@ def linear(
 
 def linear_silu_and_mul(x: Tensor, weight: Tensor, space: SplitSpace | None = None, dependent: bool = False) -> Tensor:
     """silu(x Gᵀ) · (x Uᵀ) for weight = [G; U], [2 I, K]; the result is [M, I]. Otherwise as `linear`."""
-    columns, size = weight.shape[0] // 2, weight.shape[1]
-    tile = None
-    if x.is_cuda and space is not None:
-        tile = tile_for(x.shape[0], columns, size, True, x.element_size())
+    tile = _tile_of(x, weight, True, space)
+    if isinstance(tile, WideTile):
+        out = linear_wide(x, weight, tile, None, space, gated=tile.gated, dependent=dependent)
+        return out if tile.gated else silu_and_mul(out)
     if tile is None:
         return silu_and_mul(linear(x, weight, None, space, dependent))
     return linear_triton(x, weight, tile, None, space, gated=True, dependent=dependent)
+
+
+def _tile_of(x: Tensor, weight: Tensor, gated: bool, space: SplitSpace | None) -> LinearTile | WideTile | None:
+    """What serves a product, None for cuBLAS."""
+    if not x.is_cuda or space is None:
+        return None
+    columns = weight.shape[0] // 2 if gated else weight.shape[0]
+    tile = tile_for(x.shape[0], columns, weight.shape[1], gated, x.element_size())
+    return None if isinstance(tile, WideTile) and not aligned(x) else tile
 
 
 def linear_triton(
@@ -98,14 +93,10 @@ def linear_triton(
     dependent: bool = False,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`linear`, or `linear_silu_and_mul` if `gated`, with a tile of one's choice. x's rows may be strided."""
+    """`linear`, or `linear_silu_and_mul` if `gated`, with one tile for all rows. x's rows may be strided."""
     num_rows, size = x.shape
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
-    if weight.shape[1] != size or weight.dtype != x.dtype or not weight.is_contiguous() or x.stride(1) != 1:
-        raise ValueError(
-            f"weight must be contiguous, [N, {size}] and {x.dtype}, x contiguous along K: weight is "
-            f"{list(weight.shape)} and {weight.dtype}, the strides are {weight.stride()} and {x.stride()}"
-        )
+    check_operands(x, weight)
     out = torch.empty((num_rows, columns), dtype=dtype or x.dtype, device=x.device)
     if num_rows == 0:
         return out
@@ -115,8 +106,7 @@ def linear_triton(
     if tile.splits > 1:
         halves = 2 if gated else 1
         needed = tiles * tile.splits * halves * rows * tile.columns
-        if space is None or space.partials.numel() < needed or space.arrivals.numel() < tiles:
-            raise ValueError(f"a product split {tile.splits} times needs a SplitSpace of {needed} elements")
+        check_space(space, needed, tiles, f"split {tile.splits} times")
     _linear_kernel[(tiles, tile.splits)](
         x,
         weight,
@@ -145,13 +135,6 @@ def linear_triton(
         **overlap_option(dependent),
     )
     return out
-
-
-@jit
-def _prefetch(pointer: tl.tensor) -> None:
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointer], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @jit
@@ -215,9 +198,9 @@ def _linear_kernel(
     if PREFETCH > 0:
         line = tl.arange(0, PREFETCH // 64)
         w_lines = weight_ptr + column.to(tl.int64)[:, None] * SIZE + begin + line[None, :] * 64
-        _prefetch(w_lines)
+        prefetch(w_lines)
         if GATED:
-            _prefetch(w_lines + up)
+            prefetch(w_lines + up)
     if DEPENDENT:
         gdc_wait()
     x_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_stride + depth[None, :]

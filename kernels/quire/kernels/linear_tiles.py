@@ -35,10 +35,29 @@ class LinearTile:
             raise ValueError(f"columns and depth of a tile must be at least 16, and they are {self}")
 
 
-# More rows than that are left to cuBLAS.
-MAX_ROWS = 64
+@dataclass(frozen=True, slots=True)
+class WideTile:
+    """How `quire.kernels.linear_wide` cuts a product. Both operands come by the tensor memory accelerator."""
+
+    rows: int  # of x, and so of the result
+    columns: int  # of the result; of each half of a gated one
+    depth: int  # of K, read at a time: a block
+    stages: int  # of `depth` each, in flight
+    warps: int
+    programs: int  # that share the blocks evenly, about as many as the GPU has room for
+    gated: bool = True  # whether the activation of a gated product is its end, and not another launch
+    prefetch: int = 256  # elements of each row of W asked for before the wait, where the launch is dependent
+
+    def __post_init__(self) -> None:
+        for name, value in (("rows", self.rows), ("columns", self.columns), ("depth", self.depth)):
+            if not 16 <= value <= 256 or value & (value - 1):
+                raise ValueError(f"{name} of a tile must be a power of two from 16 to 256, and they are {self}")
+        if self.programs < 1:
+            raise ValueError(f"there must be programs: {self}")
+
+
 # (N, K, gated; N is of the result) → (most rows, tile) in ascending order; None: cuBLAS. For elements of two bytes.
-TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | None], ...]] = {
+TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | WideTile | None], ...]] = {
     (6144, 4096, False): (
         (16, LinearTile(64, 256, 3, swap=True)),
         (64, LinearTile(64, 128, 6, swap=True, bulk=True)),
@@ -69,6 +88,8 @@ TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | None], ...]]
         (64, LinearTile(32, 256, 4, splits=4)),
     ),
 }
+# More rows than that are left to cuBLAS where nobody looked for a tile.
+_UNTUNED_ROWS = 64
 # Where a weight has less elements than that and nobody looked for its tile, cuBLAS is ahead from a few rows on.
 _LARGE = 8 << 20
 _FEW_ROWS = 4
@@ -78,12 +99,12 @@ _FULL = 128
 _STAGE_BYTES = 192 << 10
 
 
-def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int = 2) -> LinearTile | None:
+def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int = 2) -> LinearTile | WideTile | None:
     """The tile for [rows, size] × [columns, size]ᵀ of elements of so many bytes, None where cuBLAS is to be used."""
     for most, tile in TUNED.get((columns, size, gated), ()) if element_size == 2 else ():
         if rows <= most:
             return tile
-    if rows > MAX_ROWS or size < 512:
+    if rows > _UNTUNED_ROWS or size < 512:
         return None
     if rows > _FEW_ROWS and columns * size * (2 if gated else 1) < _LARGE:
         return None

@@ -27,6 +27,7 @@ from quire.kernels._triton import (
     may_overlap,
     next_power_of_2,
     overlap_option,
+    register_option,
     tl,
 )
 from quire.kernels.attention_block import attend_block, cap_scores, combine_parts, store_rows, turn_heads
@@ -211,6 +212,7 @@ def launch_attention(
         NORM=norm is not None,
         DEPENDENT=overlaps,
         num_warps=tile.num_warps,
+        **register_option(tile.max_registers),
         **overlap_option(overlaps),
     )
 

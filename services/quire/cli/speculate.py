@@ -83,6 +83,10 @@ def _data_parser() -> Parser:
         "--part-size", type=int, default=default.part_size, metavar="N", help="dialogues at once (default: %(default)s)"
     )
     add("--max-num-seqs", type=int, metavar="N", help="sequences in the model's batch (default: the engine's)")
+    add(
+        "--kv-cache-bytes", type=int, metavar="N",
+        help="for pages: what to say where several of these commands share a GPU (default: the engine's)",
+    )  # fmt: skip
     add("--seed", type=int, default=default.seed, metavar="N", help="of all draws (default: %(default)s)")
     add("--max-minutes", type=float, metavar="M", help="begin no other part after that")
     return parser
@@ -102,7 +106,7 @@ def _train_parser() -> Parser:
     )
     _add_target(parser)
     add = parser.add_argument
-    add("data", metavar="DATA", help="the folder that `quire speculate data` wrote")
+    add("data", nargs="+", metavar="DATA", help="a folder that `quire speculate data` wrote; there may be several")
     add("-o", "--output", required=True, metavar="HEAD", help="the folder to write to")
     add("--start", default="", metavar="HEAD", help="a head to go on from, with its draft tokens")
     add("--epochs", type=int, default=default.epochs, metavar="N", help="times over the data (default: %(default)s)")
@@ -111,6 +115,10 @@ def _train_parser() -> Parser:
         help="tokens that can be drafted (default: %(default)s)",
     )  # fmt: skip
     add("--steps", type=int, default=default.steps, metavar="N", help="drafts in a row (default: %(default)s)")
+    add(
+        "--step-decay", type=float, default=default.step_decay, metavar="R",
+        help="how much a draft counts, as a share of the one before (default: %(default)s)",
+    )  # fmt: skip
     add("--batch-tokens", type=int, default=default.batch_tokens, metavar="N", help="in a batch (default: %(default)s)")
     add("--max-length", type=int, default=default.max_length, metavar="N", help="dialogues are cut to (%(default)s)")
     add(
@@ -157,7 +165,8 @@ def _data(arguments: Any) -> int:
     folder.begin({"target": checkpoint.name, **settings})
     enough = _after(arguments.max_minutes)
     tokens = 0
-    with _llm(checkpoint, max_num_seqs=arguments.max_num_seqs) as llm, _progress("dialogues") as progress:
+    given = {name: getattr(arguments, name) for name in ("max_num_seqs", "kv_cache_bytes")}
+    with _llm(checkpoint, **given) as llm, _progress("dialogues") as progress:
         task = progress.add_task("", total=config.num_parts, completed=sum(map(folder.has, range(config.num_parts))))
 
         def wrote(part: int, written: int) -> None:
@@ -185,6 +194,7 @@ def _train(arguments: Any) -> int:
         "epochs",
         "draft_vocab_size",
         "steps",
+        "step_decay",
         "batch_tokens",
         "max_length",
         "learning_rate",
@@ -192,7 +202,8 @@ def _train(arguments: Any) -> int:
         "max_minutes",
     )
     config = TrainConfig(**{name: getattr(arguments, name) for name in names})
-    checkpoint, dialogues = _locate(arguments.target), list(DialogueFolder(Path(arguments.data)).read())
+    checkpoint = _locate(arguments.target)
+    dialogues = [dialogue for folder in arguments.data for dialogue in DialogueFolder(Path(folder)).read()]
     output = Path(arguments.output)
     if arguments.start:
         config_file(Path(arguments.start))

@@ -24,7 +24,7 @@ from quire.engine.runner import PendingStep, Runner, StepMasks
 from quire.engine.schedule import Schedule
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence, SequenceState
-from quire.engine.speculation.speculator import Speculator
+from quire.engine.speculation.speculator import Speculator, StepTime
 from quire.engine.stats import EngineStats
 from quire.service.errors import DeadlineExceededError, InternalError, InvalidRequestError, QuireError
 from quire.service.request import (
@@ -242,9 +242,8 @@ class EngineCore:
             num_places = max(work.num_wanted for work in schedule.plan.work)
             # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
             usual = bool(schedule.drafts) or step.ahead or not self._run_ahead
-            if result.repeatable:
-                told = seconds if usual else None
-                self._speculator.observe_step(num_computed, told, num_places, result.draft_seconds)
+            told = StepTime(num_computed, seconds if usual else None, num_places, result.draft_seconds)
+            self._speculator.observe_step(told if result.repeatable else None)
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:

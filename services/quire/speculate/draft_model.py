@@ -19,14 +19,15 @@ from quire.engine.models.decoder import rotary_frequencies_table
 from quire.engine.models.weights import dense
 from quire.engine.speculation.eagle.checkpoint import open_eagle
 from quire.engine.speculation.eagle.config import EagleConfig, EagleKind
-from quire.kernels.rotary import rotary
 from quire.service.errors import ModelError
+from quire.speculate.draft_attention import attend_with_drafts, can_attend
+from quire.speculate.fused_layer import added_and_normed, both_normed, gated, no_planned_attention, normed, turned_heads
 from quire.speculate.target import FrozenTarget
 
 
 @dataclass(slots=True)
 class Unroll:
-    """Keys and values of the steps so far, [batch, kv_heads, length, head_size] each.
+    """Keys and values of the steps so far, [batch, length, kv_heads, head_size] each.
 
     Row p of step 0 stands at position p, of step j at p + j: a draft made from p sees the target's tokens up to p,
     which step 0 holds, and the drafts made from p before it, row p of the steps between.
@@ -37,7 +38,10 @@ class Unroll:
 
 
 class DraftModel(nn.Module):
-    """Parameters by the names of speculators' layout. `embedding` [vocab_size, hidden_size] is the target's, frozen."""
+    """Parameters by the names of speculators' layout. `embedding` [vocab_size, hidden_size] is the target's, frozen.
+
+    Not `fused`, scores of attention and logits are computed as a textbook has it, and kept for their gradients.
+    """
 
     embedding: Tensor
     target_ids: Tensor
@@ -47,6 +51,7 @@ class DraftModel(nn.Module):
         super().__init__()
         size, eps = config.hidden_size, config.layer.rms_norm_eps
         self.config = config
+        self.fused = True
         self.fc = nn.Linear(config.fused_size, size, bias=False)
         self.layers = nn.ModuleList([_Layer(config.layer, norm_before_residual=config.norm_before_residual)])
         self.norm = nn.RMSNorm(size, eps)
@@ -58,8 +63,8 @@ class DraftModel(nn.Module):
 
     def fuse(self, tapped: Tensor) -> Tensor:
         """The target's states at `config.taps`, [batch, length, fused_size] → [batch, length, hidden_size]."""
-        fused: Tensor = self.fc(tapped)
-        return fused
+        fused: Tensor = self.fc(tapped.to(_product_dtype(self.fc.weight)))
+        return fused.to(self.fc.weight.dtype)
 
     def forward(self, token_ids: Tensor, hidden: Tensor, unroll: Unroll) -> Tensor:
         """The next step of `unroll`: token_ids int64 [batch, length], hidden [batch, length, hidden_size].
@@ -67,15 +72,21 @@ class DraftModel(nn.Module):
         In step j row p has the token at p + 1 + j, and the fused state of p or this function's result of the step
         before; the result, of hidden's shape, predicts the token at p + 2 + j.
         """
-        step, length = len(unroll.keys), token_ids.shape[1]
-        embedded = F.embedding(token_ids, self.embedding).to(hidden.dtype)
-        stepped: Tensor = self.layers[0](embedded, hidden, self.rotations[step : step + length], unroll)
-        return stepped
+        step, (batch, length) = len(unroll.keys), token_ids.shape
+        embedded = F.embedding(token_ids.flatten(), self.embedding)
+        positions = torch.arange(step, step + length, device=token_ids.device).repeat(batch)
+        turn = _Turn(positions, self.rotations)
+        stepped: Tensor = self.layers[0](embedded, hidden.flatten(0, 1), turn, unroll, (batch, length), self.fused)
+        return stepped.view_as(hidden)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """What goes into the head's last product: hidden of any rows, [T, hidden_size]."""
+        return normed(hidden, self.norm.weight, self.config.layer.rms_norm_eps, _product_dtype(self.norm.weight))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., hidden_size] → over draft tokens, [..., draft_vocab_size]."""
-        logits: Tensor = self.lm_head(self.norm(hidden))
-        return logits
+        logits: Tensor = self.lm_head(self.normed(hidden.flatten(0, -2)))
+        return logits.view(*hidden.shape[:-1], -1)
 
 
 def load_draft_model(path: Path, target: FrozenTarget) -> DraftModel:
@@ -102,23 +113,36 @@ def load_draft_model(path: Path, target: FrozenTarget) -> DraftModel:
     return model.to(target.device)
 
 
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    positions: Tensor  # int64 [T], each row's
+    rotations: Tensor  # [max_model_len, 2, head_size]
+
+
 class _Layer(nn.Module):
     def __init__(self, config: ModelConfig, *, norm_before_residual: bool) -> None:
         super().__init__()
-        size, eps = config.hidden_size, config.rms_norm_eps
+        size, self.eps = config.hidden_size, config.rms_norm_eps
         self.norm_before_residual = norm_before_residual
-        self.input_layernorm = nn.RMSNorm(size, eps)
-        self.hidden_norm = nn.RMSNorm(size, eps)
+        self.input_layernorm = nn.RMSNorm(size, self.eps)
+        self.hidden_norm = nn.RMSNorm(size, self.eps)
         self.self_attn = _Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(size, eps)
+        self.post_attention_layernorm = nn.RMSNorm(size, self.eps)
         self.mlp = _Mlp(config)
 
-    def forward(self, embedded: Tensor, hidden: Tensor, rotations: Tensor, unroll: Unroll) -> Tensor:
-        normed = self.hidden_norm(hidden)
-        residual = normed if self.norm_before_residual else hidden
-        residual = residual + self.self_attn(torch.cat((self.input_layernorm(embedded), normed), -1), rotations, unroll)
-        summed: Tensor = residual + self.mlp(self.post_attention_layernorm(residual))
-        return summed
+    def forward(
+        self, embedded: Tensor, hidden: Tensor, turn: _Turn, unroll: Unroll, shape: tuple[int, int], fused: bool
+    ) -> Tensor:
+        """embedded and hidden [batch × length, hidden_size]; `shape` is batch and length."""
+        dtype = _product_dtype(hidden)
+        first, second = self.input_layernorm.weight, self.hidden_norm.weight
+        x = both_normed(embedded, hidden, first, second, self.eps, dtype)
+        residual = x[:, embedded.shape[1] :] if self.norm_before_residual else hidden
+        attended = self.self_attn(x, turn, unroll, shape, fused)
+        weight = self.post_attention_layernorm.weight
+        residual, x = added_and_normed(residual, attended, weight, self.eps, dtype)
+        summed: Tensor = residual + self.mlp(x)
+        return summed.to(hidden.dtype)
 
 
 class _Attention(nn.Module):
@@ -131,43 +155,45 @@ class _Attention(nn.Module):
         self.v_proj = nn.Linear(2 * size, config.num_kv_heads * self.head_size, bias=False)
         self.o_proj = nn.Linear(config.num_heads * self.head_size, size, bias=False)
 
-    def forward(self, x: Tensor, rotations: Tensor, unroll: Unroll) -> Tensor:
-        batch, length, _ = x.shape
-        cos, sin = rotations.unsqueeze(2).unbind(1)
-
-        def heads(y: Tensor, turned: bool) -> Tensor:
-            y = y.view(batch, length, -1, self.head_size)
-            return (rotary(y, cos, sin).to(y.dtype) if turned else y).transpose(1, 2)
-
-        unroll.keys.append(heads(self.k_proj(x), True))
-        unroll.values.append(heads(self.v_proj(x), False))
-        queries = heads(self.q_proj(x), True)
-        attended = self._causal(queries, unroll) if len(unroll.keys) == 1 else self._with_drafts(queries, unroll)
-        output: Tensor = self.o_proj(attended.transpose(1, 2).reshape(batch, length, -1))
+    def forward(self, x: Tensor, turn: _Turn, unroll: Unroll, shape: tuple[int, int], fused: bool) -> Tensor:
+        qkv = F.linear(x, torch.cat((self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)))
+        num_heads = self.num_kv_heads * self.group
+        heads = turned_heads(qkv, turn.positions, turn.rotations, num_heads, None, 0.0)
+        queries, keys, values = (tensor.view(*shape, *tensor.shape[1:]) for tensor in heads)
+        unroll.keys.append(keys)
+        unroll.values.append(values)
+        if len(unroll.keys) == 1:
+            attended = self._causal(queries, keys, values)
+        elif fused and can_attend(queries):
+            attended = attend_with_drafts(queries, unroll.keys, unroll.values)
+        else:
+            attended = self._with_drafts(queries, unroll)
+        output: Tensor = self.o_proj(attended.flatten(2).flatten(0, 1))
         return output
 
-    def _causal(self, queries: Tensor, unroll: Unroll) -> Tensor:
-        return F.scaled_dot_product_attention(
-            queries, unroll.keys[0], unroll.values[0], is_causal=True, enable_gqa=self.group > 1
-        )
+    def _causal(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        queries, keys, values = (tensor.transpose(1, 2) for tensor in (queries, keys, values))
+        with no_planned_attention():
+            attended = F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=self.group > 1)
+        return attended.transpose(1, 2)
 
     def _with_drafts(self, queries: Tensor, unroll: Unroll) -> Tensor:
-        batch, _, length, _ = queries.shape
+        batch, length, *_ = queries.shape
         # The heads that share keys are the rows of one product.
-        grouped = queries.reshape(batch, self.num_kv_heads, self.group * length, self.head_size)
+        by_head = queries.view(batch, length, self.num_kv_heads, self.group, -1).permute(0, 2, 3, 1, 4)
+        grouped = by_head.reshape(batch, self.num_kv_heads, self.group * length, self.head_size)
+        all_keys = [keys.transpose(1, 2) for keys in unroll.keys]
+        all_values = [values.transpose(1, 2) for values in unroll.values]
         unseen = torch.ones(length, length, dtype=torch.bool, device=queries.device).triu(1).repeat(self.group, 1)
-        scores = (grouped @ unroll.keys[0].transpose(-1, -2)).masked_fill(unseen, -torch.inf)
-        by_head = grouped.view(batch, self.num_kv_heads, self.group, length, self.head_size)
-        drafts = torch.stack([(by_head * keys.unsqueeze(2)).sum(-1).flatten(2, 3) for keys in unroll.keys[1:]], -1)
-        # Rows of other lengths than a multiple of 8 keep a GPU's matrix units from them.
-        drafts = F.pad(drafts, (0, -drafts.shape[-1] % 8), value=-torch.inf)
+        scores = (grouped @ all_keys[0].transpose(-1, -2)).masked_fill(unseen, -torch.inf)
+        drafts = torch.stack([(by_head * keys.unsqueeze(2)).sum(-1).flatten(2, 3) for keys in all_keys[1:]], -1)
         scores = torch.cat((scores, drafts), -1) / math.sqrt(self.head_size)
         weights = torch.softmax(scores, -1, dtype=torch.float32).to(queries.dtype)
-        attended = (weights[..., :length] @ unroll.values[0]).view_as(by_head)
+        attended = (weights[..., :length] @ all_values[0]).view_as(by_head)
         shares = weights[..., length:].view(*by_head.shape[:-1], -1)
-        for step, values in enumerate(unroll.values[1:]):
+        for step, values in enumerate(all_values[1:]):
             attended = attended + shares[..., step, None] * values.unsqueeze(2)
-        return attended.reshape(queries.shape)
+        return attended.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class _Mlp(nn.Module):
@@ -178,5 +204,12 @@ class _Mlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate_up = F.linear(x, torch.cat((self.gate_proj.weight, self.up_proj.weight)))
+        output: Tensor = self.down_proj(gated(gate_up))
         return output
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The type of products with what has x's type, under autocast or not."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

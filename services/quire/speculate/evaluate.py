@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quire.speculate.batches import Batch
+from quire.speculate.compiled import as_written
 from quire.speculate.dialogues import Dialogue
 from quire.speculate.draft_model import DraftModel, Unroll
 from quire.speculate.target import FrozenTarget
@@ -40,6 +41,7 @@ class Acceptance:
 
 
 @torch.no_grad()
+@as_written()
 def chain_acceptance(
     model: DraftModel, target: FrozenTarget, dialogues: Sequence[Dialogue], num_drafts: int
 ) -> dict[str, Acceptance]:
@@ -69,7 +71,7 @@ def total(parts: Iterable[Acceptance], num_drafts: int) -> Acceptance:
 def _right_drafts(model: DraftModel, target: FrozenTarget, token_ids: Tensor, num_drafts: int) -> Tensor:
     """How many drafts in a row, made from each row p, are the tokens from p + 2 on: int64 [batch, length]."""
     states = target.hidden_states(token_ids, model.config.taps)
-    hidden, unroll = model.fuse(states.tapped.to(model.fc.weight.dtype)), Unroll()
+    hidden, unroll = model.fuse(states.tapped), Unroll()
     inputs = token_ids.roll(-1, 1)
     so_far = torch.ones_like(token_ids, dtype=torch.bool)
     count = torch.zeros_like(token_ids)

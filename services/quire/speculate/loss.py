@@ -13,7 +13,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quire.speculate.batches import Batch
+from quire.speculate.compiled import Compiled
 from quire.speculate.draft_model import DraftModel, Unroll
+from quire.speculate.soft_entropy import log_sums, soft_entropy
 from quire.speculate.target import FrozenTarget, HiddenStates
 
 # Rows whose logits over the target's whole vocabulary are there at a time.
@@ -33,44 +35,59 @@ def unrolled_losses(model: DraftModel, target: FrozenTarget, batch: Batch, steps
     """The losses of `steps` drafts from every token of `batch`."""
     states = target.hidden_states(batch.token_ids, model.config.taps)
     labels = _Labels.of(model, target, states, batch)
-    hidden = model.fuse(states.tapped.to(model.fc.weight.dtype))
+    compare = labels.compare if model.fused else labels.compare_plainly
+    hidden = model.fuse(states.tapped)
     unroll, losses = Unroll(), []
     for step in range(steps):
         hidden = model(batch.token_ids.roll(-1 - step, 1), hidden, unroll)
-        # Row p predicts the token at p + 2 + step, which the target predicts at p + 1 + step.
-        rows = labels.rows[:, 1 + step :]
-        kept = (rows.flatten() >= 0).nonzero().squeeze(1)
-        drafting = hidden[:, : rows.shape[1]].flatten(0, 1).index_select(0, kept)
-        losses.append(labels.compare(model.logits(drafting).to(torch.float32), rows.flatten()[kept]))
+        losses.append(compare(model, hidden, step))
     return losses
+
+
+@Compiled
+def _likeliest(logits: Tensor, place: Tensor) -> Tensor:
+    """The place of each row's likeliest token."""
+    return place[logits.argmax(-1)]
 
 
 @dataclass(frozen=True, slots=True)
 class _Labels:
-    rows: Tensor  # int64 [batch, length - 1], which row of the others tells the token after this one; -1: none
-    shares: Tensor  # [N, draft_vocab_size], the target's probabilities among draft tokens
-    likeliest: Tensor  # int64 [N], the draft token with the largest
-    known: Tensor  # bool [N], whether the likeliest of all tokens is a draft token
+    """Of every token that the target wrote, [N]."""
+
+    before: Tensor  # int64, where the token before it stands in [batch × length]
+    logits: Tensor  # [N, draft_vocab_size], the target's for draft tokens
+    sums: Tensor  # float32, their log-sum-exps
+    likeliest: Tensor  # int64, the draft token that is the likeliest of all tokens; -1: that is none
 
     @classmethod
     def of(cls, model: DraftModel, target: FrozenTarget, states: HiddenStates, batch: Batch) -> _Labels:
-        wanted = batch.wanted[:, 1:]
-        rows = torch.where(wanted, wanted.flatten().cumsum(0).view_as(wanted) - 1, -1)
-        drafted = torch.zeros(target.config.vocab_size, dtype=torch.bool, device=target.device)
-        drafted[model.target_ids] = True
-        shares, likeliest, known = [], [], []
-        for last in torch.split(states.last[:, :-1][wanted], _CHUNK_ROWS):
-            of_all = target.logits(last)
-            known.append(drafted[of_all.argmax(-1)])
-            of_drafts = of_all[:, model.target_ids]
-            likeliest.append(of_drafts.argmax(-1))
-            shares.append(of_drafts.softmax(-1, dtype=torch.float32).to(target.dtype))
-        return cls(rows, torch.cat(shares), torch.cat(likeliest), torch.cat(known))
+        last = states.last.flatten(0, 1).index_select(0, batch.before)
+        place = torch.full((target.config.vocab_size,), -1, device=target.device)
+        place[model.target_ids] = torch.arange(len(model.target_ids), device=target.device)
+        likeliest = [_likeliest(target.logits(rows), place) for rows in torch.split(last, _CHUNK_ROWS)]
+        logits = target.draft_logits(last, model.target_ids)
+        return cls(batch.before, logits, log_sums(logits), torch.cat(likeliest))
 
-    def compare(self, logits: Tensor, rows: Tensor) -> StepLoss:
-        known = self.known[rows]
-        entropy = F.cross_entropy(logits, self.shares[rows].to(torch.float32), reduction="none")
-        right = (logits.argmax(-1) == self.likeliest[rows]) & known
-        count = max(1, len(rows))
+    def compare(self, model: DraftModel, hidden: Tensor, step: int) -> StepLoss:
+        """hidden [batch, length, hidden_size] of step `step` with what the target predicts there."""
+        rows, there = self._rows(hidden, step)
+        importance = (there & (self.likeliest >= 0)).to(torch.float32)
+        entropy, largest = soft_entropy(model.normed(rows), model.lm_head.weight, self.logits, self.sums, importance)
+        return self._mean(entropy, largest, there)
+
+    def compare_plainly(self, model: DraftModel, hidden: Tensor, step: int) -> StepLoss:
+        """`compare`, as a textbook has it."""
+        rows, there = self._rows(hidden, step)
+        logits = model.logits(rows).to(torch.float32)
+        entropies = F.cross_entropy(logits, self.logits.softmax(-1, dtype=torch.float32), reduction="none")
+        return self._mean((entropies * (there & (self.likeliest >= 0))).sum(), logits.argmax(-1), there)
+
+    def _rows(self, hidden: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """The row that drafts each token, and whether there is one: row p predicts the token at p + 2 + step."""
+        there = self.before % hidden.shape[1] > step
+        return hidden.flatten(0, 1).index_select(0, (self.before - 1 - step).clamp_min(0)), there
+
+    def _mean(self, entropy: Tensor, largest: Tensor, there: Tensor) -> StepLoss:
         # The published recipe: a token that can't be drafted teaches nothing.
-        return StepLoss((entropy * known).sum() / count, right.sum() / count)
+        count = there.sum().clamp_min(1)
+        return StepLoss(entropy / count, ((largest == self.likeliest) & there).sum() / count)

@@ -21,6 +21,7 @@ from quire.engine.speculation.eagle.checkpoint import CONFIG_FILE, write_eagle3
 from quire.engine.speculation.eagle.config import EagleConfig, EagleKind, default_taps
 from quire.service.errors import ConfigError
 from quire.speculate.batches import Batch, batches, most_written, share_of
+from quire.speculate.compiled import as_written
 from quire.speculate.dialogues import Dialogue
 from quire.speculate.draft_model import DraftModel
 from quire.speculate.loss import unrolled_losses
@@ -59,6 +60,8 @@ class TrainConfig:
                 )
         if not 0 < self.learning_rate < 1:
             raise ConfigError(f"--learning-rate is {self.learning_rate:g}: give more than 0, less than 1")
+        if not 0 < self.step_decay <= 1:
+            raise ConfigError(f"--step-decay is {self.step_decay:g}: give more than 0, at most 1", field="step_decay")
         if not self.max_minutes > 0:
             raise ConfigError(f"--max-minutes is {self.max_minutes:g}: give more than 0")
 
@@ -109,8 +112,9 @@ class Trainer:
         else:
             self.model, self.coverage = start, share_of(self._dialogues, start.target_ids)
         self._optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01
-        )
+            self.model.parameters(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.01,
+            fused=target.device.type == "cuda",
+        )  # fmt: skip
         self._batches_per_epoch = len(self._epoch(0))
         self._step, self._seconds, self._tokens = 0, 0.0, 0
         self._history: list[dict[str, Any]] = []
@@ -124,7 +128,7 @@ class Trainer:
             # The order of an epoch is the same after a break.
             for dialogues in self._rest_of_epoch():
                 batch = Batch.of(dialogues, self._config.max_length).to(self._target.device)
-                loss, accuracies = self._learn(batch)
+                loss, accuracies = self.learn(batch)
                 tokens += batch.token_ids.numel()
                 self._step += 1
                 self._seconds = time.perf_counter() - began
@@ -165,6 +169,7 @@ class Trainer:
         return held_out
 
     @torch.no_grad()
+    @as_written()
     def evaluate(self) -> tuple[float, ...]:
         """Each draft's accuracy on dialogues that were kept apart."""
         total = torch.zeros(self._config.steps, device=self._target.device)
@@ -176,7 +181,8 @@ class Trainer:
             total += torch.stack([step.accuracy for step in losses])
         return tuple((total / max(1, len(parts))).tolist())
 
-    def _learn(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def learn(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One step; the first draft's loss, and each draft's accuracy. A GPU is not waited for."""
         for group in self._optimizer.param_groups:
             group["lr"] = self._config.learning_rate * _rate(self._done())
         with self._autocast():

@@ -18,9 +18,11 @@ from quire.engine.page_pool import PagePool
 from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import StepMasks
 from quire.engine.scheduler import Scheduler, SchedulerConfig
+from quire.engine.speculation.acceptance import Rates
 from quire.engine.speculation.budget import Choice, Offer, choose
 from quire.engine.speculation.cost import StepCost
-from quire.engine.speculation.speculator import SpeculationConfig, Speculator
+from quire.engine.speculation.drafts import Drafter
+from quire.engine.speculation.speculator import SpeculationConfig, Speculator, StepTime
 from quire.service.request import Request, SamplingParams, StopConditions
 
 PAGES, MAX_MODEL_LEN = 400, 800
@@ -311,6 +313,34 @@ def test_a_device_with_a_head_does_not_wait_for_the_host(
     assert took < without / 2.5
     _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, head=Head(0.0005, right=False), host=host)
     assert finish(core, machine) <= 1.03 * without
+
+
+def test_a_few_drafts_say_what_a_new_drafter_is_worth() -> None:
+    """Where nothing is known a rate that moves slowly has a short answer pay for drafts that are never right."""
+    rates = Rates.of_all()
+    for _ in range(4):
+        rates.record(Drafter.EAGLE, 0, True)
+    assert rates[Drafter.EAGLE] < 0.25
+    for _ in range(200):
+        rates.record(Drafter.EAGLE, 1, False)
+    settled = rates[Drafter.EAGLE]
+    rates.record(Drafter.EAGLE, 0, True)
+    assert settled > 0.9 and settled - rates[Drafter.EAGLE] < 0.011
+    one = Rates(start=rates)
+    one.record(Drafter.EAGLE, 1, False)
+    assert one[Drafter.EAGLE] > rates[Drafter.EAGLE]
+
+
+def test_what_is_compiled_for_one_step_is_no_cost_of_the_one_before() -> None:
+    """A launch that captures a graph delays the reading of the step in flight: without it the drafts of that step
+    seem to cost seconds, and nobody drafts for the next hundred steps."""
+    cost = StepCost()
+    speculator = Speculator(None, SpeculationConfig(4), on_device=True, cost=cost)
+    for measured in (StepTime(8, 0.01, 0, 0.0), StepTime(40, 3.0, 4, 0.5), None, StepTime(40, 0.02, 0, 0.0)):
+        speculator.observe_step(measured)
+    assert cost.seconds(np.array([8, 40])).tolist() == [0.01, 0.01]
+    speculator.observe_step(StepTime(8, 0.01, 0, 0.0))
+    assert cost.seconds(np.array([8, 40])).tolist() == [0.01, 0.02]
 
 
 # Siblings are beside drafts that there are.

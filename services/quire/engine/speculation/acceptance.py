@@ -6,8 +6,10 @@ from dataclasses import dataclass, field
 
 from quire.engine.speculation.drafts import Drafter
 
-# Weight of one draft in its sequence's rate, and in that of all sequences, which a new one begins with.
+# Weight of one draft in its sequence's rate, and in that of all sequences, which a new one begins with. The first ones
+# weigh more: what a rate begins with counts as so many drafts.
 _NEWEST, _NEWEST_OF_ALL = 0.15, 0.01
+_BEGINNING = 2
 _UNKNOWN = 0.6
 # Of second choices, of which fewer are seen: one where a draft is wrong.
 _NEWEST_SECOND, _UNKNOWN_SECOND = 0.02, 0.2
@@ -20,6 +22,7 @@ class Rates:
     newest: float = _NEWEST
     start: Rates | None = None
     known: dict[Drafter, float] = field(default_factory=dict)
+    counts: dict[Drafter, int] = field(default_factory=dict)
 
     @classmethod
     def of_all(cls) -> Rates:
@@ -34,8 +37,11 @@ class Rates:
 
     def record(self, drafter: Drafter, num_right: int, wrong: bool) -> None:
         """So many drafts were right, one after another, and then one was wrong, or there was no other."""
-        rate = 1.0 - (1.0 - self[drafter]) * (1.0 - self.newest) ** num_right
-        self.known[drafter] = rate * (1.0 - self.newest) if wrong else rate
+        count = self.counts.get(drafter, 0) + num_right + wrong
+        kept = 1.0 - max(self.newest, 1.0 / (_BEGINNING + count))
+        rate = 1.0 - (1.0 - self[drafter]) * kept**num_right
+        self.known[drafter] = rate * kept if wrong else rate
+        self.counts[drafter] = count
 
 
 @dataclass(slots=True)

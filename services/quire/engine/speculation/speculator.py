@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import UNKNOWN, Sequence
@@ -75,6 +76,16 @@ class SpeculationStats:
                 counts[place] += times
 
 
+class StepTime(NamedTuple):
+    """A step computed so many tokens in so long, None if that says nothing, of which the device spent `draft_seconds`
+    on drafts for so many places."""
+
+    num_tokens: int
+    seconds: float | None
+    num_places: int
+    draft_seconds: float
+
+
 @dataclass(slots=True)
 class _Prospect:
     """What is known of one sequence: by drafter, the tokens that it offers, and how many tokens it is still to be left
@@ -124,6 +135,7 @@ class Speculator:
         self._config = config
         self._cost = StepCost() if cost is None else cost
         self._passes = PassCost()
+        self._measured: StepTime | None = None  # of the last step, until the next is read
         self._num_places = min(config.num_tokens, _FIRST_PLACES) if self._on_device else 0
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, _Prospect] = {}
@@ -218,13 +230,15 @@ class Speculator:
             prospect.num_idle = 0 if places else prospect.num_idle + 1
             sequence.num_wanted = places or int(prospect.num_idle % _PROBED < _PROBES)
 
-    def observe_step(self, num_tokens: int, seconds: float | None, num_places: int, draft_seconds: float) -> None:
-        """A step computed so many tokens in so long, None if that says nothing, of which the device spent
-        `draft_seconds` on drafts for so many places."""
-        if seconds is not None:
-            self._cost.record(num_tokens, seconds - draft_seconds)
-        if num_places:
-            self._passes.record(num_places, draft_seconds)
+    def observe_step(self, measured: StepTime | None) -> None:
+        """A step was read; None: it compiled or captured something, which held up the one before it, too."""
+        if measured is not None and self._measured is not None:
+            before = self._measured
+            if before.seconds is not None:
+                self._cost.record(before.num_tokens, before.seconds - before.draft_seconds)
+            if before.num_places:
+                self._passes.record(before.num_places, before.draft_seconds)
+        self._measured = measured
 
     def observe_siblings(self, num_verified: int, kept: bool) -> None:
         """A step verified so many siblings of a sequence's drafts, and `kept` one of them or none."""
