@@ -19,8 +19,8 @@ from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import StepMasks
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.speculation.acceptance import Rates
-from quire.engine.speculation.budget import Choice, Offer, choose
-from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.budget import Choice, Offer, choose, choose_places
+from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator, StepTime
 from quire.service.request import Request, SamplingParams, StopConditions
@@ -396,3 +396,15 @@ def test_a_tree_is_chosen_where_it_wins() -> None:
     assert chosen(0.5, 0.4, 0.1) == (2, 1)
     assert chosen(0.9, 0.2, 0.1) == (4, 0)
     assert chosen(0.5, 0.4, 3.0) == (0, 0)
+
+
+def test_a_pass_may_be_worth_it_for_its_second_choice() -> None:
+    """Else the device makes no drafts where trees win and chains do not."""
+    cost, passes = StepCost(), PassCost()
+    for num_tokens in range(1, 20):
+        for _ in range(5):
+            cost.record(num_tokens, 1.0)
+    passes.record(1, 0.25)
+    assert choose_places([0.2], [0.0], 4, 1, 1, cost, passes) == 0
+    assert choose_places([0.2], [0.4], 4, 1, 1, cost, passes) == 1
+    assert choose_places([0.9], [0.0], 4, 1, 1, cost, passes) == choose_places([0.9], [0.4], 4, 1, 1, cost, passes)

@@ -69,17 +69,33 @@ def _places(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.N
 
 
 def choose_places(
-    rates: Sequence[float], most: int, num_decodes: int, num_tokens: int, cost: StepCost, passes: PassCost
+    rates: Sequence[float],
+    second_rates: Sequence[float],
+    most: int,
+    num_decodes: int,
+    num_tokens: int,
+    cost: StepCost,
+    passes: PassCost,
 ) -> int:
-    """For how many places the device is to make drafts, of all sequences with these rates together.
+    """For how many places the device is to make drafts, of all sequences with these rates together, as in `Offer`; the
+    second rate of one whose drafts get no siblings is 0.
 
     `num_decodes` and `num_tokens` as in `choose`. A place costs a pass, whether or not its drafts are verified then.
     """
     if not rates or not most or not cost.knows(num_tokens):
         return 0
-    gains = np.array(rates)[:, None] ** np.arange(1, most + 1)
-    expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
-    places = np.arange(most + 1)
-    speed = expected / (cost.seconds(num_tokens + len(rates) * places) + places * passes.seconds)
+    places, chances, seconds = np.arange(most + 1), np.array(rates)[:, None], np.array(second_rates)[:, None]
+    right: npt.NDArray[np.float64] = chances ** places[1:]
+    beside = chances ** places[:-1] * (1.0 - chances) * seconds
+
+    def speed_of(gains: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
+        expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
+        found: npt.NDArray[np.float64] = expected / (cost.seconds(num_tokens + rows * places) + places * passes.seconds)
+        return found
+
+    # As chains, or with siblings wherever there may be some, if that is faster.
+    speed = speed_of(right, len(rates))
+    if seconds.any():
+        speed = np.maximum(speed, speed_of(right + beside, len(rates) + int(np.count_nonzero(seconds))))
     best = int(np.argmax(speed))
     return best if speed[best] >= _WORTH * speed[0] else 0

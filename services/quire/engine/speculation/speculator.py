@@ -223,8 +223,9 @@ class Speculator:
             if sequence.drafter is Drafter.EAGLE or not sequence.drafts:
                 takers.append((sequence, prospect))
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
+        second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
         self._num_places = places = choose_places(
-            rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
+            rates, second_rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
         )
         for sequence, prospect in takers:
             prospect.num_idle = 0 if places else prospect.num_idle + 1
