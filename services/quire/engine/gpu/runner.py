@@ -14,7 +14,7 @@ come later see drafts that are right.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -91,8 +91,9 @@ class GpuRunner:
         self._batch_sizes = batch_sizes(max_num_seqs)
         self._draw_sizes = batch_sizes(self._max_num_draws)
         self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
-        num_verified = num_speculative_tokens + num_siblings
-        self._verified = _verified_at_once(model, num_verified) if max_draft_tokens else 1
+        # In steps without siblings, and in those with some.
+        most_rows = (num_speculative_tokens, num_speculative_tokens + num_siblings)
+        self._verified = tuple(_verified_at_once(model, count) for count in most_rows)
         self._layers = PagedLayers.of(self._cache.keys, self._cache.values) if num_siblings else None
         self._pads = on_gpu
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
@@ -149,19 +150,14 @@ class GpuRunner:
     def _all_graphs(self) -> list[Callable[[], None]]:
         """What captures each graph that requests without masks may want: rare ones last, small ones first."""
         wanted: list[tuple[int, int, Callable[[], None]]] = []
-        kinds = (False,) if self._layers is None else (False, True)
         for grouped, rank in ((False, 0), (True, 3)):
             wanted += [(rank, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
             wanted += [(rank, size, partial(self._run_mixed, size, 1, grouped)) for size in self._token_sizes.all]
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
-        if (count := self._verified) > 1:
-            tokens = self._token_sizes.all
-            sizes = [size for size in tokens if size <= self._max_num_draws]
-            for trees in kinds:
-                wanted += [(1, size, partial(self._run_verifications, size, count, False, trees)) for size in sizes]
-                wanted += [(2, size, partial(self._run_mixed, size, count, False, trees)) for size in tokens]
-        if self._layers is not None:
-            wanted.append((0, 1, self._run_siblings))
+        if self._max_num_draws > self._max_num_seqs:
+            wanted += self._verification_graphs(trees=False)
+            if self._layers is not None:
+                wanted += [(0, 1, self._run_siblings), *self._verification_graphs(trees=True)]
         if self._drafter is not None and self._model.group is None:
             wanted += [(0, size, run) for size, run in self._drafter.graphs()]
         # The largest before all: the others fit into the memory that they leave, which would else grow with each.
@@ -170,6 +166,15 @@ class GpuRunner:
             partial(self._run_mixed, self._token_sizes.all[-1], 1, True),
         ]
         return largest + [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
+
+    def _verification_graphs(self, *, trees: bool) -> Sequence[tuple[int, int, Callable[[], None]]]:
+        """Those of `_all_graphs` for steps that verify drafts, with their ranks and sizes."""
+        count, tokens = self._verified[trees], self._token_sizes.all
+        if count == 1:
+            return []
+        sizes = [size for size in tokens if size <= self._max_num_draws]
+        verified = [(1, size, partial(self._run_verifications, size, count, False, trees)) for size in sizes]
+        return verified + [(2, size, partial(self._run_mixed, size, count, False, trees)) for size in tokens]
 
     def close(self) -> None:
         """Lets go of its graphs."""
@@ -205,7 +210,7 @@ class GpuRunner:
 
     def _forward(self, staged: StagedStep) -> None:
         """Leaves the hidden states of the rows that are drawn in `_hidden`."""
-        most, verified = int(staged.work.counts.max()), self._verified if staged.work.drafts.any() else 1
+        most, verified = int(staged.work.counts.max()), self._verified_in(staged)
         size = self._token_sizes(staged.num_tokens) if self._pads else None
         decodes = self._batch_sizes(len(staged.work)) if self._pads and staged.draws_only and most == 1 else None
         if decodes is not None:
@@ -218,6 +223,10 @@ class GpuRunner:
             # All slots, so that kernels that look at all sequences are compiled once.
             limits = AttentionLimits(staged.num_tokens, self._max_num_seqs, most, min(verified, most))
             self._forward_padded(limits, len(staged.draws), staged.grouped, staged.trees)
+
+    def _verified_in(self, staged: StagedStep) -> int:
+        """Up to how many rows of a sequence attention takes together in a step."""
+        return self._verified[staged.trees] if staged.work.drafts.any() else 1
 
     def _run_decodes(self, size: int, grouped: bool) -> None:
         limits = AttentionLimits(size, size, 1)
@@ -339,7 +348,7 @@ class GpuRunner:
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
         work, state = step.staged.work, self._batch.sampling
-        most, verified = int(work.counts.max()), self._verified if work.drafts.any() else 1
+        most, verified = int(work.counts.max()), self._verified_in(step.staged)
         limits = AttentionLimits(step.staged.num_tokens, len(work), most, min(verified, most))
         hidden = self._hidden_states(limits, None, trees=step.staged.trees)
         firsts = np.cumsum(work.counts) - work.counts
