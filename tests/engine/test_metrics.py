@@ -146,6 +146,7 @@ def test_speculation_is_told_by_drafter_and_place() -> None:
     stats.speculation.drafted["suffix"] += 9
     stats.speculation.record(Drafter.SUFFIX, 3, 1)
     stats.speculation.record(Drafter.SUFFIX, 2, 2)
+    stats.speculation.verified_siblings, stats.speculation.accepted_siblings = 7, 1
     metrics.record(Stepped((), (), (), Load(1, 0, 0, 10, 9, 0, 0, stats)))
     text = generate_latest(metrics.registry).decode()
     families = list(text_string_to_metric_families(text))
@@ -154,6 +155,7 @@ def test_speculation_is_told_by_drafter_and_place() -> None:
     counted = [now[f"quire_engine_{name}_tokens_total{{drafter=suffix}}"] for name in DRAFTS]
     assert counted == [9, 5, 3]
     assert now["quire_engine_verified_draft_tokens_total{drafter=forced}"] == 0
+    assert [now[f"quire_engine_{name}_sibling_tokens_total"] for name in ("verified", "accepted")] == [7, 1]
     places = [
         [now[f"quire_engine_{name}_tokens_by_position_total{{position={place}}}"] for place in (1, 2)]
         for name in DRAFTS[1:]

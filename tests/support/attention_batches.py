@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,8 +59,14 @@ def make_batch(seqs: list[tuple[int, int]], shape: AttentionShape, dtype: torch.
     )
 
 
-def definition(batch: Batch, shape: AttentionShape, precision: torch.dtype, soft_cap: float) -> Tensor:
-    """Attention as a textbook has it, sequence by sequence."""
+def definition(
+    batch: Batch,
+    shape: AttentionShape,
+    precision: torch.dtype,
+    soft_cap: float,
+    trees: Sequence[tuple[int, int]] | None = None,
+) -> Tensor:
+    """Attention as a textbook has it, sequence by sequence. `trees`: the trunk and the leaves of each."""
     outs = []
     for index, (count, length) in enumerate(batch.seqs):
         start = int(batch.query_start[index])
@@ -74,18 +81,24 @@ def definition(batch: Batch, shape: AttentionShape, precision: torch.dtype, soft
             scores = soft_cap * torch.tanh(scores / soft_cap)
         position = torch.arange(length - count, length, device=DEVICE)[:, None]
         key = torch.arange(length, device=DEVICE)[None, :]
-        hidden = key > position
+        trunk, leaves = trees[index] if trees is not None else (0, 0)
+        is_leaf = position >= length - leaves
+        # Of a leaf: what the trunk's token beside it sees but that, and itself.
+        depth = torch.where(is_leaf, position - trunk, position)
+        hidden = torch.where(is_leaf, (key >= depth) & (key != position), key > position)
         if shape.window:
-            hidden |= key <= position - shape.window
+            hidden |= key <= depth - shape.window
         outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), values))
     return torch.cat(outs)
 
 
-def by_torch(batch: Batch, shape: AttentionShape, soft_cap: float) -> Tensor:
+def by_torch(
+    batch: Batch, shape: AttentionShape, soft_cap: float, trees: Sequence[tuple[int, int]] | None = None
+) -> Tensor:
     """What torch makes of it in the pool's type: products of that type, softmax rounded to it."""
     if batch.queries.dtype is torch.float32:
-        return definition(batch, shape, torch.float32, soft_cap)
-    return definition(batch, shape, batch.queries.dtype, soft_cap)
+        return definition(batch, shape, torch.float32, soft_cap, trees)
+    return definition(batch, shape, batch.queries.dtype, soft_cap, trees)
 
 
 def small_tiles(splits: int, rows: int = 16) -> tuple[Tile, Tile]:

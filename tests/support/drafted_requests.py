@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from hypothesis import strategies as st
@@ -50,8 +50,10 @@ class Output:
     reason: str
 
 
-def run(core: EngineCore, requests: Sequence[Request], arrivals: Sequence[int]) -> list[Output]:
-    """Request i is submitted before step `arrivals[i]`."""
+def run(
+    core: EngineCore, requests: Sequence[Request], arrivals: Sequence[int], cancels: Mapping[int, int] | None = None
+) -> list[Output]:
+    """Request i is submitted before step `arrivals[i]`, and cancelled before step `cancels[i]`, if that is given."""
     tokens: dict[int, list[int]] = {key: [] for key in range(len(requests))}
     logprobs: dict[int, list[TokenLogprobs]] = {key: [] for key in tokens}
     prompts: dict[int, list[TokenLogprobs]] = {key: [] for key in tokens}
@@ -61,6 +63,8 @@ def run(core: EngineCore, requests: Sequence[Request], arrivals: Sequence[int]) 
         for key, request in enumerate(requests):
             if arrivals[key] == number:
                 core.submit(key, request)
+            if cancels is not None and cancels.get(key) == number:
+                core.cancel(key)
         for update in core.step():
             tokens[update.key] += update.token_ids
             logprobs[update.key] += update.logprobs

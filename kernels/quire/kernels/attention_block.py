@@ -29,6 +29,7 @@ def attend_block(
     weight: tl.tensor,
     acc: tl.tensor,
     positions: tl.tensor,
+    places: tl.tensor,
     keys_ptr: tl.tensor,
     values_ptr: tl.tensor,
     table_ptr: tl.tensor,
@@ -42,11 +43,13 @@ def attend_block(
     SOFT_CAP: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    TREE: tl.constexpr,
     MASK: tl.constexpr,
 ) -> tl.tensor:
     """Takes the keys from `start` into account: returns the new maximum, denominator and weighted sum of values.
 
-    Without MASK all of a block's keys are there and all queries see them, but for the window.
+    A query sees keys up to its one of `positions`, and with TREE the one at its own of `places`, too. Without MASK all
+    of a block's keys are there and all queries see them, but for the window.
     """
     key = start + tl.arange(0, BLOCK_KEYS)
     element = tl.arange(0, BLOCK_SIZE)
@@ -74,9 +77,16 @@ def attend_block(
         scores = cap_scores(scores, scale, soft_cap)
         unit = 1.0
     if MASK:
-        scores = tl.where(inside[None, :] & (key[None, :] <= positions[:, None]), scores, -float("inf"))
+        seen = key[None, :] <= positions[:, None]
+        if TREE:
+            seen |= key[None, :] == places[:, None]
+        scores = tl.where(inside[None, :] & seen, scores, -float("inf"))
     if WINDOW > 0:
-        scores = tl.where(key[None, :] > positions[:, None] - WINDOW, scores, -float("inf"))
+        last = positions
+        if TREE:
+            # A leaf's own position is the next one.
+            last = tl.minimum(positions + 1, places)
+        scores = tl.where(key[None, :] > last[:, None] - WINDOW, scores, -float("inf"))
     new_best = tl.maximum(best, tl.max(scores, 1) * unit)
     # One fused multiply-add an element.
     p = tl.exp2(scores * unit - new_best[:, None])

@@ -17,12 +17,16 @@ import torch
 from torch import Tensor
 
 from quire.kernels._triton import ceil_div, jit, next_power_of_2, tl
+from quire.kernels.draft_trees import DraftTrees
 from quire.kernels.prefix_groups import PrefixGroups
 
 # What `_list_kernel` writes for an item, in this order: the sequence's row in the block tables; its first query's row
 # and position; how many queries; the first key and the last plus one; the slot of the tile's first part, or -1 if its
-# context is whole; which part this is; of how many.
+# context is whole; which part this is; of how many. With trees of drafts then the place of the first leaf, a large
+# number if there is none, and how many tokens the trunk has.
 ITEM_FIELDS = 9
+_TREE_FIELDS = 2
+_NO_LEAF = 2**30
 
 _ANY = 2**30  # queries: so that limits differ without another compilation
 _MANY_SEQS = 32
@@ -87,7 +91,7 @@ class WorkList:
     """What one launch has to do in a step, and where the programs that share a context meet."""
 
     tile: Tile
-    items: Tensor  # int32 [capacity, ITEM_FIELDS]
+    items: Tensor  # int32 [capacity, ITEM_FIELDS], wider with trees
     count: Tensor  # int32 [1], of items that there are
     partials: Tensor  # float32 [slots, kv_heads, rows, head_size], results over parts of a context
     lses: Tensor  # float32 [slots, kv_heads, rows], base-2 logarithms of their softmax denominators
@@ -124,6 +128,7 @@ def list_work(
     table_rows: Tensor | None,
     tiles: tuple[Tile, Tile] | None,
     prefix_lens: Tensor | None = None,
+    trees: DraftTrees | None = None,
 ) -> tuple[WorkList, ...]:
     """The lists of decodes and, if the limits allow any, of prefill chunks. Arguments: `plan_attention_triton`.
 
@@ -140,7 +145,7 @@ def list_work(
         )
     first_long = limits.decode_query_len + 1
     num_tiles = min(limits.max_seqs, limits.max_tokens)
-    given = (query_start, context_lens, shape, table_rows, prefix_lens)
+    given = (query_start, context_lens, shape, table_rows, prefix_lens, trees)
     lists = [_launch(decode, num_tiles, (1, limits.decode_query_len), *given)]
     if limits.max_query_len >= first_long:
         # Each chunk may end in a tile that is not full.
@@ -154,7 +159,7 @@ def list_prefix_work(groups: PrefixGroups, shape: AttentionShape, limits: Attent
     """The list of what groups share: every row of a group against all of the group's keys."""
     most_groups = max(1, limits.max_seqs // 2)
     num_tiles = limits.max_tokens // (tile.rows // shape.group) + most_groups
-    given = (groups.row_start, groups.lengths, shape, groups.table_rows, None)
+    given = (groups.row_start, groups.lengths, shape, groups.table_rows, None, None)
     return _launch(tile, num_tiles, (1, _ANY), *given, causal=False)
 
 
@@ -167,6 +172,7 @@ def _launch(
     shape: AttentionShape,
     table_rows: Tensor | None,
     prefix_lens: Tensor | None,
+    trees: DraftTrees | None,
     causal: bool = True,
 ) -> WorkList:
     device = query_start.device
@@ -176,9 +182,10 @@ def _launch(
     # Of the parts of a context that is cut all but one are full, and there are no more full ones than the target.
     num_slots = 2 * target
     rows = (num_slots, shape.num_kv_heads, tile.rows)
+    fields = ITEM_FIELDS + (0 if trees is None else _TREE_FIELDS)
     work = WorkList(
         tile=tile,
-        items=torch.empty((num_tiles + target, ITEM_FIELDS), dtype=torch.int32, device=device),
+        items=torch.empty((num_tiles + target, fields), dtype=torch.int32, device=device),
         count=torch.empty(1, dtype=torch.int32, device=device),
         partials=torch.empty((*rows, shape.head_size), dtype=torch.float32, device=device),
         lses=torch.empty(rows, dtype=torch.float32, device=device),
@@ -189,6 +196,8 @@ def _launch(
         context_lens,
         query_start if table_rows is None else table_rows,
         query_start if prefix_lens is None else prefix_lens,
+        query_start if trees is None else trees.num_drafts,
+        query_start if trees is None else trees.num_siblings,
         work.items,
         work.count,
         context_lens.shape[0],
@@ -202,7 +211,9 @@ def _launch(
         HAS_ROWS=table_rows is not None,
         HAS_PREFIX=prefix_lens is not None,
         CAUSAL=causal,
-        FIELDS=ITEM_FIELDS,
+        TREE=trees is not None,
+        NO_LEAF=_NO_LEAF,
+        FIELDS=fields,
         BLOCK_SEQS=next_power_of_2(context_lens.shape[0]),
         num_warps=4,
     )
@@ -213,11 +224,13 @@ def _launch(
 def _tiles_and_blocks(
     queries: tl.tensor,
     length: tl.tensor,
+    siblings: tl.tensor,
     MIN_QUERIES: tl.constexpr,
     MAX_QUERIES: tl.constexpr,
     TILE_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     WINDOW: tl.constexpr,
+    TREE: tl.constexpr,
 ) -> tl.tensor:
     """A sequence's tiles of queries, none if another list has it, and the most blocks of keys that one of them sees."""
     mine = (queries >= MIN_QUERIES) & (queries <= MAX_QUERIES)
@@ -225,7 +238,11 @@ def _tiles_and_blocks(
     blocks = tl.cdiv(length, BLOCK_KEYS)
     if WINDOW > 0:
         # The first block may be seen only in its last key.
-        most = tl.cdiv(tl.minimum(queries, TILE_QUERIES) + (WINDOW + BLOCK_KEYS - 2), BLOCK_KEYS)
+        span = tl.minimum(queries, TILE_QUERIES)
+        if TREE:
+            # A leaf in the last tile may have one of the first positions.
+            span = tl.where(siblings > 0, queries, span)
+        most = tl.cdiv(span + (WINDOW + BLOCK_KEYS - 2), BLOCK_KEYS)
         blocks = tl.minimum(blocks, most)
     return tiles, tl.where(mine, blocks, 0)
 
@@ -244,6 +261,8 @@ def _list_kernel(
     context_lens_ptr: tl.tensor,
     table_rows_ptr: tl.tensor,
     prefix_lens_ptr: tl.tensor,
+    num_drafts_ptr: tl.tensor,
+    num_siblings_ptr: tl.tensor,
     items_ptr: tl.tensor,
     count_ptr: tl.tensor,
     num_seqs: tl.tensor,
@@ -257,6 +276,8 @@ def _list_kernel(
     HAS_ROWS: tl.constexpr,
     HAS_PREFIX: tl.constexpr,
     CAUSAL: tl.constexpr,
+    TREE: tl.constexpr,
+    NO_LEAF: tl.constexpr,
     FIELDS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
 ) -> None:
@@ -269,8 +290,11 @@ def _list_kernel(
     lengths = tl.load(context_lens_ptr + seq, mask=inside, other=0)
     if HAS_PREFIX:
         lengths -= tl.load(prefix_lens_ptr + seq, mask=inside, other=0)
+    siblings = lengths
+    if TREE:
+        siblings = tl.load(num_siblings_ptr + seq, mask=inside, other=0)
     tiles, blocks = _tiles_and_blocks(
-        ends - starts, lengths, MIN_QUERIES, MAX_QUERIES, TILE_QUERIES, BLOCK_KEYS, WINDOW
+        ends - starts, lengths, siblings, MIN_QUERIES, MAX_QUERIES, TILE_QUERIES, BLOCK_KEYS, WINDOW, TREE
     )
     # With parts of this size the list is at most TARGET items longer than if no context were cut.
     part_blocks = tl.maximum(tl.cdiv(tl.sum(tiles * blocks, 0), TARGET), MIN_PART)
@@ -291,8 +315,11 @@ def _list_kernel(
     begin = 0
     if HAS_PREFIX:
         begin = tl.load(prefix_lens_ptr + index)
+    num_siblings = length
+    if TREE:
+        num_siblings = tl.load(num_siblings_ptr + index)
     tiles, blocks = _tiles_and_blocks(
-        queries, length - begin, MIN_QUERIES, MAX_QUERIES, TILE_QUERIES, BLOCK_KEYS, WINDOW
+        queries, length - begin, num_siblings, MIN_QUERIES, MAX_QUERIES, TILE_QUERIES, BLOCK_KEYS, WINDOW, TREE
     )
     parts, size = _parts(blocks, part_blocks)
 
@@ -308,7 +335,10 @@ def _list_kernel(
         end = length
     begin += part * size * BLOCK_KEYS
     if WINDOW > 0:
-        begin += tl.maximum(position - WINDOW + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
+        earliest = position
+        if TREE:
+            earliest = tl.where(num_siblings > 0, length - queries, position)
+        begin += tl.maximum(earliest - WINDOW + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
     table_row = index
     if HAS_ROWS:
         table_row = tl.load(table_rows_ptr + index).to(tl.int32)
@@ -322,3 +352,6 @@ def _list_kernel(
     tl.store(fields + 6, tl.where(parts > 1, slot + rank // parts * parts, -1))
     tl.store(fields + 7, part)
     tl.store(fields + 8, parts)
+    if TREE:
+        tl.store(fields + 9, tl.where(num_siblings > 0, length - num_siblings, NO_LEAF))
+        tl.store(fields + 10, tl.load(num_drafts_ptr + index))

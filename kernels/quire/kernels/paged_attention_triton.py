@@ -41,6 +41,7 @@ from quire.kernels.attention_worklist import (
     list_work,
     prefix_tile,
 )
+from quire.kernels.draft_trees import DraftTrees
 from quire.kernels.pool_type import to_pool
 from quire.kernels.prefix_groups import PrefixGroups
 from quire.kernels.rotary_and_write import HeadNorm
@@ -80,6 +81,7 @@ def plan_attention_triton(
     tiles: tuple[Tile, Tile] | None = None,
     groups: PrefixGroups | None = None,
     group_tile: Tile | None = None,
+    trees: DraftTrees | None = None,
 ) -> TritonAttentionPlan:
     """Launches the kernels that list a step's work; capture it in front of the layers.
 
@@ -87,7 +89,8 @@ def plan_attention_triton(
     one without any is skipped, whatever else is said of it; context_lens int32 [S], keys that there are once the step's
     are written; block_tables int32 [tables, P]; table_rows int [S]: each sequence's row in block_tables, i if None;
     tiles, group_tile: those of decodes and prefill chunks, and of groups, for tuning; groups: of the sequences, from
-    `quire.kernels.prefix_groups`: what they share is read once. Layers with a window have no use for them.
+    `quire.kernels.prefix_groups`: what they share is read once. Layers with a window have no use for them. `trees`: of
+    the sequences, whose last rows are leaves, if any has some.
     """
     if context_lens.shape[0] > limits.max_seqs:
         raise ValueError(f"there are {context_lens.shape[0]} sequences, and the limit is {limits.max_seqs}")
@@ -96,7 +99,7 @@ def plan_attention_triton(
     if groups is not None and (shape.window > 0 or groups.rows.shape[0] < limits.max_tokens):
         raise ValueError(f"groups must have room for {limits.max_tokens} rows, and none are for windows: {shape}")
     prefix_lens = None if groups is None else groups.prefix_lens
-    lists = list_work(query_start, context_lens, shape, limits, table_rows, tiles, prefix_lens)
+    lists = list_work(query_start, context_lens, shape, limits, table_rows, tiles, prefix_lens, trees)
     if groups is None:
         return TritonAttentionPlan(shape, block_tables, lists)
     work = list_prefix_work(groups, shape, limits, group_tile or prefix_tile(shape.head_size))
@@ -195,7 +198,8 @@ def launch_attention(
         PAGE_SIZE=key_pages.shape[2],
         WINDOW=shape.window,
         SOFT_CAP=soft_cap != 0.0,
-        FIELDS=ITEM_FIELDS,
+        FIELDS=work.items.shape[1],
+        TREE=work.items.shape[1] > ITEM_FIELDS,
         TILE_ROWS=tile.rows,
         BLOCK_KEYS=tile.keys,
         BLOCK_SIZE=block_size,
@@ -254,6 +258,7 @@ def _attend_kernel(
     WINDOW: tl.constexpr,
     SOFT_CAP: tl.constexpr,
     FIELDS: tl.constexpr,
+    TREE: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -270,7 +275,7 @@ def _attend_kernel(
 
     PREFIX 1: the queries are those that `rows_ptr` names, which all see all keys; see `store_rows`. NEW: `queries_ptr`
     has queries, keys and values as the product made them, and who has the part with a sequence's end begins with its
-    new token's key and value, which it writes into their page.
+    new token's key and value, which it writes into their page. TREE: see `quire.kernels.draft_trees`.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
@@ -288,6 +293,11 @@ def _attend_kernel(
     first_slot = tl.load(fields + 6)
     part = tl.load(fields + 7)
     parts = tl.load(fields + 8)
+    first_leaf = position
+    num_drafts = position
+    if TREE:
+        first_leaf = tl.load(fields + 9)
+        num_drafts = tl.load(fields + 10)
     # Here, so that it does not delay the loads above; what those find past the list's end is not used.
     if item >= tl.load(count_ptr):
         return
@@ -301,7 +311,10 @@ def _attend_kernel(
         token = tl.load(rows_ptr + token, mask=query < num_queries, other=0).to(tl.int64)
     head = token * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
     place = head[:, None] * HEAD_SIZE + element[None, :]
-    positions = position + query
+    places = position + query
+    positions = places
+    if TREE:
+        positions = tl.where(places >= first_leaf, places - num_drafts - 1, places)
     best = tl.full((TILE_ROWS,), -1e30, tl.float32)
     weight = tl.zeros((TILE_ROWS,), tl.float32)
     acc = tl.zeros((TILE_ROWS, BLOCK_SIZE), tl.float32)
@@ -335,16 +348,19 @@ def _attend_kernel(
     rest = begin
     if BULK:
         # All queries see all of these keys.
-        rest = begin + tl.maximum(tl.minimum(end, position + 1) - begin, 0) // BLOCK_KEYS * BLOCK_KEYS
+        seen = position + 1
+        if TREE:
+            seen = tl.minimum(seen, first_leaf - num_drafts)
+        rest = begin + tl.maximum(tl.minimum(end, seen) - begin, 0) // BLOCK_KEYS * BLOCK_KEYS
         for start in tl.range(begin, rest, BLOCK_KEYS, num_stages=STAGES):
             best, weight, acc = attend_block(
-                start, end, q, best, weight, acc, positions, keys_ptr, values_ptr, table_ptr, kv_head, scale, soft_cap,
-                NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, False,
+                start, end, q, best, weight, acc, positions, places, keys_ptr, values_ptr, table_ptr, kv_head, scale,
+                soft_cap, NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, TREE, False,
             )  # fmt: skip
     for start in tl.range(rest, end, BLOCK_KEYS, num_stages=STAGES):
         best, weight, acc = attend_block(
-            start, end, q, best, weight, acc, positions, keys_ptr, values_ptr, table_ptr, kv_head, scale, soft_cap,
-            NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, True,
+            start, end, q, best, weight, acc, positions, places, keys_ptr, values_ptr, table_ptr, kv_head, scale,
+            soft_cap, NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, TREE, True,
         )  # fmt: skip
 
     weight = tl.where(weight > 0.0, weight, 1.0)  # a part without a key, before the tile's first or after its last

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.kernels._triton import ceil_div, jit, next_power_of_2, tl
+from quire.kernels.draft_trees import DraftTrees
 
 _BLOCK_ROWS = 16
 
@@ -21,7 +22,7 @@ class StepInputs:
     """Where `prepare_inputs` puts them. Rows past the step's are padding: token 0 at position 0, written nowhere."""
 
     token_ids: Tensor  # int32 [T]
-    positions: Tensor  # int32 [T], each token's index in its sequence
+    positions: Tensor  # int32 [T], each token's index in its sequence; a leaf's is that of the draft beside it
     slot_mapping: Tensor  # int64 [T], page × page_size + offset; -1 for padding
 
     def rows(self, count: int) -> StepInputs:
@@ -37,11 +38,13 @@ def prepare_inputs(
     block_tables: Tensor,
     page_size: int,
     out: StepInputs,
+    trees: DraftTrees | None = None,
 ) -> None:
     """Fills `out` for S sequences, of which sequence i computes rows query_start[i] to query_start[i + 1] - 1.
 
     query_start int32 [S + 1], nondecreasing: padding sequences have no rows; slots int32 [S]: rows of the tables;
-    starts int32 [S]: positions of their first tokens; token_ids int32 [slots, any], block_tables int32 [slots, P].
+    starts int32 [S]: positions of their first tokens; token_ids int32 [slots, any], block_tables int32 [slots, P]. With
+    `trees` the last rows of a sequence are its leaves, whose tokens those name.
     """
     if token_ids.stride(1) != 1 or block_tables.stride(1) != 1:
         raise ValueError(
@@ -49,7 +52,7 @@ def prepare_inputs(
             f"{block_tables.stride()}"
         )
     if query_start.is_cuda:
-        prepare_inputs_triton(query_start, slots, starts, token_ids, block_tables, page_size, out)
+        prepare_inputs_triton(query_start, slots, starts, token_ids, block_tables, page_size, out, trees)
         return
     row = torch.arange(len(out.token_ids), dtype=torch.int32, device=query_start.device)
     sequence = torch.searchsorted(query_start[1:].contiguous(), row, right=True).clamp_max_(len(slots) - 1)
@@ -57,8 +60,14 @@ def prepare_inputs(
     slot = slots[sequence].to(torch.int64)
     position = torch.where(there, starts[sequence] + row - query_start[sequence], 0)
     pages = block_tables[slot, (position // page_size).to(torch.int64)].to(torch.int64)
-    out.token_ids.copy_(torch.where(there, token_ids[slot, position.to(torch.int64)], 0))
-    out.positions.copy_(position)
+    tokens, depth = token_ids[slot, position.to(torch.int64)], position
+    if trees is not None:
+        leaf = row - query_start[1:][sequence] + trees.num_siblings[sequence]
+        is_leaf = there & (leaf >= 0)
+        tokens = torch.where(is_leaf, trees.siblings[slot, leaf.clamp_min(0).to(torch.int64)], tokens)
+        depth = torch.where(is_leaf, position - trees.num_drafts[sequence], position)
+    out.token_ids.copy_(torch.where(there, tokens, 0))
+    out.positions.copy_(depth)
     out.slot_mapping.copy_(torch.where(there, pages * page_size + position % page_size, -1))
 
 
@@ -72,10 +81,15 @@ def _prepare_kernel(
     token_ids_ptr: tl.tensor,
     positions_ptr: tl.tensor,
     slot_mapping_ptr: tl.tensor,
+    num_drafts_ptr: tl.tensor,
+    num_siblings_ptr: tl.tensor,
+    siblings_ptr: tl.tensor,
     tokens_stride: tl.tensor,
     tables_stride: tl.tensor,
+    siblings_stride: tl.tensor,
     num_rows: tl.tensor,
     num_seqs: tl.tensor,
+    TREE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
@@ -93,9 +107,14 @@ def _prepare_kernel(
     position = tl.where(there, position, 0)
     token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=there, other=0)
     page = tl.load(tables_ptr + slot * tables_stride + position // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+    place = tl.where(there, page * PAGE_SIZE + position % PAGE_SIZE, -1)
+    if TREE:
+        leaf = row - tl.load(query_start_ptr + 1 + index) + tl.load(num_siblings_ptr + index)
+        is_leaf = there & (leaf >= 0)
+        token = tl.where(is_leaf, tl.load(siblings_ptr + slot * siblings_stride + leaf, mask=is_leaf, other=0), token)
+        position -= tl.where(is_leaf, tl.load(num_drafts_ptr + index), 0)
     tl.store(token_ids_ptr + row, token, mask=inside)
     tl.store(positions_ptr + row, position, mask=inside)
-    place = tl.where(there, page * PAGE_SIZE + position % PAGE_SIZE, -1)
     tl.store(slot_mapping_ptr + row, place, mask=inside)
 
 
@@ -107,6 +126,7 @@ def prepare_inputs_triton(
     block_tables: Tensor,
     page_size: int,
     out: StepInputs,
+    trees: DraftTrees | None = None,
 ) -> None:
     """`prepare_inputs` in one launch."""
     num_rows, num_seqs = len(out.token_ids), len(slots)
@@ -119,10 +139,15 @@ def prepare_inputs_triton(
         out.token_ids,
         out.positions,
         out.slot_mapping,
+        slots if trees is None else trees.num_drafts,
+        slots if trees is None else trees.num_siblings,
+        slots if trees is None else trees.siblings,
         token_ids.stride(0),
         block_tables.stride(0),
+        0 if trees is None else trees.siblings.stride(0),
         num_rows,
         num_seqs,
+        TREE=trees is not None,
         PAGE_SIZE=page_size,
         BLOCK_ROWS=_BLOCK_ROWS,
         BLOCK_SEQS=next_power_of_2(num_seqs),

@@ -106,6 +106,12 @@ class CoreConfig:
         return self.tensor_parallel_size // self.nnodes
 
     @property
+    def num_siblings(self) -> int:
+        """Second choices beside a sequence's drafts that a GPU's runner can make and verify in a step: as many as
+        drafts. Ranks don't tell each other of them."""
+        return self.num_speculative_tokens if self.speculative_model and self.tensor_parallel_size == 1 else 0
+
+    @property
     def interpreted(self) -> bool:
         """Whether the GPU's code is to run on a CPU: its kernels then need Triton's interpreter."""
         return self.tensor_parallel_size > 1 and self.device is Device.CPU

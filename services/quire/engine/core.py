@@ -261,7 +261,11 @@ class EngineCore:
             if self._speculator is not None:
                 grammar, verified = results.get(sequence.key), schedule.drafts.get(sequence)
                 if verified is not None:
-                    tokens = (*verified.token_ids[: result.accepted[index]], *tokens)
+                    kept = verified.token_ids[: result.accepted[index]]
+                    if work.num_siblings:
+                        drafted, kept = kept, result.kept[index]
+                        self._speculator.observe_siblings(work.num_siblings, kept != drafted)
+                    tokens = (*kept, *tokens)
                     if grammar is not None and len(tokens) > grammar.num_drafts + 1:
                         # Behind what the grammar allows nothing was masked.
                         tokens = tokens[: grammar.num_drafts + 1]
@@ -272,9 +276,11 @@ class EngineCore:
                 if unread is not None and drafts:
                     unread.token_ids = drafts[: len(unread.token_ids)]
                 drafter = verified.drafter if verified is not None else None
-                self._speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts)
+                siblings = result.siblings.get(index, ())
+                self._speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts, siblings)
             error = errors.get(sequence.key)
-            num_tokens += self._commit_tokens(sequence, tokens, result.logprobs.get(index, ()), error, work.num_drafts)
+            logprobs = result.logprobs.get(index, ())
+            num_tokens += self._commit_tokens(sequence, tokens, logprobs, error, work.num_verified)
         self.stats.record_tokens(until_first, between, num_tokens)
         if not self.scheduler.num_running:
             self._last_commit = 0.0
@@ -290,9 +296,9 @@ class EngineCore:
         token_ids: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...],
         error: QuireError | None,
-        num_drafts: int,
+        num_verified: int,
     ) -> int:
-        """Adds what a step drew after it had verified `num_drafts` drafts; returns how many tokens count."""
+        """Adds what a step drew after it had verified so many drafts and siblings; returns how many tokens count."""
         count, reason, drafts = 0, None, None
         # Most steps end nothing.
         if error is None and token_ids[-1] >= 0 and self.scheduler.extend(sequence, token_ids):
@@ -305,9 +311,9 @@ class EngineCore:
             count += 1
             if (reason := sequence.finish_reason()) is not None:
                 break
-        if num_drafts:
+        if num_verified:
             accepted = min(count, len(token_ids) - 1)
-            drafts = VerifiedDrafts(accepted, num_drafts - accepted)
+            drafts = VerifiedDrafts(accepted, num_verified - accepted)
         if error is not None:
             self._finish(sequence, Finished(FinishReason.ERROR, error), token_ids[:count], logprobs[:count], drafts)
         elif reason is not None:

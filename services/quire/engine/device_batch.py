@@ -38,6 +38,7 @@ class WorkColumns:
     drafts: npt.NDArray[np.int64]  # how many
     wanted: npt.NDArray[np.int64]  # how many
     open: npt.NDArray[np.int64]  # how many
+    siblings: npt.NDArray[np.int64]  # how many
 
     @classmethod
     def of(cls, work: Sequence[Work]) -> WorkColumns:
@@ -58,7 +59,8 @@ class WorkColumns:
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """Rows of logits from which a step draws: one for each item of its work that draws, and one more for each draft."""
+    """Rows of logits from which a step draws: one for each item of its work that draws, and one more for each draft,
+    then for each sibling."""
 
     items: npt.NDArray[np.int64]  # the step's work that draws
     counts: npt.NDArray[np.int64]  # how many rows each of them has
@@ -71,10 +73,15 @@ class Draws:
     def of(cls, work: WorkColumns) -> Draws:
         """Of a step's work, in its order."""
         items = np.flatnonzero(work.sample)
-        counts = work.drafts[items] + 1
+        drafts = work.drafts[items]
+        counts = 1 + drafts + work.siblings[items]
         firsts = np.cumsum(counts) - counts
         behind = np.arange(counts.sum()) - np.repeat(firsts, counts)
-        positions = np.repeat(work.ends[items] + 1 - counts, counts) + behind
+        depths = behind
+        if work.siblings.any():
+            trunks = np.repeat(drafts, counts)
+            depths = np.where(behind > trunks, behind - trunks, behind)
+        positions = np.repeat(work.ends[items] + 1 - counts, counts) + depths
         return cls(items, counts, firsts, behind, np.repeat(work.slots[items], counts), positions)
 
     def __len__(self) -> int:

@@ -34,13 +34,17 @@ class DraftRoom:
         spare_tokens = budget - len(running)
         if self._max_tokens is not None:
             spare_tokens = min(spare_tokens, self._max_tokens)
+        if sum(sequence.num_verified for sequence in drafted) > spare_tokens:
+            # One sequence's second choices are worth less than another's drafts.
+            for sequence in drafted:
+                sequence.siblings = ()
         needed = (
             pages_for(sequence.reach + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
             for sequence in running
         )
         spare_pages = self._pool.available - sum(max(0, missing) for missing in needed)
         for sequence in drafted:
-            reach, count = sequence.reach, len(sequence.drafts)
+            reach, count = sequence.reach, sequence.num_verified
             own_pages = pages_for(reach + 1)
             if spare_pages >= 0:  # else what it has beyond that may be taken back
                 own_pages = max(len(sequence.block_table), own_pages)
@@ -51,6 +55,7 @@ class DraftRoom:
             if limit < count:
                 count = max(0, limit)
                 sequence.drafts = sequence.drafts[:count]
+                sequence.siblings = sequence.siblings[: count - len(sequence.drafts)]
             spare_tokens -= count
             if count:
                 spare_pages -= max(0, pages_for(reach + 1 + count) - own_pages)

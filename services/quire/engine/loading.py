@@ -225,7 +225,8 @@ def _speculation(config: CoreConfig, gpu: torch.device | None, *, chosen: bool) 
     # only where someone asks for it.
     if gpu is not None and not chosen and not config.speculative_model:
         return None
-    return SpeculationConfig(config.num_speculative_tokens)
+    num_siblings = config.num_siblings if gpu is not None else 0
+    return SpeculationConfig(config.num_speculative_tokens, num_siblings=num_siblings)
 
 
 def _max_model_len(config: CoreConfig, model: ModelConfig) -> int:
@@ -252,7 +253,7 @@ def _num_pages(num_pages: int, limits: SchedulerConfig, max_model_len: int, page
 
 def _most_drafts(limits: SchedulerConfig, speculation: SpeculationConfig, most: int) -> int:
     """Drafts of a step: those of a full batch, or `most`."""
-    wanted = limits.max_num_seqs * max(speculation.num_tokens, speculation.num_forced)
+    wanted = limits.max_num_seqs * max(speculation.num_tokens + speculation.num_siblings, speculation.num_forced)
     return min(wanted, most if limits.max_draft_tokens is None else min(most, limits.max_draft_tokens))
 
 

@@ -124,6 +124,10 @@ class EngineMetrics(Collector):
                 by_place = [((str(place),), count) for place, count in enumerate(places, 1)]
                 help_text = f"{help_text[:-1]}, by their place in the step's drafts of a request, from 1."
                 yield self._counters(f"{name}_tokens_by_position", help_text, by_place, "position")
+        siblings = "Second choices beside drafts that steps verified, too."
+        yield self._counter("verified_sibling_tokens", siblings, stats.verified_siblings)
+        siblings = "Those of them that were right, which count as drafts that were."
+        yield self._counter("accepted_sibling_tokens", siblings, stats.accepted_siblings)
 
     def _gauge(self, name: str, help_text: str, value: float) -> Family:
         return self._gauges(name, help_text, [((), value)])

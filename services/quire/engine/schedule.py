@@ -74,16 +74,19 @@ class ScheduleBuilder:
         """A sequence in the batch computes `num_tokens`."""
         self.budget -= num_tokens
         start = sequence.num_computed
-        drafts, num_open = sequence.drafts, sequence.num_open
-        sample = start + num_tokens == sequence.num_tokens + len(drafts)
+        drafts, siblings, num_open = sequence.drafts, sequence.siblings, sequence.num_open
+        sample = start + num_tokens == sequence.num_tokens + sequence.num_verified
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
         wanted = sequence.num_wanted if sample else 0
-        self.work[sequence] = Work(sequence.slot, start, num_tokens, sample, score, len(drafts), wanted, num_open)
+        self.work[sequence] = Work(
+            sequence.slot, start, num_tokens, sample, score, len(drafts), wanted, num_open, len(siblings)
+        )
         if drafts:
             self._verified[sequence] = InFlightDrafts(sequence.drafter, drafts)
             if drafts[0] != UNKNOWN:
-                self._drafts[sequence] = Drafts(sequence.slot, start + num_tokens - len(drafts), drafts)
+                first = start + num_tokens - sequence.num_verified
+                self._drafts[sequence] = Drafts(sequence.slot, first, drafts, siblings)
         if grant is not None:
             self._grants[sequence] = grant
 

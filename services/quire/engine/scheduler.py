@@ -240,9 +240,9 @@ class Scheduler:
     def _book(self, schedule: Schedule) -> None:
         """Takes a step as done: later ones may use its pages, which are written before they run."""
         for sequence, work in zip(schedule.sequences, schedule.plan.work, strict=True):
-            sequence.num_computed = work.start + work.num_tokens - work.num_drafts
+            sequence.num_computed = work.start + work.num_tokens - work.num_verified
             sequence.num_open += work.num_drafts
-            sequence.drafts = ()
+            sequence.drafts = sequence.siblings = ()
             if work.sample:
                 sequence.num_drawn += 1
             if work.score:
@@ -272,7 +272,7 @@ class Scheduler:
             if sequence.num_pending > 1:
                 prefilling.append(sequence)
             elif sequence.state is SequenceState.RUNNING:  # not preempted for one before it
-                self._continue(sequence, 1 + len(sequence.drafts), step)
+                self._continue(sequence, 1 + sequence.num_verified, step)
         prefilling.sort(key=lambda sequence: sequence.order)
         for sequence in prefilling:
             if step.budget == 0:
@@ -345,7 +345,7 @@ class Scheduler:
     def _leave_batch(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_table)
         sequence.block_table = []
-        sequence.drafts = ()
+        sequence.drafts = sequence.siblings = ()
         sequence.num_computed = sequence.num_published = 0
         self._slots.append(sequence.slot)
         sequence.slot = -1

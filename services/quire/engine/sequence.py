@@ -30,8 +30,9 @@ class Sequence:
     once the steps in flight are done. `max_tokens` is how many tokens there may be in all. `page_hashes` has a hash for
     every full page of `token_ids`; the first `num_published` of them are in the pool. `arrived_at` and `last_token_at`
     (when a token was last drawn here) are the core's, in seconds of a clock of its own.
-    `drafts`, made by `drafter`, may be what follows all tokens that there are: the next step is to find out. Those that
-    only the device knows are UNKNOWN. `num_wanted` is how many the device is to make of what comes after that.
+    `drafts`, made by `drafter`, may be what follows all tokens that there are: the next step is to find out. `siblings`
+    are second choices beside the first of them. Those that only the device knows are UNKNOWN. `num_wanted` is how many
+    drafts the device is to make of what comes after that.
     The log-probabilities of the first `num_scored` prompt tokens are reported or on their way; the first has none.
     """
 
@@ -56,6 +57,7 @@ class Sequence:
     num_preemptions: int = 0
     num_scored: int = 1
     drafts: tuple[int, ...] = ()
+    siblings: tuple[int, ...] = ()
     drafter: Drafter | None = None
     num_wanted: int = 0
     arrived_at: float = 0.0
@@ -83,6 +85,11 @@ class Sequence:
     def num_pending(self) -> int:
         """Tokens still to be computed before the next one can be sampled; 1 while decoding."""
         return len(self.token_ids) + self.num_drawn - self.num_computed
+
+    @property
+    def num_verified(self) -> int:
+        """Rows of the next step that `drafts` and `siblings` take."""
+        return len(self.drafts) + len(self.siblings)
 
     @property
     def reach(self) -> int:

@@ -19,8 +19,8 @@ from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import StepMasks
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.speculation.acceptance import Rates
-from quire.engine.speculation.budget import Offer, choose
-from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.budget import Choice, Offer, choose, choose_places
+from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator, StepTime
 from quire.service.request import Request, SamplingParams, StopConditions
@@ -343,8 +343,14 @@ def test_what_is_compiled_for_one_step_is_no_cost_of_the_one_before() -> None:
     assert cost.seconds(np.array([8, 40])).tolist() == [0.01, 0.02]
 
 
+# Siblings are beside drafts that there are.
+OFFERS = st.integers(0, 6).flatmap(
+    lambda count: st.builds(Offer, st.just(count), st.floats(0, 1), st.integers(0, count), st.floats(0, 1))
+)
+
+
 @given(
-    offers=st.lists(st.builds(Offer, st.integers(0, 6), st.floats(0, 1)), max_size=8),
+    offers=st.lists(OFFERS, max_size=8),
     num_decodes=st.integers(1, 8),
     per_token=st.floats(0, 1),
 )
@@ -355,18 +361,50 @@ def test_nothing_is_chosen_that_slows_a_batch_down(offers: list[Offer], num_deco
         for _ in range(5):
             cost.record(num_tokens, 1 + per_token * num_tokens)
 
-    def speed(counts: list[int]) -> float:
-        expected = num_decodes + sum(
-            sum(offer.rate**nth for nth in range(1, count + 1)) for offer, count in zip(offers, counts, strict=True)
-        )
-        return expected / float(cost.seconds(np.array([num_decodes + sum(counts)]))[0])
+    def speed(choices: list[Choice]) -> float:
+        expected = float(num_decodes)
+        for offer, (num_drafts, num_siblings) in zip(offers, choices, strict=True):
+            expected += sum(offer.rate**nth for nth in range(1, num_drafts + 1))
+            wrong = (offer.rate ** (nth - 1) * (1 - offer.rate) for nth in range(1, num_siblings + 1))
+            expected += offer.second_rate * sum(wrong)
+        return expected / float(cost.seconds(np.array([num_decodes + sum(map(sum, choices))]))[0])
 
     chosen = choose(offers, num_decodes, num_decodes, cost)
     assert len(chosen) == len(offers)
-    assert all(0 <= count <= offer.num_drafts for count, offer in zip(chosen, offers, strict=True))
-    none = [0] * len(offers)
+    for (num_drafts, num_siblings), offer in zip(chosen, offers, strict=True):
+        assert 0 <= num_siblings <= num_drafts <= offer.num_drafts and num_siblings <= offer.num_siblings
+    none = [Choice(0, 0)] * len(offers)
     assert speed(chosen) >= speed(none) * (1 - 1e-9)
     for index, offer in enumerate(offers):
         for count in range(offer.num_drafts + 1):
-            alone = [*none[:index], count, *none[index + 1 :]]
+            alone = [*none[:index], Choice(count, 0), *none[index + 1 :]]
             assert speed(chosen) >= speed(alone) / 1.0101
+
+
+def test_a_tree_is_chosen_where_it_wins() -> None:
+    """Where drafts are often wrong and rows are cheap, a second choice beside the first ones is worth more than another
+    draft behind them; where rows cost as much as steps, nothing is."""
+
+    def chosen(rate: float, second_rate: float, per_token: float) -> Choice:
+        cost = StepCost()
+        for num_tokens in range(1, 20):
+            for _ in range(5):
+                cost.record(num_tokens, 1 + per_token * num_tokens)
+        return choose([Offer(4, rate, 4, second_rate)], 1, 1, cost)[0]
+
+    assert chosen(0.5, 0.4, 0.0) == (4, 4)
+    assert chosen(0.5, 0.4, 0.1) == (2, 1)
+    assert chosen(0.9, 0.2, 0.1) == (4, 0)
+    assert chosen(0.5, 0.4, 3.0) == (0, 0)
+
+
+def test_a_pass_may_be_worth_it_for_its_second_choice() -> None:
+    """Else the device makes no drafts where trees win and chains do not."""
+    cost, passes = StepCost(), PassCost()
+    for num_tokens in range(1, 20):
+        for _ in range(5):
+            cost.record(num_tokens, 1.0)
+    passes.record(1, 0.25)
+    assert choose_places([0.2], [0.0], 4, 1, 1, cost, passes) == 0
+    assert choose_places([0.2], [0.4], 4, 1, 1, cost, passes) == 1
+    assert choose_places([0.9], [0.0], 4, 1, 1, cost, passes) == choose_places([0.9], [0.4], 4, 1, 1, cost, passes)

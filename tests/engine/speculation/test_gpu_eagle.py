@@ -64,18 +64,22 @@ class Heads(Reference):
         return fused
 
     @torch.inference_mode()
-    def check(self, text: tuple[int, ...], drafts: tuple[int, ...]) -> None:
-        """Each of `drafts` must be what the head finds most likely, all of the text before it, without pages."""
+    def check(self, text: tuple[int, ...], drafts: tuple[int, ...], siblings: tuple[int, ...]) -> None:
+        """Each of `drafts` must be what the head finds most likely, all of the text before it, without pages; each of
+        `siblings`, if there are any, what it finds most likely after that."""
         reference, embedding = self.reference, self.theirs.get_input_embeddings()
         ids = reference.target_ids.tolist() if reference.kind == "eagle3" else list(range(VOCAB_SIZE))
         hidden, tokens = self.states(text)[:-1], list(text[1:])
-        for draft in drafts:
+        for place, draft in enumerate(drafts):
             out = reference.hidden(embedding(torch.tensor(tokens)), hidden)
             if reference.kind == "eagle":
                 logits = self.theirs.get_output_embeddings()(out[-1])
             else:
                 logits = reference.modules["lm_head"](reference.modules["norm"](out[-1]))
-            assert logits[ids.index(draft)] >= logits.max() - 1e-3, f"draft {len(tokens) - len(text) + 2}"
+            assert logits[ids.index(draft)] >= logits.max() - 1e-3, f"draft {place}"
+            if siblings:
+                logits[ids.index(draft)] = -torch.inf
+                assert logits[ids.index(siblings[place])] >= logits.max() - 1e-3, f"sibling {place}"
             hidden, tokens = torch.cat((hidden, out[-1:])), [*tokens, draft]
 
 
@@ -101,7 +105,7 @@ class Checked:
 @dataclass
 class CheckingRunner:
     """A runner whose drafts are checked and then replaced, on the device, too: what the head drafts decides nothing.
-    Each is right with probability `quality`."""
+    Each is right with probability `quality`, and so is each sibling of one that is wrong."""
 
     heads: Heads
     runner: GpuRunner
@@ -120,20 +124,26 @@ class CheckingRunner:
         for admission in plan.admissions:
             self.texts[admission.slot] = list(admission.token_ids)
         result, told = self.runner.launch(plan, masked=masked).wait(), {}
+        siblings: dict[int, tuple[int, ...]] = {}
         self.told.update({drafts.slot: drafts.token_ids for drafts in plan.drafts})
         for index, work in enumerate(plan.work):
             text = self.texts[work.slot]
             if work.sample:
                 drafts = self.told.get(work.slot, ())[: result.accepted.get(index, 0)]
-                text += [*drafts, result.token_ids[index]]
+                text += [*result.kept.get(index, drafts), result.token_ids[index]]
             assert len(result.drafts.get(index, ())) == work.num_wanted
             if work.num_wanted:
-                self.heads.check(tuple(text), result.drafts[index])
-                self.told[work.slot] = told[index] = drafts = self.tell(text, work.num_wanted)
+                self.heads.check(tuple(text), result.drafts[index], result.siblings.get(index, ()))
+                drafts, others = self.tell(text, work.num_wanted)
+                self.told[work.slot] = told[index] = drafts
                 row = self.runner._batch.token_ids[work.slot]
                 assert row[len(text) : len(text) + len(drafts)].tolist() == list(result.drafts[index])
                 row[len(text) : len(text) + len(drafts)] = torch.tensor(drafts, dtype=row.dtype)
-        return Checked(replace(result, drafts=told))
+                if index in result.siblings:
+                    siblings[index], row = others, self.runner._batch.siblings[work.slot]
+                    assert row[: len(others)].tolist() == list(result.siblings[index])
+                    row[: len(others)] = torch.tensor(others, dtype=row.dtype)
+        return Checked(replace(result, drafts=told, siblings=siblings))
 
     def prepare(self) -> bool:
         return self.runner.prepare()
@@ -141,12 +151,17 @@ class CheckingRunner:
     def close(self) -> None:
         self.runner.close()
 
-    def tell(self, text: list[int], count: int) -> tuple[int, ...]:
+    def tell(self, text: list[int], count: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         prompt = max((prompt for prompt in PROMPTS if tuple(text[: len(prompt)]) == prompt), key=len)
         # A step that runs ahead may draw behind the answer's end.
         truth = [*prompt, *self.heads.answer(prompt), *[0] * MAX_MODEL_LEN][len(text) : len(text) + count]
         self.num_told += count
-        return tuple(token if self.random.random() < self.quality else (token + 1) % VOCAB_SIZE for token in truth)
+        drafts = tuple(token if self.random.random() < self.quality else (token + 1) % VOCAB_SIZE for token in truth)
+        siblings = tuple(
+            token if token != draft and self.random.random() < self.quality else (token + 2) % VOCAB_SIZE
+            for token, draft in zip(truth, drafts, strict=True)
+        )
+        return drafts, siblings
 
 
 @given(data=st.data())
@@ -165,16 +180,18 @@ def test_drafts_are_those_of_the_text_alone_and_change_nothing(heads: Heads, dat
         drafter_in_pages=True,
     )
     graphs = data.draw(st.booleans(), label="graphs")
+    num_siblings = data.draw(st.sampled_from([0, 4]), label="siblings")
     runner = CheckingRunner(
         heads,
         GpuRunner(
             heads.gpu, num_pages, max_num_seqs, config.max_num_batched_tokens, MAX_MODEL_LEN, graphs=graphs,
-            max_draft_tokens=12, head=heads.head,
+            max_draft_tokens=12, num_siblings=num_siblings, head=heads.head,
         ),
         data.draw(st.sampled_from([0.0, 0.5, 0.9, 1.0]), label="quality"),
     )  # fmt: skip
     num_drafts = data.draw(st.integers(1, 4), label="drafts")
-    speculator = Speculator(None, SpeculationConfig(num_drafts), on_device=True, cost=FreeSteps())
+    settings = SpeculationConfig(num_drafts, num_siblings=num_siblings)
+    speculator = Speculator(None, settings, on_device=True, cost=FreeSteps())
     core = EngineCore(
         runner,
         Scheduler(config, PagePool(num_pages), frozenset({EOS})),
@@ -200,6 +217,7 @@ def test_drafts_are_those_of_the_text_alone_and_change_nothing(heads: Heads, dat
     for key, prompt in prompts.items():
         assert outputs[key] == heads.answer(prompt)[: wanted[key]], f"request {key}"
     event(f"told: {runner.num_told > 0}, kept: {sum(speculator.stats.accepted.values()) > 0}")
+    event(f"siblings kept: {speculator.stats.accepted_siblings > 0}")
     event(f"preempted: {core.scheduler.num_preemptions > 0}, hits: {core.stats.cached_prompt_tokens > 0}")
     assert core.scheduler.pool.available == num_pages
 
@@ -213,24 +231,43 @@ def collect(core: EngineCore, outputs: dict[int, list[int]]) -> None:
 
 def test_a_batch_with_everything_in_it(heads: Heads) -> None:
     """What few random batches do all of: chunks, hits, preemption, drafts of which some are right."""
+    check_batch(heads, 8, num_siblings=0, run_ahead=True)
+
+
+@pytest.mark.parametrize("heads", [("llama", "eagle3")], indirect=True, ids=["eagle3"])
+@pytest.mark.parametrize("run_ahead", [True, False], ids=["ahead", "in step"])
+def test_a_batch_with_siblings_in_it(heads: Heads, run_ahead: bool) -> None:
+    """The same, and siblings that are right where drafts are not; the host knows neither before they are verified, or
+    both. One whose keys and values stay behind the drafts, or that is told to the host as the draft beside it, changes
+    the rest of the output."""
+    check_batch(heads, 12, num_siblings=2, run_ahead=run_ahead)
+
+
+def check_batch(heads: Heads, num_tokens: int, *, num_siblings: int, run_ahead: bool) -> None:
     requests, num_pages = [5, 8, 6, 7], 6
     config = SchedulerConfig(3, 20, MAX_MODEL_LEN, max_draft_tokens=12, drafter_in_pages=True)
     runner = CheckingRunner(
-        heads, GpuRunner(heads.gpu, num_pages, 3, 20, MAX_MODEL_LEN, max_draft_tokens=12, head=heads.head), 0.7
+        heads,
+        GpuRunner(
+            heads.gpu, num_pages, 3, 20, MAX_MODEL_LEN, max_draft_tokens=12, num_siblings=num_siblings, head=heads.head
+        ),
+        0.7,
     )
-    speculator = Speculator(None, SpeculationConfig(2), on_device=True, cost=FreeSteps())
+    settings = SpeculationConfig(2, num_siblings=num_siblings)
+    speculator = Speculator(None, settings, on_device=True, cost=FreeSteps())
     scheduler = Scheduler(config, PagePool(num_pages), frozenset({EOS}))
-    core = EngineCore(runner, scheduler, None, VOCAB_SIZE, run_ahead=True, speculator=speculator)
+    core = EngineCore(runner, scheduler, None, VOCAB_SIZE, run_ahead=run_ahead, speculator=speculator)
     outputs: dict[int, list[int]] = {key: [] for key in range(len(requests))}
     for key, number in enumerate(requests):
-        stop = StopConditions(8)
+        stop = StopConditions(num_tokens)
         core.submit(key, Request(str(key), "m", PROMPTS[number], SamplingParams(temperature=0.0), stop))
     while core.has_work:
         collect(core, outputs)
     for key, number in enumerate(requests):
-        assert outputs[key] == heads.answer(PROMPTS[number])[:8], f"request {key}"
+        assert outputs[key] == heads.answer(PROMPTS[number])[:num_tokens], f"request {key}"
     verified, accepted = (sum(counts.values()) for counts in (speculator.stats.verified, speculator.stats.accepted))
     assert 0 < accepted < verified
+    assert (speculator.stats.accepted_siblings > 0) == (num_siblings > 0)
     assert scheduler.num_preemptions and core.stats.cached_prompt_tokens
 
 

@@ -20,6 +20,7 @@ from quire.engine.plan import Admission, StepPlan
 from quire.engine.sampling_state import NO_TOKEN, SamplingState
 from quire.engine.sequence import pages_for
 from quire.kernels.adjust import Adjust, Adjustments
+from quire.kernels.draft_trees import DraftTrees, LeafMoves, keep_siblings
 from quire.kernels.drafts import count_accepted, follow_drafts
 from quire.kernels.sample import SamplingParameters
 from quire.service.errors import InternalError
@@ -27,6 +28,8 @@ from quire.service.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_
 
 # Tokens that end a sequence: what a request may name, and more than any model has of its own.
 _MAX_ENDS = MAX_STOP_TOKENS + 128
+# Second choices beside a sequence's drafts.
+MAX_SIBLINGS = 64
 # Changes that fit the buffer for a step's inputs; a prompt that joins brings one for each token.
 _CHANGES = 16384
 
@@ -41,6 +44,7 @@ class Columns:
     context_lens: Tensor  # int32 [S]
     num_open: Tensor  # int32 [S], of drafts that the step before verifies
     num_drafts: Tensor  # int32 [S], of those that this one does
+    num_siblings: Tensor  # int32 [S], beside them
     first_draws: Tensor  # int32 [S]
     logit_rows: Tensor  # int32 [N], of the rows that draw a token
     drawing_slots: Tensor  # int32 [N], theirs; -1 for padding
@@ -50,14 +54,14 @@ class Columns:
     @classmethod
     def of(cls, buffer: Tensor, num_seqs: int, num_draws: int) -> Columns:
         """Of the first `words` words of an int32 buffer."""
-        sizes = [num_seqs + 2] + [num_seqs] * 6 + [num_draws] * 4
+        sizes = [num_seqs + 2] + [num_seqs] * 7 + [num_draws] * 4
         parts = torch.split(buffer[: sum(sizes)], sizes)
         return cls(parts[0][: num_seqs + 1], *parts[1:])
 
     @staticmethod
     def words(num_seqs: int, num_draws: int) -> int:
         """How long the buffer must be: an even number for even sizes."""
-        return 7 * num_seqs + 2 + 4 * num_draws
+        return 8 * num_seqs + 2 + 4 * num_draws
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,7 @@ class StagedStep:
     draws: Draws
     draws_only: bool  # every row draws a token: decodes and verifications, no prompts
     grouped: bool  # some sequences share a long prefix
+    trees: bool  # some drafts have siblings
 
 
 class GpuBatch:
@@ -87,7 +92,8 @@ class GpuBatch:
             "seed": 2, "temperature": 1, "top_p": 1, "min_p": 1, "top_k": 1, "num_logprobs": 1, "flags": 1,
             "num_prompt_tokens": 1, "repetition_penalty": 1, "presence_penalty": 1, "frequency_penalty": 1,
             "min_tokens": 1, "end_tokens": _MAX_ENDS, "bias_tokens": MAX_LOGIT_BIAS, "bias_values": MAX_LOGIT_BIAS,
-            "bad_words": MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS, "token_ids": self._row, "block_tables": self._pages,
+            "bad_words": MAX_BAD_WORDS * MAX_BAD_WORD_TOKENS, "siblings": MAX_SIBLINGS, "token_ids": self._row,
+            "block_tables": self._pages,
         }  # fmt: skip
         sizes = [max_num_seqs * width for width in self._widths.values()]
         self.memory = torch.zeros(sum(sizes), dtype=torch.int32, device=device)
@@ -114,6 +120,7 @@ class GpuBatch:
         )
         # How many of the most likely tokens to report, -1 where nothing is to be reported.
         self.num_logprobs = parts["num_logprobs"]
+        self.siblings = parts["siblings"].view(max_num_seqs, MAX_SIBLINGS)
         self.token_ids = parts["token_ids"].view(max_num_seqs, self._row)
         self.block_tables = parts["block_tables"].view(max_num_seqs, self._pages)
         # Each slot's last page of those that sequences must share to be a group.
@@ -121,6 +128,9 @@ class GpuBatch:
         self._starts = dict(zip(self._widths, np.cumsum([0, *sizes[:-1]]).tolist(), strict=True))
         # Of each slot: how many drafts the last step that verified any kept.
         self.accepted = torch.zeros(max_num_seqs, dtype=torch.int32, device=device)
+        self.moves = LeafMoves(
+            *(torch.zeros(self.num_seqs, dtype=torch.int32, device=device) for _ in ("sources", "targets"))
+        )
         self._device = device
         self._words = Columns.words(self.num_seqs, self.num_draws)
         self._inputs = torch.zeros(self._words + 3 * _CHANGES, dtype=torch.int32, device=device)
@@ -132,6 +142,7 @@ class GpuBatch:
         self.columns.context_lens.zero_()
         self.columns.num_open.zero_()
         self.columns.num_drafts.zero_()
+        self.columns.num_siblings.zero_()
         self.columns.drawing_slots.fill_(-1)
 
     def stage(self, plan: StepPlan) -> StagedStep:
@@ -169,6 +180,20 @@ class GpuBatch:
         here = self.columns
         count_accepted(here.slots, here.first_draws, here.num_drafts, here.logit_rows, drawn, token_ids, self.accepted)
 
+    def trees(self, num_seqs: int) -> DraftTrees:
+        """Of the step's first so many sequences."""
+        here = self.columns
+        return DraftTrees(here.num_drafts[:num_seqs], here.num_siblings[:num_seqs], self.siblings)
+
+    def keep_siblings(self, drawn: Tensor, token_ids: Tensor) -> None:
+        """After `count_accepted`: siblings that were drawn become drafts that are right, and `moves` says which rows
+        are to be where. Arguments as there."""
+        here = self.columns
+        keep_siblings(
+            self.trees(self.num_seqs), here.slots, here.first_draws, here.logit_rows, here.positions, token_ids, drawn,
+            self.token_ids, self.accepted, self.moves,
+        )  # fmt: skip
+
     def _changes(self, plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Where in `memory` the plan puts which numbers."""
         starts: list[int] = []
@@ -191,6 +216,7 @@ class GpuBatch:
             put("block_tables", grant.slot, grant.pages, grant.first)
         for drafts in plan.drafts:
             put("token_ids", drafts.slot, drafts.token_ids, drafts.position)
+            put("siblings", drafts.slot, drafts.siblings)
         lengths = np.array(counts, dtype=np.int64)
         offsets = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         return np.repeat(np.array(starts, dtype=np.int64), lengths) + offsets, np.array(values, dtype=np.int32)
@@ -207,13 +233,16 @@ class GpuBatch:
         _put(columns.context_lens, work.ends)
         _put(columns.num_open, work.open)
         _put(columns.num_drafts, work.drafts)
+        _put(columns.num_siblings, work.siblings)
         columns.first_draws.numpy()[draws.items] = draws.firsts
         _put(columns.logit_rows, draws.rows_behind(query_start[1 : count + 1]))
         _put(columns.drawing_slots, draws.slots, -1)
         _put(columns.positions, draws.positions)
         _put(columns.draw_items, np.repeat(draws.items, draws.counts))
         draws_only = num_tokens == len(draws) and not work.score.any()
-        return StagedStep(work, num_tokens, draws, draws_only, self._share_prefixes(work))
+        return StagedStep(
+            work, num_tokens, draws, draws_only, self._share_prefixes(work), trees=bool(work.siblings.any())
+        )
 
     def _share_prefixes(self, work: WorkColumns) -> bool:
         pages = self._shared_pages[work.slots]

@@ -42,6 +42,7 @@ from quire.kernels.paged_attention_triton import TritonAttentionPlan
 from quire.kernels.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.rotary_and_write import rotary_and_write
 from quire.kernels.step_inputs import StepInputs
+from quire.kernels.two_largest import two_largest
 from quire.service.errors import InternalError, ModelError
 from quire.service.pages import PAGE_SIZE
 
@@ -132,9 +133,10 @@ class GpuEagle:
         (keys,), (values,) = cache.keys, cache.values
         rotary_and_write(key_values, rows.positions, self._rotary, rows.slot_mapping, keys, values, self._head_norm)
 
-    def forward(self, step: GpuStep, hidden: Tensor, cache: GpuKVCache) -> tuple[Tensor, Tensor]:
-        """One token of each of S sequences: its own hidden states, [S, hidden_size], and the token that is most likely
-        to follow, int64 [S], of the model's vocabulary. Writes the tokens' keys and values into `cache`.
+    def forward(self, step: GpuStep, hidden: Tensor, cache: GpuKVCache, num_choices: int = 1) -> tuple[Tensor, Tensor]:
+        """One token of each of S sequences: its own hidden states, [S, hidden_size], and the one or two tokens that are
+        most likely to follow, best first, int64 [num_choices, S], of the model's vocabulary. Writes the tokens' keys
+        and values into `cache`.
 
         hidden [S, hidden_size]: fused states of the model, or what this returned for the tokens before.
         """
@@ -144,7 +146,7 @@ class GpuEagle:
         (keys,), (values,) = cache.keys, cache.values
         attended = attend(layer.attention, self._head_norm, inputs, step, plan, self._rotary, keys, values)
         gated = self._gate_up.gated(add_rms_norm(residual, attended, layer.mlp_norm, self._eps, self.dtype))
-        return residual, self._most_likely(residual, layer.mlp.down(gated))
+        return residual, self._most_likely(residual, layer.mlp.down(gated), num_choices)
 
     def _inputs(self, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The residual stream, a tensor of its own, and what goes into attention."""
@@ -164,15 +166,18 @@ class GpuEagle:
         )
         return TritonAttentionPlan(self._shape, step.block_tables, lists)
 
-    def _most_likely(self, residual: Tensor, hidden: Tensor) -> Tensor:
+    def _most_likely(self, residual: Tensor, hidden: Tensor, num_choices: int) -> Tensor:
         """Adds `hidden` to the residual stream first."""
         parts, whole_head = self._parts, self._target.whole_head
         if parts.norm is None and whole_head is not None:
-            best = last_product(residual.add_(hidden), whole_head).argmax(-1)
+            logits = last_product(residual.add_(hidden), whole_head)
         elif parts.norm is None or parts.head is None:
             raise InternalError("a head was loaded without its last product")
         else:
             head = on_gpu(parts.head)
             normed = add_rms_norm(residual, hidden, parts.norm, self._eps, self.dtype)
-            best = linear(normed, head.weight, None, head.space, dependent=True, dtype=torch.float32).argmax(-1)
-        return best if self._target_ids is None else self._target_ids.index_select(0, best)
+            logits = linear(normed, head.weight, None, head.space, dependent=True, dtype=torch.float32)
+        if num_choices == 2:
+            return two_largest(logits, self._target_ids)
+        best = logits.argmax(-1)
+        return (best if self._target_ids is None else self._target_ids.index_select(0, best))[None]

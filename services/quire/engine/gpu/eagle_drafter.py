@@ -3,7 +3,8 @@
 After each step the head writes what its tokens add to its pages. Where drafts are wanted, `_begin` looks where each
 sequence stands behind those of the step's own drafts that were right, and then `_pass` makes one draft of each
 sequence, again and again: one graph for each size, whatever the number of drafts. They are put behind the sequences'
-tokens, where the next step verifies them whether or not the host has read them.
+tokens, where the next step verifies them whether or not the host has read them. Where siblings are wanted, each pass
+finds a second choice beside its draft: they are put into the batch's table of them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class PendingDrafts:
 
     items: npt.NDArray[np.int64]
     wanted: npt.NDArray[np.int64]
-    token_ids: Tensor  # int64 [places, items or more] on the host, once the step is done
+    token_ids: Tensor  # int64 [places, choices, items or more] on the host, once the step is done
     began: torch.cuda.Event | None
     ended: torch.cuda.Event | None
     seconds: float = 0.0
@@ -46,7 +47,14 @@ class PendingDrafts:
         """By item of the step's work; to be called when the step is done, before `seconds` are looked at."""
         if self.began is not None and self.ended is not None:
             self.seconds = self.began.elapsed_time(self.ended) / 1000
-        columns = self.token_ids[:, : len(self.items)].numpy().T.tolist()
+        return self._read(0)
+
+    def read_siblings(self) -> dict[int, tuple[int, ...]]:
+        """The second choices beside them, if any were made; likewise."""
+        return self._read(1) if self.token_ids.shape[1] > 1 else {}
+
+    def _read(self, choice: int) -> dict[int, tuple[int, ...]]:
+        columns = self.token_ids[:, choice, : len(self.items)].numpy().T.tolist()
         return {
             item: tuple(column[:count])
             for item, count, column in zip(self.items.tolist(), self.wanted.tolist(), columns, strict=True)
@@ -68,10 +76,12 @@ class EagleInPages:
         drawn: Tensor,
         graphs: Graphs,
         sizes: tuple[Sizes, Sizes] | None,
+        num_choices: int = 1,
     ) -> None:
-        """`sizes`: of batches and of steps with prompts, to which rows are padded; None: they are not."""
+        """`sizes`: of batches and of steps with prompts, to which rows are padded; None: they are not. `num_choices`:
+        in each place, 1 or 2."""
         self._head, self._batch, self._drawn, self._graphs = head, batch, drawn, graphs
-        self._sizes = sizes
+        self._sizes, self._num_choices = sizes, num_choices
         self._nowhere = num_pages * PAGE_SIZE
         self._cache = head.new_kv_cache(num_pages)
         device, num_rows, num_seqs = head.device, len(inputs.token_ids), batch.num_seqs
@@ -92,10 +102,11 @@ class EagleInPages:
         self._tokens = torch.zeros(num_seqs, dtype=torch.int64, device=device)
         self._slots = torch.zeros(num_seqs, dtype=torch.int32, device=device)
         self._steps = torch.zeros(_MOST, 4 * (num_seqs + 4), dtype=torch.int32, device=device)
-        self._drafts = torch.zeros(_MOST, num_seqs, dtype=torch.int64, device=device)
+        shape = (_MOST, num_choices, num_seqs)
+        self._drafts = torch.zeros(shape, dtype=torch.int64, device=device)
         self._targets = torch.zeros(_MOST, num_seqs, dtype=torch.int64, device=device)  # in the batch's tokens, flat
         on_gpu = device.type == "cuda"
-        self._results = [torch.zeros(_MOST, num_seqs, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
+        self._results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
         self._turn = 0
         self._on_gpu = on_gpu
 
@@ -106,6 +117,11 @@ class EagleInPages:
     def take(self, taps: HiddenTaps) -> None:
         """Keeps what the head needs of the step's rows."""
         self._fused[: len(taps.hidden)].copy_(self._head.fuse(taps.hidden))
+
+    def move(self, sources: Tensor, targets: Tensor) -> None:
+        """What was kept of rows `sources` of the step is that of rows `targets`, too; int32 [S], no source is another's
+        target."""
+        self._fused.index_copy_(0, targets.to(torch.int64), self._fused.index_select(0, sources))
 
     def graphs(self) -> list[tuple[int, Callable[[], None]]]:
         """What captures each graph that steps may want, with its size."""
@@ -150,6 +166,10 @@ class EagleInPages:
         self._turn = (self._turn + 1) % len(self._results)
         drafts, targets = self.made(places, len(order))
         self._batch.token_ids.view(-1).index_put_((targets,), drafts.to(torch.int32))
+        if self._num_choices > 1:
+            # Of a sequence that wants fewer, what is behind those is for no step.
+            siblings, slots = self._drafts[:places, 1, : len(order)].T.to(torch.int32), self._slots[: len(order)]
+            self._batch.siblings[:, :places].index_copy_(0, slots.to(torch.int64), siblings)
         token_ids = self._results[self._turn][:places]
         token_ids.copy_(self._drafts[:places], non_blocking=True)
         return PendingDrafts(draws.items[order], wanted, token_ids, began, self._mark(), time.perf_counter() - clock)
@@ -157,7 +177,7 @@ class EagleInPages:
     def made(self, places: int, count: int) -> tuple[Tensor, Tensor]:
         """The last step's drafts of so many sequences, int64 [places, count], and where they are among the batch's
         tokens; what is no draft lies where nobody reads."""
-        return self._drafts[:places, :count], self._targets[:places, :count]
+        return self._drafts[:places, 0, :count], self._targets[:places, :count]
 
     def _mark(self) -> torch.cuda.Event | None:
         if not self._on_gpu:
@@ -250,8 +270,8 @@ class EagleInPages:
             logit_rows=None,
             limits=AttentionLimits(size, size, 1),
         )
-        hidden, tokens = self._head.forward(step, self._hidden[:size], self._cache)
+        hidden, tokens = self._head.forward(step, self._hidden[:size], self._cache, self._num_choices)
         self._hidden[:size].copy_(hidden)
-        self._tokens[:size].copy_(tokens)
-        self._drafts[:, :size].index_copy_(0, self._place, tokens[None])
+        self._tokens[:size].copy_(tokens[0])
+        self._drafts[:, :, :size].index_copy_(0, self._place, tokens[None])
         self._place.add_(1)

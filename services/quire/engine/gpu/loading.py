@@ -129,6 +129,7 @@ def new_runner(
         graphs=graphs and not config.enforce_eager,
         max_draft_tokens=limits.max_draft_tokens or 0,
         num_speculative_tokens=config.num_speculative_tokens,
+        num_siblings=config.num_siblings,
         head=head,
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,8 +61,26 @@ class GpuPendingStep:
         prompts = {report.item: tuple(report.read()) for report in self.prompt_logprobs}
         drafts = self.drafts.read() if self.drafts is not None else {}
         seconds = self.drafts.seconds if self.drafts is not None else 0.0
-        kept, repeatable = draws.kept(accepted), self.num_captured == 0
-        return StepResult(tuple(token_ids.tolist()), logprobs, prompts, kept, drafts, seconds, repeatable)
+        siblings = self.drafts.read_siblings() if self.drafts is not None else {}
+        kept = self._kept(drawn, accepted) if self.staged.trees else {}
+        counts, repeatable = draws.kept(accepted), self.num_captured == 0
+        return StepResult(
+            tuple(token_ids.tolist()), logprobs, prompts, counts, drafts, seconds, repeatable, siblings, kept
+        )
+
+    def _kept(self, drawn: npt.NDArray[np.int64], accepted: npt.NDArray[np.int64]) -> dict[int, tuple[int, ...]]:
+        """By item of the step's work with siblings, the tokens that come before its last."""
+        draws = self.staged.draws
+        branched = np.flatnonzero(self.staged.work.siblings[draws.items])
+        return {
+            item: tuple(drawn[first : first + count].tolist())
+            for item, first, count in zip(
+                draws.items[branched].tolist(),
+                draws.firsts[branched].tolist(),
+                accepted[branched].tolist(),
+                strict=True,
+            )
+        }
 
 
 class Results:

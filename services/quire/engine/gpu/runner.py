@@ -8,12 +8,13 @@ step reads of the batch is what the steps before it wrote.
 Drafts are rows of a step like others, with a draw in front of each. A draw overwrites the draft that it stands in front
 of; how many of a sequence's are right stays on the device, where the next step begins behind them, and goes to the host
 with the tokens. What is drawn behind a wrong one lies behind the sequence's last token, where nobody reads before a
-later step writes.
+later step writes. A sibling that turns out to be right is moved to where the wrong draft beside it was, so that all who
+come later see drafts that are right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
@@ -34,8 +35,10 @@ from quire.engine.plan import StepPlan
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.kernels.adjust import new_scratch
 from quire.kernels.attention_worklist import AttentionLimits
+from quire.kernels.draft_trees import PagedLayers, move_tokens
 from quire.kernels.logprobs import new_logprobs
 from quire.kernels.step_inputs import StepInputs, prepare_inputs
+from quire.service.errors import InternalError
 from quire.service.pages import PAGE_SIZE
 from quire.service.request import MAX_LOGPROBS
 
@@ -67,10 +70,12 @@ class GpuRunner:
         graphs: bool = True,
         max_draft_tokens: int = 0,
         num_speculative_tokens: int = 8,
+        num_siblings: int = 0,
         head: GpuEagle | None = None,
     ) -> None:
-        """`max_draft_tokens`: of a step, of all sequences together. Up to `num_speculative_tokens` of a sequence are
-        verified fastest. With a `head` the scheduler's configuration must say `drafter_in_pages`."""
+        """`max_draft_tokens`: of a step, of all sequences together, siblings included. Up to `num_speculative_tokens`
+        of a sequence are verified fastest, with up to `num_siblings`; without these the head makes none. With a `head`
+        the scheduler's configuration must say `drafter_in_pages`."""
         device, on_gpu = model.device, model.device.type == "cuda"
         name = torch.cuda.get_device_name(device) if on_gpu else "cpu"
         self.info = DeviceInfo(name, str(model.dtype).removeprefix("torch."), torch.get_num_threads())
@@ -86,7 +91,10 @@ class GpuRunner:
         self._batch_sizes = batch_sizes(max_num_seqs)
         self._draw_sizes = batch_sizes(self._max_num_draws)
         self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
-        self._verified = _verified_at_once(model, num_speculative_tokens) if max_draft_tokens else 1
+        # In steps without siblings, and in those with some.
+        most_rows = (num_speculative_tokens, num_speculative_tokens + num_siblings)
+        self._verified = tuple(_verified_at_once(model, count) for count in most_rows)
+        self._layers = PagedLayers.of(self._cache.keys, self._cache.values) if num_siblings else None
         self._pads = on_gpu
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
         self._inputs = StepInputs(
@@ -106,7 +114,8 @@ class GpuRunner:
         if head is not None:
             sizes = (self._batch_sizes, self._token_sizes) if on_gpu else None
             drafts = self._graphs.alone
-            self._drafter = EagleInPages(head, num_pages, batch, self._inputs, self._drawn, drafts, sizes)
+            choices = 2 if num_siblings else 1
+            self._drafter = EagleInPages(head, num_pages, batch, self._inputs, self._drawn, drafts, sizes, choices)
         self._unprepared = self._all_graphs() if graphs and on_gpu else []
 
     @torch.inference_mode()
@@ -145,10 +154,10 @@ class GpuRunner:
             wanted += [(rank, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
             wanted += [(rank, size, partial(self._run_mixed, size, 1, grouped)) for size in self._token_sizes.all]
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
-        if (count := self._verified) > 1:
-            sizes = [size for size in self._token_sizes.all if size <= self._max_num_draws]
-            wanted += [(1, size, partial(self._run_verifications, size, count, False)) for size in sizes]
-            wanted += [(2, size, partial(self._run_mixed, size, count, False)) for size in self._token_sizes.all]
+        if self._max_num_draws > self._max_num_seqs:
+            wanted += self._verification_graphs(trees=False)
+            if self._layers is not None:
+                wanted += [(0, 1, self._run_siblings), *self._verification_graphs(trees=True)]
         if self._drafter is not None and self._model.group is None:
             wanted += [(0, size, run) for size, run in self._drafter.graphs()]
         # The largest before all: the others fit into the memory that they leave, which would else grow with each.
@@ -157,6 +166,15 @@ class GpuRunner:
             partial(self._run_mixed, self._token_sizes.all[-1], 1, True),
         ]
         return largest + [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
+
+    def _verification_graphs(self, *, trees: bool) -> Sequence[tuple[int, int, Callable[[], None]]]:
+        """Those of `_all_graphs` for steps that verify drafts, with their ranks and sizes."""
+        count, tokens = self._verified[trees], self._token_sizes.all
+        if count == 1:
+            return []
+        sizes = [size for size in tokens if size <= self._max_num_draws]
+        verified = [(1, size, partial(self._run_verifications, size, count, False, trees)) for size in sizes]
+        return verified + [(2, size, partial(self._run_mixed, size, count, False, trees)) for size in tokens]
 
     def close(self) -> None:
         """Lets go of its graphs."""
@@ -179,7 +197,9 @@ class GpuRunner:
             self._hidden_states(AttentionLimits(size, num_seqs, size), num_draws)
             self._run_draw(self._max_num_draws, 0, False, False)
             if self._max_num_draws > self._max_num_seqs:
-                self._verify()
+                self._count_accepted()
+                if self._layers is not None:
+                    self._keep_siblings()
                 self._batch.follow_drafts()
             if self._drafter is not None:
                 self._drafter.warm_up(size)
@@ -190,54 +210,64 @@ class GpuRunner:
 
     def _forward(self, staged: StagedStep) -> None:
         """Leaves the hidden states of the rows that are drawn in `_hidden`."""
-        most, verified = int(staged.work.counts.max()), self._verified if staged.work.drafts.any() else 1
+        most, verified = int(staged.work.counts.max()), self._verified_in(staged)
         size = self._token_sizes(staged.num_tokens) if self._pads else None
         decodes = self._batch_sizes(len(staged.work)) if self._pads and staged.draws_only and most == 1 else None
         if decodes is not None:
             self._run_decodes(decodes, staged.grouped)
         elif size is not None and staged.draws_only and most <= verified:
-            self._run_verifications(size, verified, staged.grouped)
+            self._run_verifications(size, verified, staged.grouped, staged.trees)
         elif size is not None:
-            self._run_mixed(size, verified, staged.grouped)
+            self._run_mixed(size, verified, staged.grouped, staged.trees)
         else:
             # All slots, so that kernels that look at all sequences are compiled once.
             limits = AttentionLimits(staged.num_tokens, self._max_num_seqs, most, min(verified, most))
-            self._forward_padded(limits, len(staged.draws), staged.grouped)
+            self._forward_padded(limits, len(staged.draws), staged.grouped, staged.trees)
+
+    def _verified_in(self, staged: StagedStep) -> int:
+        """Up to how many rows of a sequence attention takes together in a step."""
+        return self._verified[staged.trees] if staged.work.drafts.any() else 1
 
     def _run_decodes(self, size: int, grouped: bool) -> None:
         limits = AttentionLimits(size, size, 1)
         self._graphs.run(("decode", size, grouped), partial(self._forward_padded, limits, None, grouped))
 
-    def _run_verifications(self, size: int, verified: int, grouped: bool) -> None:
+    def _run_verifications(self, size: int, verified: int, grouped: bool, trees: bool = False) -> None:
         """Of steps in which all rows are drawn from, and no sequence has more than `verified` of them."""
         limits = AttentionLimits(size, min(size, self._max_num_seqs), min(size, verified), min(size, verified))
-        forward = partial(self._forward_padded, limits, None, grouped)
-        self._graphs.run(("verification", size, verified, grouped), forward)
+        forward = partial(self._forward_padded, limits, None, grouped, trees)
+        self._graphs.run(("verification", size, verified, grouped, trees), forward)
 
-    def _run_mixed(self, size: int, verified: int, grouped: bool) -> None:
+    def _run_mixed(self, size: int, verified: int, grouped: bool, trees: bool = False) -> None:
         limits = AttentionLimits(size, min(size, self._max_num_seqs), size, min(size, verified))
-        forward = partial(self._forward_padded, limits, min(size, self._max_num_draws), grouped)
-        self._graphs.run(("mixed", size, verified, grouped), forward)
+        forward = partial(self._forward_padded, limits, min(size, self._max_num_draws), grouped, trees)
+        self._graphs.run(("mixed", size, verified, grouped, trees), forward)
 
     def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool) -> None:
         kind = (size, num_masks, adjusted, reported)
         self._graphs.alone.run(("draw", *kind), partial(self._draw_rows, *kind))
 
-    def _forward_padded(self, limits: AttentionLimits, num_logits: int | None, grouped: bool) -> None:
-        self._keep(self._hidden_states(limits, num_logits, grouped))
+    def _forward_padded(
+        self, limits: AttentionLimits, num_logits: int | None, grouped: bool, trees: bool = False
+    ) -> None:
+        self._keep(self._hidden_states(limits, num_logits, grouped, trees))
 
     def _keep(self, hidden: Tensor) -> None:
         # A step may be padded to more rows than can be drawn from.
         hidden = hidden[: len(self._hidden)]
         self._hidden[: len(hidden)].copy_(hidden)
 
-    def _hidden_states(self, limits: AttentionLimits, num_logits: int | None, grouped: bool = False) -> Tensor:
+    def _hidden_states(
+        self, limits: AttentionLimits, num_logits: int | None, grouped: bool = False, trees: bool = False
+    ) -> Tensor:
         columns, batch = self._batch.columns, self._batch
         inputs, num_seqs = self._inputs.rows(limits.max_tokens), limits.max_seqs
         query_start, slots = columns.query_start[: num_seqs + 1], columns.slots[:num_seqs]
+        drafts = batch.trees(num_seqs) if trees else None
         prepare_inputs(
-            query_start, slots, columns.starts[:num_seqs], batch.token_ids, batch.block_tables, PAGE_SIZE, inputs
-        )
+            query_start, slots, columns.starts[:num_seqs], batch.token_ids, batch.block_tables, PAGE_SIZE, inputs,
+            drafts,
+        )  # fmt: skip
         step = GpuStep(
             token_ids=inputs.token_ids,
             positions=inputs.positions,
@@ -249,6 +279,7 @@ class GpuRunner:
             logit_rows=None if num_logits is None else columns.logit_rows[:num_logits],
             limits=limits,
             grouped=grouped,
+            trees=drafts,
         )
         if self._drafter is None:
             return self._model.forward(step, self._cache)
@@ -269,7 +300,7 @@ class GpuRunner:
                 size = self._draw_sizes(count) if self._pads else count
                 self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()))
             if staged.work.drafts.any():
-                self._verify()
+                self._verify(staged)
             step.drafts = self._draft(staged)
             self._results.send(step, self._drawn, self._reports, self._stream)
             step.num_captured += self._num_graphs - num_graphs
@@ -278,8 +309,25 @@ class GpuRunner:
     def _draft(self, staged: StagedStep) -> PendingDrafts | None:
         return None if self._drafter is None else self._drafter.follow(staged)
 
-    def _verify(self) -> None:
+    def _verify(self, staged: StagedStep) -> None:
+        self._count_accepted()
+        if staged.trees:
+            self._run_siblings()
+
+    def _count_accepted(self) -> None:
         self._batch.count_accepted(self._drawn, self._inputs.token_ids)
+
+    def _run_siblings(self) -> None:
+        self._graphs.alone.run(("siblings",), self._keep_siblings)
+
+    def _keep_siblings(self) -> None:
+        batch = self._batch
+        if self._layers is None:
+            raise InternalError("a step has siblings, and this runner was made for none")
+        batch.keep_siblings(self._drawn, self._inputs.token_ids)
+        move_tokens(batch.moves, self._inputs.slot_mapping, self._layers)
+        if self._drafter is not None:
+            self._drafter.move(batch.moves.sources, batch.moves.targets)
 
     def _draw_rows(self, num_rows: int, num_masks: int, adjusted: bool, reported: bool) -> None:
         """`adjusted`: some want penalties, bias or bans. `reported`: some want log-probabilities."""
@@ -300,9 +348,9 @@ class GpuRunner:
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
         work, state = step.staged.work, self._batch.sampling
-        most, verified = int(work.counts.max()), self._verified if work.drafts.any() else 1
+        most, verified = int(work.counts.max()), self._verified_in(step.staged)
         limits = AttentionLimits(step.staged.num_tokens, len(work), most, min(verified, most))
-        hidden = self._hidden_states(limits, None)
+        hidden = self._hidden_states(limits, None, trees=step.staged.trees)
         firsts = np.cumsum(work.counts) - work.counts
         for item in np.flatnonzero(work.score).tolist():
             slot, start, first = int(work.slots[item]), int(work.starts[item]), int(firsts[item])

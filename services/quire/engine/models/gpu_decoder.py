@@ -24,6 +24,7 @@ from quire.engine.models.weights import Weights
 from quire.engine.parallel.group import Group
 from quire.kernels.attention_new_tokens import attend_new_tokens_triton
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
+from quire.kernels.draft_trees import DraftTrees
 from quire.kernels.paged_attention_triton import (
     TritonAttentionPlan,
     paged_attention_triton,
@@ -57,6 +58,7 @@ class GpuStep:
     logit_rows: Tensor | None  # int32 [N], indexes into T; None for all of them
     limits: AttentionLimits
     grouped: bool = False  # whether keys and values that sequences share are read once
+    trees: DraftTrees | None = None  # of the sequences, if any may have siblings
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +198,7 @@ class GpuDecoder:
                 step.limits,
                 step.table_rows,
                 groups=None if window else groups,
+                trees=step.trees,
             )
             for window in sorted(set(config.windows))
         }

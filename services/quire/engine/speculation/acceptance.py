@@ -11,6 +11,8 @@ from quire.engine.speculation.drafts import Drafter
 _NEWEST, _NEWEST_OF_ALL = 0.15, 0.01
 _BEGINNING = 2
 _UNKNOWN = 0.6
+# Of second choices, of which fewer are seen: one where a draft is wrong.
+_NEWEST_SECOND, _UNKNOWN_SECOND = 0.02, 0.2
 
 
 @dataclass(slots=True)
@@ -40,3 +42,14 @@ class Rates:
         rate = 1.0 - (1.0 - self[drafter]) * kept**num_right
         self.known[drafter] = rate * kept if wrong else rate
         self.counts[drafter] = count
+
+
+@dataclass(slots=True)
+class SecondRate:
+    """The probability that a drafter's second choice is right where its first is wrong: a moving average."""
+
+    rate: float = _UNKNOWN_SECOND
+
+    def record(self, right: bool) -> None:
+        """A draft was wrong, and what it had as its second choice was `right` or not."""
+        self.rate += _NEWEST_SECOND * (right - self.rate)

@@ -1,8 +1,9 @@
 """How many drafts each sequence verifies in a step: as many as make the batch fastest, which may be none.
 
 A draft that is kept saves its sequence a step and one that is not costs its share of one, so what counts is the tokens
-that are expected of a step divided by the time it takes. Idea: Liu et al., "Optimizing Speculative Decoding for Serving
-Large Language Models Using Goodput", arXiv 2406.14066.
+that are expected of a step divided by the time it takes. Siblings, second choices beside a sequence's first drafts,
+compete with drafts for the same rows: a tree where it is worth more than a longer chain. Idea: Liu et al.,
+"Optimizing Speculative Decoding for Serving Large Language Models Using Goodput", arXiv 2406.14066.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from quire.engine.speculation.cost import PassCost, StepCost
 
@@ -19,45 +21,81 @@ _WORTH = 1.01
 
 
 class Offer(NamedTuple):
-    """`num_drafts` drafts, each kept with probability `rate` if those before it are."""
+    """`num_drafts` drafts, each kept with probability `rate` if those before it are, and beside the first of them
+    `num_siblings`, each kept with probability `second_rate` if the draft beside it is the first that is not."""
 
     num_drafts: int
     rate: float
+    num_siblings: int = 0
+    second_rate: float = 0.0
 
 
-def choose(offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: StepCost) -> list[int]:
-    """How many of each offer's drafts to verify in a step that computes `num_tokens` tokens without any, of which
-    `num_decodes` each draw the next one."""
+class Choice(NamedTuple):
+    """How much of an offer to verify."""
+
+    num_drafts: int
+    num_siblings: int
+
+
+def choose(offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: StepCost) -> list[Choice]:
+    """What of each offer to verify in a step that computes `num_tokens` tokens without any, of which `num_decodes` each
+    draw the next one."""
+    nothing = [Choice(0, 0)] * len(offers)
     if not any(offer.num_drafts for offer in offers) or not cost.knows(num_tokens):
-        return [0] * len(offers)
-    counts = np.array([offer.num_drafts for offer in offers])
-    rates = np.array([offer.rate for offer in offers])
-    owners = np.repeat(np.arange(len(offers)), counts)
-    nth = np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
-    # Falls along each offer, so that the best of all never takes one without those before it.
-    gains = rates[owners] ** nth
+        return nothing
+    num_drafts, rates, num_siblings, second_rates = (np.array(column) for column in zip(*offers, strict=True))
+    owners, nth = _places(num_drafts)
+    beside, depths = _places(num_siblings)
+    # Falls along each offer, so that the best of all never takes one without those before it, nor a sibling without the
+    # draft beside it.
+    seconds = rates[beside] ** (depths - 1) * (1.0 - rates[beside]) * second_rates[beside]
+    gains = np.concatenate((rates[owners] ** nth, np.minimum(seconds, rates[beside] ** depths)))
     order = np.argsort(-gains, kind="stable")
     expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains[order])))
     speed = expected / cost.seconds(num_tokens + np.arange(len(expected)))
     best = int(np.argmax(speed))
     if speed[best] < _WORTH * speed[0]:
-        return [0] * len(offers)
-    chosen: list[int] = np.bincount(owners[order[:best]], minlength=len(offers)).tolist()
-    return chosen
+        return nothing
+    chosen = order[:best]
+    drafts = np.bincount(owners[chosen[chosen < len(owners)]], minlength=len(offers))
+    siblings = np.bincount(beside[chosen[chosen >= len(owners)] - len(owners)], minlength=len(offers))
+    return list(map(Choice, drafts.tolist(), siblings.tolist()))
+
+
+def _places(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """So many places of each offer, all of them in a row: whose each is, and which of its own, from 1."""
+    owners = np.repeat(np.arange(len(counts)), counts)
+    return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
 
 
 def choose_places(
-    rates: Sequence[float], most: int, num_decodes: int, num_tokens: int, cost: StepCost, passes: PassCost
+    rates: Sequence[float],
+    second_rates: Sequence[float],
+    most: int,
+    num_decodes: int,
+    num_tokens: int,
+    cost: StepCost,
+    passes: PassCost,
 ) -> int:
-    """For how many places the device is to make drafts, of all sequences with these rates together.
+    """For how many places the device is to make drafts, of all sequences with these rates together, as in `Offer`; the
+    second rate of one whose drafts get no siblings is 0.
 
     `num_decodes` and `num_tokens` as in `choose`. A place costs a pass, whether or not its drafts are verified then.
     """
     if not rates or not most or not cost.knows(num_tokens):
         return 0
-    gains = np.array(rates)[:, None] ** np.arange(1, most + 1)
-    expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
-    places = np.arange(most + 1)
-    speed = expected / (cost.seconds(num_tokens + len(rates) * places) + places * passes.seconds)
+    places, chances, seconds = np.arange(most + 1), np.array(rates)[:, None], np.array(second_rates)[:, None]
+    right: npt.NDArray[np.float64] = chances ** places[1:]
+    beside = chances ** places[:-1] * (1.0 - chances) * seconds
+
+    def speed_of(gains: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
+        expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
+        found: npt.NDArray[np.float64] = expected / (cost.seconds(num_tokens + rows * places) + places * passes.seconds)
+        return found
+
+    # As chains, or with siblings wherever there may be some, if that is faster.
+    speed = speed_of(right, len(rates))
+    if seconds.any():
+        speed = np.maximum(speed, speed_of(right + beside, len(rates) + int(np.count_nonzero(seconds))))
     best = int(np.argmax(speed))
     return best if speed[best] >= _WORTH * speed[0] else 0

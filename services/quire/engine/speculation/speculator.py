@@ -1,8 +1,9 @@
 """Which drafts a step verifies. Called by the core around each step; knows nothing of devices.
 
 A sequence has an offer: tokens that may follow, from its grammar or from a draft source. The budget decides how many of
-them the next step verifies. All of them are compared with what is drawn, verified or not, so the rates of acceptance
-are known for drafts that nobody pays for, and speculation comes back when drafts become good.
+them the next step verifies, and beside how many of the device's it verifies second choices. All of them are compared
+with what is drawn, verified or not, so the rates of acceptance are known for drafts that nobody pays for, and
+speculation comes back when drafts become good.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from typing import NamedTuple
 
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import UNKNOWN, Sequence
-from quire.engine.speculation.acceptance import Rates
+from quire.engine.speculation.acceptance import Rates, SecondRate
 from quire.engine.speculation.budget import Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
 from quire.service.errors import ConfigError
+from quire.service.request import Request
 
 # After an offer that was wrong from its first token on, its sequence waits for twice as many tokens as the time before.
 _LONGEST_PAUSE = 16
@@ -38,26 +40,31 @@ _FIRST_PLACES = 3
 
 @dataclass(frozen=True, slots=True)
 class SpeculationConfig:
-    """At most `num_tokens` drafts a sequence and step; of a grammar's forced tokens, `num_forced`."""
+    """At most `num_tokens` drafts a sequence and step; of a grammar's forced tokens, `num_forced`. At most
+    `num_siblings` second choices beside them, if the runner makes these and verifies them."""
 
     num_tokens: int = 8
     num_forced: int = 16
+    num_siblings: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("num_tokens", "num_forced"):
+        for name in ("num_tokens", "num_forced", "num_siblings"):
             if not 0 <= getattr(self, name) <= 64:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 64]", field=name)
 
 
 @dataclass(slots=True)
 class SpeculationStats:
-    """Counted since the start. `accepted_at[i]` of `verified_at[i]` drafts in place i of a step were right."""
+    """Counted since the start. `accepted_at[i]` of `verified_at[i]` drafts in place i of a step were right, or the
+    sibling beside them: so were `accepted_siblings` of `verified_siblings`."""
 
     drafted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
     verified: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
     accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
     verified_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    verified_siblings: int = 0
+    accepted_siblings: int = 0
 
     def record(self, drafter: Drafter, verified: int, accepted: int, times: int = 1) -> None:
         """A step verified so many drafts of a sequence, and the first `accepted` were right; so often."""
@@ -82,10 +89,13 @@ class StepTime(NamedTuple):
 @dataclass(slots=True)
 class _Prospect:
     """What is known of one sequence: by drafter, the tokens that it offers, and how many tokens it is still to be left
-    alone for, and was the last time."""
+    alone for, and was the last time. `siblings` are beside the tokens that the device offers, and may be verified if
+    it `branches`."""
 
     rates: Rates
+    branches: bool
     offers: dict[Drafter, tuple[int, ...]] = field(default_factory=dict)
+    siblings: tuple[int, ...] = ()
     pauses: dict[Drafter, int] = field(default_factory=dict)
     last_pauses: dict[Drafter, int] = field(default_factory=dict)
     # Steps since the device's drafts were last worth their passes.
@@ -127,11 +137,12 @@ class Speculator:
         self._passes = PassCost()
         self._measured: StepTime | None = None  # of the last step, until the next is read
         self._num_places = min(config.num_tokens, _FIRST_PLACES) if self._on_device else 0
-        self._rates = Rates.of_all()
+        self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, _Prospect] = {}
         self._released: list[int] = []
         # What is to be learned: whose drafts were how often right, and then wrong; what was verified of them.
         self._judged: list[tuple[_Prospect, Drafter, int, bool]] = []
+        self._seconds: list[bool] = []
         self._verified: Counter[tuple[Drafter, int, int]] = Counter()
         # Steps that the device may run ahead before the host's drafts are looked for, and those that it has.
         self._lead = self._num_ahead = 0
@@ -165,7 +176,7 @@ class Speculator:
         return best not in (None, Drafter.EAGLE) or (self._source is not None and self._is_due(prospect))
 
     def propose(self, scheduler: Scheduler, promised: Mapping[Sequence, int]) -> None:
-        """Sets `drafts` and `num_wanted` of the running sequences.
+        """Sets `drafts`, `siblings` and `num_wanted` of the running sequences.
 
         Of those that a step in flight draws for, drafts are known to the device alone: it makes `promised` many.
         """
@@ -181,16 +192,20 @@ class Speculator:
         for sequence in decodes:
             prospect = self._prospect(sequence)
             drafter, tokens = Drafter.EAGLE, (UNKNOWN,) * promised.get(sequence, 0)
+            siblings = tokens
             if not sequence.num_drawn:
                 drafter, tokens = prospect.best_offer()
-            sequence.drafts, sequence.drafter = (), drafter
+                siblings = prospect.siblings if drafter is Drafter.EAGLE else ()
+            sequence.drafts, sequence.siblings, sequence.drafter = (), (), drafter
             if tokens:
                 limit = self._config.num_forced if drafter is Drafter.FORCED else self._config.num_tokens
-                offers.append(Offer(min(limit, len(tokens)), prospect.rates[drafter]))
-                takers.append((sequence, tokens))
+                count = min(limit, len(tokens))
+                beside = min(self._config.num_siblings, count, len(siblings)) if prospect.branches else 0
+                offers.append(Offer(count, prospect.rates[drafter], beside, self._second.rate))
+                takers.append((sequence, tokens, siblings))
         chosen = choose(offers, len(decodes), num_tokens, self._cost)
-        for (sequence, tokens), count in zip(takers, chosen, strict=True):
-            sequence.drafts = tokens[:count]
+        for (sequence, tokens, siblings), choice in zip(takers, chosen, strict=True):
+            sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
         if self._on_device:
             self._want(decodes, num_tokens)
         if known and len(known) == len(decodes):
@@ -208,8 +223,9 @@ class Speculator:
             if sequence.drafter is Drafter.EAGLE or not sequence.drafts:
                 takers.append((sequence, prospect))
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
+        second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
         self._num_places = places = choose_places(
-            rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
+            rates, second_rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
         )
         for sequence, prospect in takers:
             prospect.num_idle = 0 if places else prospect.num_idle + 1
@@ -225,6 +241,11 @@ class Speculator:
                 self._passes.record(before.num_places, before.draft_seconds)
         self._measured = measured
 
+    def observe_siblings(self, num_verified: int, kept: bool) -> None:
+        """A step verified so many siblings of a sequence's drafts, and `kept` one of them or none."""
+        self.stats.verified_siblings += num_verified
+        self.stats.accepted_siblings += kept
+
     def observe(
         self,
         sequence: Sequence,
@@ -233,11 +254,12 @@ class Speculator:
         token_ids: SequenceOf[int],
         forced: tuple[int, ...] | None,
         drafted: tuple[int, ...] | None,
+        siblings: tuple[int, ...] = (),
     ) -> None:
         """A step drew `token_ids` for a sequence, after it had verified some drafts of `drafter`'s.
 
         `forced` is what the grammar forces after those, None without a grammar; `drafted` is what the device expects to
-        follow the drawn tokens, None if it was not asked.
+        follow the drawn tokens, None if it was not asked, and `siblings` are its second choices.
         """
         prospect = self._prospect(sequence)
         if drafter is not None and num_verified:
@@ -252,6 +274,7 @@ class Speculator:
             self._offer(prospect, Drafter.FORCED, forced[1:])
         if drafted:
             self._offer(prospect, Drafter.EAGLE, drafted)
+            prospect.siblings = siblings
 
     def _offer(self, prospect: _Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
         prospect.offers[drafter] = token_ids
@@ -264,6 +287,10 @@ class Speculator:
             right += 1
         wrong = right < most
         self._judged.append((prospect, drafter, right, wrong))
+        if drafter is Drafter.EAGLE:
+            if wrong and right < len(prospect.siblings):
+                self._seconds.append(prospect.siblings[right] == token_ids[right])
+            prospect.siblings = () if wrong else prospect.siblings[right:]
         left = () if wrong else offer[right:]
         if left:
             prospect.offers[drafter] = left
@@ -280,6 +307,9 @@ class Speculator:
             prospect.rates.record(drafter, right, wrong)
             self._rates.record(drafter, right, wrong)
         self._judged.clear()
+        for second in self._seconds:
+            self._second.record(second)
+        self._seconds.clear()
         for (drafter, verified, accepted), times in self._verified.items():
             self.stats.record(drafter, verified, accepted, times)
         self._verified.clear()
@@ -325,5 +355,16 @@ class Speculator:
     def _prospect(self, sequence: Sequence) -> _Prospect:
         prospect = self._prospects.get(sequence.key)
         if prospect is None:
-            prospect = self._prospects[sequence.key] = _Prospect(Rates(start=self._rates))
+            branches = self._config.num_siblings > 0 and may_branch(sequence.request)
+            prospect = self._prospects[sequence.key] = _Prospect(Rates(start=self._rates), branches)
         return prospect
+
+
+def may_branch(request: Request) -> bool:
+    """Whether siblings of its drafts may be verified: not where a draw depends on all tokens before it in another way
+    than through the model, or log-probabilities of each are wanted."""
+    sampling = request.sampling
+    penalties = (sampling.presence_penalty, sampling.frequency_penalty, sampling.repetition_penalty)
+    if penalties != (0, 0, 1) or sampling.logit_bias or sampling.bad_words or request.stop.min_tokens:
+        return False
+    return request.constraint is None and request.logprobs is None
