@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -153,7 +154,10 @@ def parse() -> argparse.Namespace:
     add("--cublas", action="store_true", help="also for products of few rows")
     add("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
     add("--rehearse", action="store_true", help="what is run before a workload is the workload itself")
-    add("--no-prepare", action="store_true", help="graphs are captured when a workload wants them")
+    add(
+        "--prepare-seconds", type=float, default=math.inf, metavar="S",
+        help="for graphs that are captured before the first workload; others are when one wants them (default: all)",
+    )  # fmt: skip
     add("--trace", action="store_true", help="shows steps of one token a sequence beside their floor")
     add("--profile", default="", help="workload whose steady steps are profiled")
     add("--gaps", action="store_true", help="the GPU's idle time between steps")
@@ -180,6 +184,9 @@ def load(arguments: argparse.Namespace) -> LoadedCore:
         GpuLinears.on = classmethod(lambda cls, device, dtype: cls(device, dtype, None))  # type: ignore[method-assign,assignment]
     if arguments.prefetch is not None:
         prefetch_all(arguments.prefetch)
+    if arguments.accept:
+        # What is drawn says nothing of second choices.
+        CoreConfig.num_siblings = property(lambda config: 0)  # type: ignore[assignment,method-assign]
     shape = MODELS[arguments.model]
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(shape))
@@ -243,10 +250,10 @@ def main() -> None:
         "pages": loaded.ready.num_pages,
         "start_s": {name: round(seconds, 2) for name, seconds in start.items()},
     }  # fmt: skip
-    began, more = time.perf_counter(), not arguments.no_prepare
-    while more:
+    began, more = time.perf_counter(), True
+    while more and time.perf_counter() - began < arguments.prepare_seconds:
         more = core.prepare()
-    figures["all graphs captured after s more"] = round(time.perf_counter() - began, 2)
+    figures["graphs captured after s more"] = round(time.perf_counter() - began, 2)
     print(json.dumps(figures), flush=True)
     for name, found in measure_all(core, runner, told, arguments):
         figures[name] = found

@@ -22,7 +22,7 @@ from quire.service.errors import ConfigError
 from quire.speculate.batches import Batch, most_written
 from quire.speculate.dialogues import Dialogue
 from quire.speculate.draft_model import load_draft_model
-from quire.speculate.evaluate import _walk, chain_acceptance
+from quire.speculate.evaluate import _walk, greedy_acceptance
 from quire.speculate.target import FrozenTarget
 from quire.speculate.train import STATE_FILE, TrainConfig, Trainer, TrainProgress
 
@@ -69,12 +69,14 @@ def never() -> bool:
 def test_a_head_learns_to_foresee_its_target(tiny: Tiny, tmp_path: Path) -> None:
     """A label that is one token off still makes the loss fall, but no draft would ever be accepted."""
     trainer = tiny.trainer(tmp_path)
-    before = chain_acceptance(trainer.model, tiny.target, tiny.dialogues, 3)["greedy"]
+    before = greedy_acceptance(trainer.model, tiny.target, tiny.dialogues, 3)["greedy"]
     assert trainer.run(ignore, never)
     trainer.finish()
-    after = chain_acceptance(load_draft_model(tmp_path, tiny.target), tiny.target, tiny.dialogues, 3)["greedy"]
+    after = greedy_acceptance(load_draft_model(tmp_path, tiny.target), tiny.target, tiny.dialogues, 3)["greedy"]
     assert before.length < 1.3
     assert after.length > 1.5
+    branched = greedy_acceptance(trainer.model, tiny.target, tiny.dialogues, 3, num_siblings=3)["greedy"]
+    assert branched.length > after.length and branched.steps < after.steps
     report = json.loads((tmp_path / "training.json").read_text())
     assert report["target"] == "tiny" and len(report["held_out_accuracies"]) == 3
     engine = load_model(tiny.checkpoint.path, CheckpointFormat.FOLDER, ModelDtype.FLOAT32, lambda *_: None)

@@ -142,6 +142,7 @@ def _eval_parser() -> Parser:
     add = parser.add_argument
     add("head", metavar="HEAD", help="the head's folder, in either published layout of EAGLE-3")
     add("--drafts", type=int, default=4, metavar="K", help="in a chain (default: %(default)s)")
+    add("--siblings", type=int, default=0, metavar="N", help="first drafts with a second choice (default: %(default)s)")
     add("--prompts", default="", metavar="FILE", help='one a line: text, or {"kind": …, "prompt": …}')
     add("--output-len", type=int, default=192, metavar="TOKENS", help="of an answer at most (default: %(default)s)")
     add("--plot", default="", metavar="FILE", help="where to write a picture (.svg)")
@@ -232,11 +233,12 @@ def _train(arguments: Any) -> int:
 def _eval(arguments: Any) -> int:
     from quire.engine.speculation.eagle.checkpoint import config_file
     from quire.speculate.draft_model import load_draft_model
-    from quire.speculate.evaluate import chain_acceptance, total
+    from quire.speculate.evaluate import greedy_acceptance, total
     from quire.speculate.plot import acceptance_svg
     from quire.speculate.prompts import read_prompts
 
     at_least("--drafts", arguments.drafts, 1)
+    at_least("--siblings", arguments.siblings, 0)
     at_least("--output-len", arguments.output_len, 2)
     checkpoint = _locate(arguments.target)
     prompts = read_prompts(Path(arguments.prompts) if arguments.prompts else None)
@@ -245,7 +247,7 @@ def _eval(arguments: Any) -> int:
     target = _target(checkpoint)
     model = load_draft_model(Path(arguments.head), target)
     dialogues = _answers(checkpoint, prompts, arguments.output_len)
-    found = chain_acceptance(model, target, dialogues, arguments.drafts)
+    found = greedy_acceptance(model, target, dialogues, arguments.drafts, arguments.siblings)
     found["all"] = total(found.values(), arguments.drafts)
     Console().print(_table(found))
     if arguments.plot:

@@ -1,4 +1,4 @@
-"""How many tokens a step a head is good for: chains of its drafts against the target's own greedy output."""
+"""How many tokens a step a head is good for: chains or trees of its drafts against the target's own greedy output."""
 
 from __future__ import annotations
 
@@ -42,10 +42,11 @@ class Acceptance:
 
 @torch.no_grad()
 @as_written()
-def chain_acceptance(
-    model: DraftModel, target: FrozenTarget, dialogues: Sequence[Dialogue], num_drafts: int
+def greedy_acceptance(
+    model: DraftModel, target: FrozenTarget, dialogues: Sequence[Dialogue], num_drafts: int, num_siblings: int = 0
 ) -> dict[str, Acceptance]:
-    """By kind, for dialogues whose spans are the target's greedy output after the tokens before them.
+    """By kind, for dialogues whose spans are the target's greedy output after the tokens before them. The chains are
+    trees where second choices are verified beside the first `num_siblings` drafts.
 
     Greedy verification accepts what equals that output, so that its steps can be told without running them: drafts are
     made from every token at once, and a step begins where the one before ended.
@@ -53,7 +54,7 @@ def chain_acceptance(
     found: dict[str, Acceptance] = {}
     for dialogue in dialogues:
         batch = Batch.of([dialogue], len(dialogue.token_ids)).to(target.device)
-        right = _right_drafts(model, target, batch.token_ids, num_drafts)[0].tolist()
+        right = _right_drafts(model, target, batch.token_ids, num_drafts, num_siblings)[0].tolist()
         own = found.setdefault(dialogue.kind, Acceptance([0] * num_drafts))
         for begin, end in dialogue.spans:
             own.add(_walk(right, begin, end, num_drafts))
@@ -68,8 +69,11 @@ def total(parts: Iterable[Acceptance], num_drafts: int) -> Acceptance:
     return result
 
 
-def _right_drafts(model: DraftModel, target: FrozenTarget, token_ids: Tensor, num_drafts: int) -> Tensor:
-    """How many drafts in a row, made from each row p, are the tokens from p + 2 on: int64 [batch, length]."""
+def _right_drafts(
+    model: DraftModel, target: FrozenTarget, token_ids: Tensor, num_drafts: int, num_siblings: int
+) -> Tensor:
+    """How many drafts in a row, made from each row p, are the tokens from p + 2 on, the last of them perhaps a second
+    choice: int64 [batch, length]."""
     states = target.hidden_states(token_ids, model.config.taps)
     hidden, unroll = model.fuse(states.tapped), Unroll()
     inputs = token_ids.roll(-1, 1)
@@ -77,8 +81,11 @@ def _right_drafts(model: DraftModel, target: FrozenTarget, token_ids: Tensor, nu
     count = torch.zeros_like(token_ids)
     for step in range(num_drafts):
         hidden = model(inputs, hidden, unroll)
-        inputs = model.target_ids[model.logits(hidden).argmax(-1)]
-        so_far &= inputs == token_ids.roll(-2 - step, 1)
+        inputs, second = model.target_ids[model.logits(hidden).topk(2).indices].unbind(-1)
+        truth = token_ids.roll(-2 - step, 1)
+        if step < num_siblings:
+            count += so_far & (inputs != truth) & (second == truth)
+        so_far &= inputs == truth
         count += so_far
     return count
 

@@ -16,7 +16,7 @@ from quire.llm import LLM, SamplingParams
 from quire.service.checkpoint.locate import EMBEDDED_MODEL, locate
 from quire.speculate.dialogues import Dialogue
 from quire.speculate.draft_model import load_draft_model
-from quire.speculate.evaluate import chain_acceptance
+from quire.speculate.evaluate import greedy_acceptance
 from quire.speculate.prompts import PROMPTS
 from quire.speculate.target import FrozenTarget
 
@@ -63,6 +63,6 @@ def test_it_drafts_for_the_embedded_model(head: Path) -> None:
     for output in outputs:
         prompt, answer = output.prompt_token_ids, output.outputs[0].token_ids
         dialogues.append(Dialogue("json", [*prompt, *answer], [(len(prompt), len(prompt) + len(answer))]))
-    found = chain_acceptance(load_draft_model(head, target), target, dialogues, 4)["json"]
+    found = greedy_acceptance(load_draft_model(head, target), target, dialogues, 4)["json"]
     assert found.steps > 20
     assert found.length > 1.7, found
