@@ -16,6 +16,8 @@ _GPU_NUM_BATCHED_TOKENS = 8192
 _GPU_MIXED_TOKENS = 512
 
 MAX_SPECULATIVE_TOKENS = 64
+# Of a sequence that verifies drafts attention takes at most so many rows together; more are attended to as prompts are.
+MAX_VERIFIED_ROWS = 16
 CPU_KV_CACHE_BYTES = 2 << 30
 
 
@@ -108,8 +110,10 @@ class CoreConfig:
     @property
     def num_siblings(self) -> int:
         """Second choices beside a sequence's drafts that a GPU's runner can make and verify in a step: as many as
-        drafts. Ranks don't tell each other of them."""
-        return self.num_speculative_tokens if self.speculative_model and self.tensor_parallel_size == 1 else 0
+        drafts, if its attention takes them together. Ranks don't tell each other of them."""
+        if not self.speculative_model or self.tensor_parallel_size > 1:
+            return 0
+        return min(self.num_speculative_tokens, max(0, MAX_VERIFIED_ROWS - 1 - self.num_speculative_tokens))
 
     @property
     def interpreted(self) -> bool:

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quire.engine.config import MAX_VERIFIED_ROWS
 from quire.engine.gpu.batch import GpuBatch, StagedStep
 from quire.engine.gpu.drawing import adjust, draw_tokens, report_tokens
 from quire.engine.gpu.eagle import GpuEagle
@@ -46,8 +47,6 @@ from quire.service.request import MAX_LOGPROBS
 _LARGEST_GRAPH = 2048
 # Rows whose histories are counted side by side, each in as many numbers as the vocabulary has tokens.
 _ADJUSTED_AT_ONCE = 64
-# Of a sequence that verifies drafts attention takes at most so many rows together; more are attended to as prompts are.
-_MOST_VERIFIED = 16
 # What their heads that share a KV head may take of a program's memory, beside blocks of keys and values, each of which
 # may be so long.
 _VERIFIED_BYTES, _KEY_BYTES = 16 << 10, 256
@@ -364,7 +363,7 @@ class GpuRunner:
 def _verified_at_once(model: GpuDecoder, num_drafts: int) -> int:
     """Of how many rows of a sequence attention reads the keys and values at once, as a decode does for one."""
     config, key_bytes = model.config, model.config.head_size * model.dtype.itemsize
-    row_bytes, most = config.num_heads // config.num_kv_heads * key_bytes, _MOST_VERIFIED
+    row_bytes, most = config.num_heads // config.num_kv_heads * key_bytes, MAX_VERIFIED_ROWS
     if key_bytes > _KEY_BYTES:
         return 1
     while most > 1 and (most * row_bytes > _VERIFIED_BYTES or most >= 2 * (1 + num_drafts)):
