@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from quire.engine.core import EngineCore
+from quire.engine.gpu.batch import StagedStep
 from quire.engine.gpu.pending import GpuPendingStep
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.plan import StepPlan, StepResult
@@ -80,7 +81,7 @@ class ToldDrafts:
     def launch(self, plan: StepPlan, *, masked: bool) -> ToldStep:
         return ToldStep(self._launch(plan, masked=masked), plan, self)
 
-    def verify(self) -> None:
+    def verify(self, staged: StagedStep) -> None:
         """In the place of the runner's own: what it counts is of no use."""
         columns, accepted = self.runner._batch.columns, self.runner._batch.accepted
         right = torch.rand(len(accepted), _MOST, device=accepted.device) < self.rate
