@@ -58,7 +58,7 @@ class ToldDrafts:
     runner: GpuRunner
     rate: float = 0.0
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
-    offered: dict[int, int] = field(default_factory=dict)  # by slot: what was drafted to follow and not verified
+    offered: dict[int, tuple[int, ...]] = field(default_factory=dict)  # by slot: what was drafted to follow
 
     def __post_init__(self) -> None:
         self._launch, self._verify = self.runner.launch, self.runner._verify
@@ -90,16 +90,15 @@ class ToldDrafts:
         accepted.copy_(torch.minimum(right.to(torch.int32).cumprod(1).sum(1), num_drafts))
 
     def believe(self, plan: StepPlan, result: StepResult) -> StepResult:
-        """`result` with drafts, where there is no head, and with tokens as they were drafted, where nobody verified."""
-        token_ids = result.token_ids
-        if self.offered and not any(work.num_drafts for work in plan.work):
-            chosen = self.random.random(len(plan.work)) < self.rate
-            token_ids = tuple(
-                self.offered.get(work.slot, token) if right else token
-                for work, token, right in zip(plan.work, token_ids, chosen, strict=True)
-            )
+        """`result` with drafts, where there is no head, and where all that were verified are right with the next one
+        that was offered as the token after them, as often as drafts are right."""
+        token_ids = list(result.token_ids)
+        for index, (work, chosen) in enumerate(zip(plan.work, self.random.random(len(plan.work)), strict=True)):
+            offer = self.offered.get(work.slot, ())
+            if chosen < self.rate and result.accepted.get(index, 0) == work.num_drafts < len(offer):
+                token_ids[index] = offer[work.num_drafts]
         drafts = result.drafts or {
             i: (_DRAFT,) * work.num_wanted for i, work in enumerate(plan.work) if work.num_wanted
         }
-        self.offered = {plan.work[index].slot: tokens[0] for index, tokens in drafts.items()}
-        return replace(result, token_ids=token_ids, drafts=drafts)
+        self.offered = {plan.work[index].slot: tokens for index, tokens in drafts.items()}
+        return replace(result, token_ids=tuple(token_ids), drafts=drafts)

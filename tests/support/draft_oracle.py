@@ -19,7 +19,7 @@ class FreeSteps(StepCost):
     def knows(self, num_tokens: int) -> bool:
         return True
 
-    def seconds(self, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+    def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
         return np.ones(len(num_tokens))
 
 

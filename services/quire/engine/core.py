@@ -239,10 +239,11 @@ class EngineCore:
         results = step.masks.batch.results if step.masks is not None else {}
         if self._speculator is not None and schedule.plan.work:
             num_computed = sum(work.num_tokens for work in schedule.plan.work)
+            context = num_computed + sum(work.start for work in schedule.plan.work)
             num_places = max(work.num_wanted for work in schedule.plan.work)
             # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
             usual = bool(schedule.drafts) or step.ahead or not self._run_ahead
-            told = StepTime(num_computed, seconds if usual else None, num_places, result.draft_seconds)
+            told = StepTime(num_computed, context, seconds if usual else None, num_places, result.draft_seconds)
             self._speculator.observe_step(told if result.repeatable else None)
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):

@@ -315,6 +315,27 @@ def test_a_device_with_a_head_does_not_wait_for_the_host(
     assert finish(core, machine) <= 1.03 * without
 
 
+def test_what_a_large_batch_took_is_no_cost_of_a_small_one() -> None:
+    """Most of a step of many long sequences is their context: without it drafts of the last few seem to cost what the
+    whole batch did, and none is made."""
+
+    def seconds(num_tokens: int, context: int) -> float:
+        return 0.005 + 2e-5 * num_tokens + 4e-8 * context
+
+    cost, noise = StepCost(), np.random.default_rng(0)
+    for step in range(1200):
+        num_seqs = 200 - step // 8
+        context = num_seqs * (300 + step // 2)
+        # The first half verifies a draft of each.
+        num_tokens = num_seqs * (2 if step % 3 and step < 600 else 1)
+        cost.record(num_tokens, seconds(num_tokens, context) * (1 + noise.normal() / 100), context)
+    sizes, context = np.array([50, 100, 150, 200, 250]), 50 * 900
+    expected = [seconds(size, context) for size in sizes.tolist()]
+    assert cost.seconds(sizes, context) == pytest.approx(expected, rel=0.08)
+    assert cost.seconds(np.array([20]), context) == pytest.approx([seconds(20, context)], rel=0.08)
+    assert cost.price == pytest.approx(4e-8, rel=0.4)
+
+
 def test_a_few_drafts_say_what_a_new_drafter_is_worth() -> None:
     """Where nothing is known a rate that moves slowly has a short answer pay for drafts that are never right."""
     rates = Rates.of_all()
@@ -336,10 +357,10 @@ def test_what_is_compiled_for_one_step_is_no_cost_of_the_one_before() -> None:
     seem to cost seconds, and nobody drafts for the next hundred steps."""
     cost = StepCost()
     speculator = Speculator(None, SpeculationConfig(4), on_device=True, cost=cost)
-    for measured in (StepTime(8, 0.01, 0, 0.0), StepTime(40, 3.0, 4, 0.5), None, StepTime(40, 0.02, 0, 0.0)):
+    for measured in (StepTime(8, 0, 0.01, 0, 0.0), StepTime(40, 0, 3.0, 4, 0.5), None, StepTime(40, 0, 0.02, 0, 0.0)):
         speculator.observe_step(measured)
     assert cost.seconds(np.array([8, 40])).tolist() == [0.01, 0.01]
-    speculator.observe_step(StepTime(8, 0.01, 0, 0.0))
+    speculator.observe_step(StepTime(8, 0, 0.01, 0, 0.0))
     assert cost.seconds(np.array([8, 40])).tolist() == [0.01, 0.02]
 
 

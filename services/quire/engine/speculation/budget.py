@@ -37,9 +37,11 @@ class Choice(NamedTuple):
     num_siblings: int
 
 
-def choose(offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: StepCost) -> list[Choice]:
+def choose(
+    offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: StepCost, context: int = 0
+) -> list[Choice]:
     """What of each offer to verify in a step that computes `num_tokens` tokens without any, of which `num_decodes` each
-    draw the next one."""
+    draw the next one; its sequences have `context` tokens in all."""
     nothing = [Choice(0, 0)] * len(offers)
     if not any(offer.num_drafts for offer in offers) or not cost.knows(num_tokens):
         return nothing
@@ -52,7 +54,7 @@ def choose(offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: Ste
     gains = np.concatenate((rates[owners] ** nth, np.minimum(seconds, rates[beside] ** depths)))
     order = np.argsort(-gains, kind="stable")
     expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains[order])))
-    speed = expected / cost.seconds(num_tokens + np.arange(len(expected)))
+    speed = expected / cost.seconds(num_tokens + np.arange(len(expected)), context)
     best = int(np.argmax(speed))
     if speed[best] < _WORTH * speed[0]:
         return nothing
@@ -76,11 +78,13 @@ def choose_places(
     num_tokens: int,
     cost: StepCost,
     passes: PassCost,
+    context: int = 0,
 ) -> int:
     """For how many places the device is to make drafts, of all sequences with these rates together, as in `Offer`; the
     second rate of one whose drafts get no siblings is 0.
 
-    `num_decodes` and `num_tokens` as in `choose`. A place costs a pass, whether or not its drafts are verified then.
+    `num_decodes`, `num_tokens` and `context` as in `choose`. A place costs a pass, whether or not its drafts are
+    verified then.
     """
     if not rates or not most or not cost.knows(num_tokens):
         return 0
@@ -90,8 +94,8 @@ def choose_places(
 
     def speed_of(gains: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
         expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
-        found: npt.NDArray[np.float64] = expected / (cost.seconds(num_tokens + rows * places) + places * passes.seconds)
-        return found
+        seconds: npt.NDArray[np.float64] = cost.seconds(num_tokens + rows * places, context) + places * passes.seconds
+        return expected / seconds
 
     # As chains, or with siblings wherever there may be some, if that is faster.
     speed = speed_of(right, len(rates))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import insort
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -10,9 +11,11 @@ import numpy.typing as npt
 # Up to so many tokens each number of them is measured for itself, above that eight per octave.
 _EXACT = 16
 
-# How far one measurement moves the estimate of its own size, and those of all sizes: contexts grow and machines slow
-# down, which changes all of them alike.
+# How far one measurement moves the estimate of its own size, and those of all sizes: machines slow down, which changes
+# all of them alike.
 _OWN, _COMMON = 0.2, 0.05
+# What earlier measurements still count for when a step has told what reading a context costs.
+_KEPT = 0.998
 
 # The first measurements of a size may include what is done once: the least of so many is taken. Until there are so
 # many, the last one counts for so many steps; then it has to be tried again.
@@ -35,52 +38,86 @@ class PassCost:
         self.seconds = one
 
 
+@dataclass(slots=True)
+class _Measured:
+    """Of one size: means that follow what was measured last, how often that was, and in which step."""
+
+    seconds: float
+    context: float
+    count: int
+    seen_at: int
+
+
 class StepCost:
-    """Seconds by number of tokens, a curve through what was measured."""
+    """Seconds of a step: a curve by number of tokens, and a price for each token of context that it reads.
+
+    The price is what the steps of one size tell by their different contexts: without it what a large batch took would
+    be what many drafts cost a small one.
+    """
 
     def __init__(self) -> None:
         self._sizes: list[int] = []
-        self._seconds: dict[int, float] = {}
-        self._counts: dict[int, int] = {}
-        self._seen_at: dict[int, int] = {}
+        self._measured: dict[int, _Measured] = {}
         self._step = 0
+        # Of contexts and seconds around the means of their size: sums of squares and of products.
+        self._squares = self._products = 0.0
 
-    def record(self, num_tokens: int, seconds: float) -> None:
-        """A step of so many tokens took so long."""
+    def record(self, num_tokens: int, seconds: float, context: int = 0) -> None:
+        """A step of so many tokens took so long; `context` as in `seconds`."""
         size = _size(num_tokens)
-        known = self._seconds.get(size)
+        known = self._measured.get(size)
         self._step += 1
-        self._seen_at[size] = self._step
         if known is None:
             insort(self._sizes, size)
-            self._seconds[size], self._counts[size] = seconds, 1
+            self._measured[size] = _Measured(seconds, context, 1, self._step)
             return
-        self._counts[size] += 1
-        if self._counts[size] <= _FIRST:
-            self._seconds[size] = min(known, seconds)
+        known.count += 1
+        known.seen_at = self._step
+        expected = known.seconds + self.price * (context - known.context)
+        if known.count <= _FIRST:
+            if seconds < expected:
+                known.seconds, known.context = seconds, context
             return
-        change = min(seconds / known, _LONGEST) - 1.0
-        for other in self._sizes:
-            self._seconds[other] *= 1.0 + _COMMON * change
-        self._seconds[size] = known * (1.0 + _OWN * change)
+        seconds = min(seconds, _LONGEST * expected)
+        away = context - known.context
+        self._squares = _KEPT * self._squares + away * away
+        self._products = _KEPT * self._products + away * (seconds - known.seconds)
+        for other in self._measured.values():
+            other.seconds *= 1.0 + _COMMON * (seconds / expected - 1.0)
+        known.seconds += _OWN * (seconds - known.seconds)
+        known.context += _OWN * away
+
+    @property
+    def price(self) -> float:
+        """Seconds for a token of context; 0 until it is known."""
+        return max(0.0, self._products / self._squares) if self._squares else 0.0
 
     def knows(self, num_tokens: int) -> bool:
-        """Whether so few tokens were measured: what more of them cost can't be told without."""
-        return any(size <= num_tokens and self._is_known(size) for size in self._sizes)
-
-    def seconds(self, num_tokens: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
-        """Of steps of so many tokens each, never less for more of them.
-
-        Those between two that are known are in proportion, and larger ones than all of them count as the largest: they
-        have to be tried to be known.
-        """
+        """Whether so few tokens were measured, or two larger sizes: what more of them cost can't be told without."""
         known = [size for size in self._sizes if self._is_known(size)]
-        curve = np.maximum.accumulate([self._seconds[size] for size in known])
-        found: npt.NDArray[np.float64] = np.interp(num_tokens, known, curve)
+        return len(known) > 1 or (len(known) == 1 and known[0] <= num_tokens)
+
+    def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
+        """Of steps of so many tokens each, never less for more of them, whose sequences have `context` tokens in all.
+
+        Those between two that are known are in proportion, and fewer than all of them go on as the two smallest do: the
+        sequences of a batch that ends become fewer all the time. Larger ones than all of them count as the largest:
+        they have to be tried to be known.
+        """
+        price = self.price
+        known = [size for size in self._sizes if self._is_known(size)]
+        each = (self._measured[size] for size in known)
+        curve = np.maximum.accumulate([one.seconds + price * (context - one.context) for one in each])
+        slope = curve[0] / known[0]
+        if len(known) > 1:
+            slope = min(slope, (curve[1] - curve[0]) / (known[1] - known[0]))
+        below = slope * np.maximum(known[0] - num_tokens, 0)
+        found: npt.NDArray[np.float64] = np.interp(num_tokens, known, curve) - below
         return found
 
     def _is_known(self, size: int) -> bool:
-        return self._counts[size] >= _FIRST or self._step - self._seen_at[size] < _TRUSTED
+        measured = self._measured[size]
+        return measured.count >= _FIRST or self._step - measured.seen_at < _TRUSTED
 
 
 def _size(num_tokens: int) -> int:

@@ -77,10 +77,11 @@ class SpeculationStats:
 
 
 class StepTime(NamedTuple):
-    """A step computed so many tokens in so long, None if that says nothing, of which the device spent `draft_seconds`
-    on drafts for so many places."""
+    """A step computed so many tokens, of sequences with `context` tokens in all, in so long, None if that says nothing,
+    of which the device spent `draft_seconds` on drafts for so many places."""
 
     num_tokens: int
+    context: int
     seconds: float | None
     num_places: int
     draft_seconds: float
@@ -180,9 +181,10 @@ class Speculator:
 
         Of those that a step in flight draws for, drafts are known to the device alone: it makes `promised` many.
         """
-        decodes, num_tokens = [], 0
+        decodes, num_tokens, context = [], 0, 0
         for sequence in scheduler.running:
             num_tokens += max(1, sequence.num_pending)
+            context += sequence.num_tokens
             if sequence.num_pending == 1 and not sequence.may_await_last_token:
                 decodes.append(sequence)
         num_tokens = min(num_tokens, scheduler.config.max_num_batched_tokens)
@@ -203,17 +205,17 @@ class Speculator:
                 beside = min(self._config.num_siblings, count, len(siblings)) if prospect.branches else 0
                 offers.append(Offer(count, prospect.rates[drafter], beside, self._second.rate))
                 takers.append((sequence, tokens, siblings))
-        chosen = choose(offers, len(decodes), num_tokens, self._cost)
+        chosen = choose(offers, len(decodes), num_tokens, self._cost, context)
         for (sequence, tokens, siblings), choice in zip(takers, chosen, strict=True):
             sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
         if self._on_device:
-            self._want(decodes, num_tokens)
+            self._want(decodes, num_tokens, context)
         if known and len(known) == len(decodes):
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
             self._num_ahead = 0
 
-    def _want(self, decodes: list[Sequence], num_tokens: int) -> None:
+    def _want(self, decodes: list[Sequence], num_tokens: int, context: int) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
         takers = []
         for sequence in decodes:
@@ -225,7 +227,7 @@ class Speculator:
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
         second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
         self._num_places = places = choose_places(
-            rates, second_rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes
+            rates, second_rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes, context
         )
         for sequence, prospect in takers:
             prospect.num_idle = 0 if places else prospect.num_idle + 1
@@ -236,7 +238,7 @@ class Speculator:
         if measured is not None and self._measured is not None:
             before = self._measured
             if before.seconds is not None:
-                self._cost.record(before.num_tokens, before.seconds - before.draft_seconds)
+                self._cost.record(before.num_tokens, before.seconds - before.draft_seconds, before.context)
             if before.num_places:
                 self._passes.record(before.num_places, before.draft_seconds)
         self._measured = measured
