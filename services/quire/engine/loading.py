@@ -221,8 +221,8 @@ def _speculation(config: CoreConfig, gpu: torch.device | None, *, chosen: bool) 
     """`chosen`: who calls brings drafts."""
     if config.speculation is not Speculation.AUTO:
         return None
-    # Between two verified steps a GPU waits for the host: at two tokens a step a full batch loses a tenth. So it drafts
-    # only where someone asks for it.
+    # The default model's steps are so short on a GPU that what the host does for drafts costs more than they save, and
+    # the host's own drafts hold up a device that runs ahead. So it drafts only where someone asks for it.
     if gpu is not None and not chosen and not config.speculative_model:
         return None
     num_siblings = config.num_siblings if gpu is not None else 0
