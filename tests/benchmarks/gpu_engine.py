@@ -37,7 +37,7 @@ from quire.engine.gpu.runner import GpuRunner
 from quire.engine.loading import LoadedCore, load_core
 from quire.engine.models.gpu_linear import GpuLinears
 from quire.engine.parallel.leader import Leader
-from quire.engine.speculation.speculator import SpeculationStats
+from quire.engine.speculation.stats import SpeculationStats
 from quire.kernels.linear_tiles import LinearTile
 from quire.service.request import Constraint
 

@@ -20,7 +20,7 @@ from quire.engine.config import EngineConfig
 from quire.engine.messages import Load, Stepped
 from quire.engine.metrics import EngineMetrics
 from quire.engine.speculation.drafts import Drafter
-from quire.engine.speculation.speculator import SpeculationStats
+from quire.engine.speculation.stats import SpeculationStats
 from quire.engine.stats import EngineStats
 from quire.service.errors import ConfigError
 from quire.service.request import StopConditions

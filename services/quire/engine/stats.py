@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from quire.engine.plan import StepPlan
-from quire.engine.speculation.speculator import SpeculationStats
+from quire.engine.speculation.stats import SpeculationStats
 from quire.service.request import FinishReason
 
 # Weight of the newest step in the moving averages: about the last ten steps count.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from quire.engine.inspection import PageMap, SequenceInfo
 from quire.engine.messages import Load
-from quire.engine.speculation.speculator import SpeculationStats
+from quire.engine.speculation.stats import SpeculationStats
 from quire.engine.stats import Histogram
 from quire.v1 import engine_pb2
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 from quire.engine.core import EngineCore
-from quire.engine.speculation.speculator import SpeculationStats
+from quire.engine.speculation.stats import SpeculationStats
 from quire.engine.stats import Histogram
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from quire.engine.scheduler import Scheduler
@@ -20,11 +20,10 @@ from quire.engine.speculation.acceptance import Rates, SecondRate
 from quire.engine.speculation.budget import Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
+from quire.engine.speculation.prospect import Prospect
+from quire.engine.speculation.stats import SpeculationStats
 from quire.service.errors import ConfigError
 from quire.service.request import Request
-
-# After an offer that was wrong from its first token on, its sequence waits for twice as many tokens as the time before.
-_LONGEST_PAUSE = 16
 
 # Where drafts of the device are not worth their passes, it still makes one in so many of as many steps, to see whether
 # they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step.
@@ -53,29 +52,6 @@ class SpeculationConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 64]", field=name)
 
 
-@dataclass(slots=True)
-class SpeculationStats:
-    """Counted since the start. `accepted_at[i]` of `verified_at[i]` drafts in place i of a step were right, or the
-    sibling beside them: so were `accepted_siblings` of `verified_siblings`."""
-
-    drafted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
-    verified: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
-    accepted: dict[str, int] = field(default_factory=lambda: dict.fromkeys((one.value for one in Drafter), 0))
-    verified_at: list[int] = field(default_factory=list)
-    accepted_at: list[int] = field(default_factory=list)
-    verified_siblings: int = 0
-    accepted_siblings: int = 0
-
-    def record(self, drafter: Drafter, verified: int, accepted: int, times: int = 1) -> None:
-        """A step verified so many drafts of a sequence, and the first `accepted` were right; so often."""
-        self.verified[drafter.value] += verified * times
-        self.accepted[drafter.value] += accepted * times
-        for counts, number in ((self.verified_at, verified), (self.accepted_at, accepted)):
-            counts.extend([0] * (number - len(counts)))
-            for place in range(number):
-                counts[place] += times
-
-
 class StepTime(NamedTuple):
     """A step computed so many tokens, of sequences with `context` tokens in all, in so long, None if that says nothing,
     of which the device spent `draft_seconds` on drafts for so many places."""
@@ -85,38 +61,6 @@ class StepTime(NamedTuple):
     seconds: float | None
     num_places: int
     draft_seconds: float
-
-
-@dataclass(slots=True)
-class _Prospect:
-    """What is known of one sequence: by drafter, the tokens that it offers, and how many tokens it is still to be left
-    alone for, and was the last time. `siblings` are beside the tokens that the device offers, and may be verified if
-    it `branches`."""
-
-    rates: Rates
-    branches: bool
-    offers: dict[Drafter, tuple[int, ...]] = field(default_factory=dict)
-    siblings: tuple[int, ...] = ()
-    pauses: dict[Drafter, int] = field(default_factory=dict)
-    last_pauses: dict[Drafter, int] = field(default_factory=dict)
-    # Steps since the device's drafts were last worth their passes.
-    num_idle: int = 0
-
-    def best(self) -> Drafter | None:
-        """Whose offer is most likely to be right."""
-        if len(self.offers) < 2:
-            return next(iter(self.offers), None)
-        return max(self.offers, key=lambda drafter: self.rates[drafter])
-
-    def best_offer(self) -> tuple[Drafter, tuple[int, ...]]:
-        """That offer, which may be of nothing."""
-        drafter = self.best()
-        return (Drafter.EAGLE, ()) if drafter is None else (drafter, self.offers[drafter])
-
-    def leave_alone(self, drafter: Drafter) -> None:
-        """It had nothing, or nothing right: twice as long as the last time."""
-        self.last_pauses[drafter] = min(_LONGEST_PAUSE, max(1, 2 * self.last_pauses.get(drafter, 0)))
-        self.pauses[drafter] = self.last_pauses[drafter]
 
 
 class Speculator:
@@ -139,10 +83,10 @@ class Speculator:
         self._measured: StepTime | None = None  # of the last step, until the next is read
         self._num_places = min(config.num_tokens, _FIRST_PLACES) if self._on_device else 0
         self._rates, self._second = Rates.of_all(), SecondRate()
-        self._prospects: dict[int, _Prospect] = {}
+        self._prospects: dict[int, Prospect] = {}
         self._released: list[int] = []
         # What is to be learned: whose drafts were how often right, and then wrong; what was verified of them.
-        self._judged: list[tuple[_Prospect, Drafter, int, bool]] = []
+        self._judged: list[tuple[Prospect, Drafter, int, bool]] = []
         self._seconds: list[bool] = []
         self._verified: Counter[tuple[Drafter, int, int]] = Counter()
         # Steps that the device may run ahead before the host's drafts are looked for, and those that it has.
@@ -278,11 +222,11 @@ class Speculator:
             self._offer(prospect, Drafter.EAGLE, drafted)
             prospect.siblings = siblings
 
-    def _offer(self, prospect: _Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
+    def _offer(self, prospect: Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
         prospect.offers[drafter] = token_ids
         self.stats.drafted[drafter.value] += len(token_ids)
 
-    def _judge(self, prospect: _Prospect, drafter: Drafter, offer: tuple[int, ...], token_ids: SequenceOf[int]) -> None:
+    def _judge(self, prospect: Prospect, drafter: Drafter, offer: tuple[int, ...], token_ids: SequenceOf[int]) -> None:
         """Compares what a drafter offered with what was drawn, whether or not it was verified."""
         most, right = min(len(offer), len(token_ids)), 0
         while right < most and offer[right] == token_ids[right]:
@@ -351,14 +295,14 @@ class Speculator:
             else:
                 prospect.leave_alone(Drafter.SUFFIX)
 
-    def _is_due(self, prospect: _Prospect) -> bool:
+    def _is_due(self, prospect: Prospect) -> bool:
         return Drafter.SUFFIX not in prospect.offers and not prospect.pauses.get(Drafter.SUFFIX)
 
-    def _prospect(self, sequence: Sequence) -> _Prospect:
+    def _prospect(self, sequence: Sequence) -> Prospect:
         prospect = self._prospects.get(sequence.key)
         if prospect is None:
             branches = self._config.num_siblings > 0 and may_branch(sequence.request)
-            prospect = self._prospects[sequence.key] = _Prospect(Rates(start=self._rates), branches)
+            prospect = self._prospects[sequence.key] = Prospect(Rates(start=self._rates), branches)
         return prospect
 
 

@@ -1,0 +1,43 @@
+"""What may follow one sequence, by whom it was drafted, and how good that was so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from quire.engine.speculation.acceptance import Rates
+from quire.engine.speculation.drafts import Drafter
+
+# After an offer that was wrong from its first token on, its sequence waits for twice as many tokens as the time before.
+_LONGEST_PAUSE = 16
+
+
+@dataclass(slots=True)
+class Prospect:
+    """What is known of one sequence: by drafter, the tokens that it offers, and how many tokens it is still to be left
+    alone for, and was the last time. `siblings` are beside the tokens that the device offers, and may be verified if
+    it `branches`."""
+
+    rates: Rates
+    branches: bool
+    offers: dict[Drafter, tuple[int, ...]] = field(default_factory=dict)
+    siblings: tuple[int, ...] = ()
+    pauses: dict[Drafter, int] = field(default_factory=dict)
+    last_pauses: dict[Drafter, int] = field(default_factory=dict)
+    # Steps since the device's drafts were last worth their passes.
+    num_idle: int = 0
+
+    def best(self) -> Drafter | None:
+        """Whose offer is most likely to be right."""
+        if len(self.offers) < 2:
+            return next(iter(self.offers), None)
+        return max(self.offers, key=lambda drafter: self.rates[drafter])
+
+    def best_offer(self) -> tuple[Drafter, tuple[int, ...]]:
+        """That offer, which may be of nothing."""
+        drafter = self.best()
+        return (Drafter.EAGLE, ()) if drafter is None else (drafter, self.offers[drafter])
+
+    def leave_alone(self, drafter: Drafter) -> None:
+        """It had nothing, or nothing right: twice as long as the last time."""
+        self.last_pauses[drafter] = min(_LONGEST_PAUSE, max(1, 2 * self.last_pauses.get(drafter, 0)))
+        self.pauses[drafter] = self.last_pauses[drafter]
