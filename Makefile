@@ -5,8 +5,6 @@ VENV ?= .venv
 # Where pip finds PyTorch's CPU wheels on a machine without a GPU, where PyPI's own would bring CUDA along.
 TORCH_INDEX ?=
 ARGS ?=
-# Tests that run side by side: many of them wait for processes.
-JOBS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt \
@@ -24,7 +22,7 @@ serve: setup  ## Sets up and serves the embedded model; ARGS="--engines 2" passe
 	@exec $(BIN)/quire serve $(ARGS)
 
 test: check  ## Sets up, checks and runs every test; ARGS="-k router" passes flags on.
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest $(ARGS)
 
 check: setup-dev  ## Style, types and the layers between services.
 	$(BIN)/ruff check .
