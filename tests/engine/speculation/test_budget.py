@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from page_machine import EOS, VOCAB_SIZE, Launched, PageMachine, next_token, run_alone
 
 import quire.engine.core
+import quire.engine.speculation.speculator as speculator_module
 from quire.engine.core import EngineCore
 from quire.engine.page_pool import PagePool
 from quire.engine.plan import StepPlan, StepResult
@@ -141,9 +142,10 @@ def simulate(
     num_tokens: int = 400,
     head: Head | None = None,
     host: float | None = None,
+    fewer: int = 0,
 ) -> tuple[float, TimedMachine | AheadMachine, Oracle, EngineCore]:
-    """The time that `num_seqs` requests of `num_tokens` output tokens take; without drafts if `quality` is None. With
-    `host` the device is a step ahead."""
+    """The time that `num_seqs` requests of `num_tokens` output tokens take, each of `fewer` than the one before;
+    without drafts if `quality` is None. With `host` the device is a step ahead."""
     clock = Clock()
     monkeypatch.setattr(quire.engine.core, "time", clock)
     machine: TimedMachine | AheadMachine = TimedMachine(clock, seconds, num_seqs, head)
@@ -151,10 +153,11 @@ def simulate(
         machine = AheadMachine(clock, seconds, num_seqs, host, head)
     requests = [
         Request(
-            str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0), StopConditions(num_tokens, ignore_eos=True)
+            str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0),
+            StopConditions(num_tokens - key * fewer, ignore_eos=True),
         )
         for key in range(num_seqs)
-    ]
+    ]  # fmt: skip
     outputs = [run_alone(request, MAX_MODEL_LEN)[0] for request in requests]
     oracle = Oracle(lambda key: [*requests[key].prompt_token_ids, *outputs[key]], quality or 0.0, VOCAB_SIZE)
     speculator = Speculator(oracle, SpeculationConfig(4)) if quality is not None else None
@@ -295,6 +298,23 @@ def test_a_head_comes_back_when_it_is_right(monkeypatch: pytest.MonkeyPatch, num
     for _ in range(10):
         core.step()
     assert sum(len(sequence.token_ids) for sequence in core.scheduler) - before >= 10 * num_seqs * 3
+
+
+def test_a_batch_that_ends_one_by_one_is_drafted_for_all_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each smaller batch is a size of step that never was: where it has to be measured before anything is drafted, most
+    of a batch's end goes by without."""
+
+    def ended(*, always: bool) -> float:
+        if always:
+            monkeypatch.setattr(
+                speculator_module, "choose", lambda offers, *_: [Choice(offer.num_drafts, 0) for offer in offers]
+            )
+            monkeypatch.setattr(speculator_module, "choose_places", lambda rates, *_: 4 if rates else 0)
+        head = Head(0.0002, right=True)
+        _, machine, _, core = simulate(monkeypatch, COSTS["a GPU's"], None, 15, 400, head, host=0.0005, fewer=24)
+        return finish(core, machine)
+
+    assert ended(always=False) <= 1.06 * ended(always=True)
 
 
 @pytest.mark.parametrize("num_seqs", [1, 8])
