@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from gpu_profile import Profile
-from gpu_watch import HostWait, PageWaste, StepGaps, Trace
+from gpu_watch import HostWait, PageWaste, StepGaps, StepTimes, Trace
 from told_drafts import ToldDrafts
 
 import quire.kernels.linear
@@ -170,6 +170,7 @@ def parse() -> argparse.Namespace:
         "drafts are verified; 1: all are wrong (default: no drafts)",
     )  # fmt: skip
     add("--head", action="store_true", help="an EAGLE-3 head makes the drafts: else they cost no time")
+    add("--step-times", type=Path, help="where what the budget was told of each step with drafts goes, as JSON")
     add("--skip", type=int, default=40, help="steps before the profile (default: %(default)s)")
     add("--out", type=Path, help="where figures go as JSON")
     arguments = parser.parse_args()
@@ -220,7 +221,11 @@ def measure_all(
                 measure(core, workload.make() if arguments.rehearse else workload.warm(), salt="before")
             work, gaps = workload.make(), StepGaps(runner) if arguments.gaps else None
             trace = Trace(core) if arguments.trace else None
-            found = measure(core, work, str(length), each_step=trace or (lambda: None))
+            with StepTimes() as times:
+                found = measure(core, work, str(length), each_step=trace or (lambda: None))
+            if arguments.step_times is not None:
+                with arguments.step_times.open("a") as file:
+                    file.write(json.dumps({"workload": workload.name, "accept": length, "steps": times.told}) + "\n")
             if core.stats.speculation is not None:
                 found["drafts"] = drafted(core.stats.speculation)
             if gaps is not None:

@@ -14,6 +14,7 @@ from quire.engine.gpu.pending import GpuPendingStep
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.plan import StepPlan
 from quire.engine.runner import StepMasks
+from quire.engine.speculation.speculator import Speculator, StepTime
 from quire.service.pages import PAGE_SIZE
 
 
@@ -71,6 +72,25 @@ class StepGaps:
 
         step.draw_masked = draw_masked
         return step
+
+
+class StepTimes:
+    """What the budget is told of each step within its block, None for one that captured something."""
+
+    def __init__(self) -> None:
+        self.told: list[StepTime | None] = []
+        self._observe = Speculator.observe_step
+
+    def __enter__(self) -> StepTimes:
+        Speculator.observe_step = lambda speculator, told: self._observed(speculator, told)  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        Speculator.observe_step = self._observe  # type: ignore[method-assign]
+
+    def _observed(self, speculator: Speculator, told: StepTime | None) -> None:
+        self.told.append(told)
+        self._observe(speculator, told)
 
 
 @dataclass(frozen=True)
