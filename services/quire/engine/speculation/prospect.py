@@ -23,8 +23,6 @@ class Prospect:
     siblings: tuple[int, ...] = ()
     pauses: dict[Drafter, int] = field(default_factory=dict)
     last_pauses: dict[Drafter, int] = field(default_factory=dict)
-    # Steps since the device's drafts were last worth their passes.
-    num_idle: int = 0
 
     def best(self) -> Drafter | None:
         """Whose offer is most likely to be right."""

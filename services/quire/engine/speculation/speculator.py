@@ -26,7 +26,8 @@ from quire.service.errors import ConfigError
 from quire.service.request import Request
 
 # Where drafts of the device are not worth their passes, it still makes one in so many of as many steps, to see whether
-# they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step.
+# they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step. Of all
+# sequences in the same steps: a pass takes nearly as long for few as for many.
 _PROBES, _PROBED = 4, 40
 
 # A device that runs ahead is held up when the host's next drafts are looked for: where they were not worth it, it runs
@@ -82,6 +83,8 @@ class Speculator:
         self._passes = PassCost()
         self._measured: StepTime | None = None  # of the last step, until the next is read
         self._num_places = min(config.num_tokens, _FIRST_PLACES) if self._on_device else 0
+        # Steps since the device's drafts were last worth their passes.
+        self._num_idle = 0
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, Prospect] = {}
         self._released: list[int] = []
@@ -173,9 +176,9 @@ class Speculator:
         self._num_places = places = choose_places(
             rates, second_rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes, context
         )
-        for sequence, prospect in takers:
-            prospect.num_idle = 0 if places else prospect.num_idle + 1
-            sequence.num_wanted = places or int(prospect.num_idle % _PROBED < _PROBES)
+        self._num_idle = 0 if places else self._num_idle + 1
+        for sequence, _ in takers:
+            sequence.num_wanted = places or int(self._num_idle % _PROBED < _PROBES)
 
     def observe_step(self, measured: StepTime | None) -> None:
         """A step was read; None: it compiled or captured something, which held up the one before it, too."""
