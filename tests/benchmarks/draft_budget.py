@@ -36,8 +36,9 @@ from quire.service.request import Request, SamplingParams, StopConditions
 ROWS = (1, 16, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1280, 2048, 4096, 8192)
 MILLISECONDS = (4.3, 4.3, 4.75, 5.05, 5.3, 5.95, 6.85, 8.05, 8.95, 11.65, 16.85, 21.85, 27.35, 43.35, 86.35, 172.35)
 CONTEXT_MS, DRAW_MS, OTHER_MS, HOST_S = 131072 / 3.7e9, 0.0012, 0.55, 0.0012
-# A pass of the head, and of each sequence in it.
+# A pass of the head, and of each sequence in it, whose context its one layer of 32 reads.
 PASS_MS, PASS_SEQ_MS = 0.26, 0.0009
+PASS_CONTEXT_MS = CONTEXT_MS / 32
 WRONG, RIGHT = 7, 17
 MOST = 4
 
@@ -98,8 +99,7 @@ class Device:
     def launch(self, plan: StepPlan, *, masked: bool) -> Step:
         self.clock.now += HOST_S
         self.steps += 1
-        wanting = [work.num_wanted for work in plan.work if work.num_wanted]
-        passes = max(wanting, default=0) * (PASS_MS + PASS_SEQ_MS * len(wanting)) if self.rate is not None else 0.0
+        passes = pass_milliseconds(plan) if self.rate is not None else 0.0
         took = (milliseconds(plan) + passes) * (1 + self.noise * self._noise.normal())
         self.free_at = max(self.free_at, self.clock.now) + took / 1e3
         token_ids, accepted = [], {}
@@ -141,6 +141,14 @@ def milliseconds(plan: StepPlan) -> float:
     context = sum(work.start + work.num_tokens for work in plan.work)
     drawn = sum(1 + work.num_drafts for work in plan.work if work.sample)
     return float(np.interp(rows, ROWS, MILLISECONDS)) + CONTEXT_MS * context + DRAW_MS * drawn + OTHER_MS
+
+
+def pass_milliseconds(plan: StepPlan) -> float:
+    """Of all passes of the head behind a step."""
+    wanting = [work for work in plan.work if work.num_wanted]
+    context = sum(work.start + work.num_tokens for work in wanting)
+    one = PASS_MS + PASS_SEQ_MS * len(wanting) + PASS_CONTEXT_MS * context
+    return one * max((work.num_wanted for work in wanting), default=0)
 
 
 def run(work: Work, length: float | None, fixed: int | None, noise: float, seed: int) -> tuple[float, Device]:
