@@ -356,6 +356,17 @@ def test_what_a_large_batch_took_is_no_cost_of_a_small_one() -> None:
     assert cost.price == pytest.approx(4e-8, rel=0.4)
 
 
+def test_noise_is_no_price_of_context() -> None:
+    """One short sequence says nothing of contexts: without it a noisy machine's drafts seem to cost any number."""
+    for seed in range(20):
+        cost, noise = StepCost(), np.random.default_rng(seed)
+        cost.record(60, 0.1, 60)
+        for step in range(30):
+            num_tokens = 1 + 4 * (step % 5 == 4)
+            cost.record(num_tokens, (0.015 + 0.001 * num_tokens) * (1 + noise.normal() / 10), 60 + step)
+        assert cost.seconds(np.array([1, 5]), 300) == pytest.approx([0.016, 0.020], rel=0.2)
+
+
 def test_a_few_drafts_say_what_a_new_drafter_is_worth() -> None:
     """Where nothing is known a rate that moves slowly has a short answer pay for drafts that are never right."""
     rates = Rates.of_all()

@@ -14,8 +14,9 @@ _EXACT = 16
 # How far one measurement moves the estimate of its own size, and those of all sizes: machines slow down, which changes
 # all of them alike.
 _OWN, _COMMON = 0.2, 0.05
-# What earlier measurements still count for when a step has told what reading a context costs.
-_KEPT = 0.998
+# What earlier measurements still count for when a step has told what reading a context costs, and how far contexts of
+# one size must have been apart, in squares of tokens added up, to tell it: a few tokens more are less than the noise.
+_KEPT, _APART = 0.998, 4e6
 
 # The first measurements of a size may include what is done once: the least of so many is taken. Until there are so
 # many, the last one counts for so many steps; then it has to be tried again.
@@ -90,7 +91,7 @@ class StepCost:
     @property
     def price(self) -> float:
         """Seconds for a token of context; 0 until it is known."""
-        return max(0.0, self._products / self._squares) if self._squares else 0.0
+        return max(0.0, self._products / (self._squares + _APART))
 
     def knows(self, num_tokens: int) -> bool:
         """Whether so few tokens were measured, or two larger sizes: what more of them cost can't be told without."""
