@@ -367,6 +367,20 @@ def test_noise_is_no_price_of_context() -> None:
         assert cost.seconds(np.array([1, 5]), 300) == pytest.approx([0.016, 0.020], rel=0.2)
 
 
+def test_no_price_makes_a_step_cost_nothing() -> None:
+    """A cost of nothing, or less, would be divided by: the engine would end."""
+    cost = StepCost()
+    for _ in range(4):
+        cost.record(16, 0.01, 10**6)
+    for step in range(50):
+        cost.record(8, 0.01 + 0.02 * step, 20_000 * step)
+    for context in (0, 1000):
+        assert (cost.seconds(np.arange(1, 400), context) > 0).all()
+    cost.record(16, 0.01, 0)
+    found = cost.seconds(np.arange(1, 400), 0)
+    assert np.isfinite(found).all() and (found > 0).all()
+
+
 def test_a_few_drafts_say_what_a_new_drafter_is_worth() -> None:
     """Where nothing is known a rate that moves slowly has a short answer pay for drafts that are never right."""
     rates = Rates.of_all()

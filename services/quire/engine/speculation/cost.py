@@ -23,6 +23,8 @@ _KEPT, _APART = 0.998, 4e6
 _FIRST, _TRUSTED = 3, 128
 # A pause of the machine says nothing about a step.
 _LONGEST = 2.0
+# What a step takes at least without its context, of what one of its size took: however wrong the price is.
+_LEAST = 0.1
 
 
 class PassCost:
@@ -47,6 +49,10 @@ class _Measured:
     context: float
     count: int
     seen_at: int
+
+    def at(self, context: float, price: float) -> float:
+        """Seconds with another context, each token of which costs `price`."""
+        return max(_LEAST * self.seconds, self.seconds + price * (context - self.context))
 
 
 class StepCost:
@@ -74,7 +80,7 @@ class StepCost:
             return
         known.count += 1
         known.seen_at = self._step
-        expected = known.seconds + self.price * (context - known.context)
+        expected = known.at(context, self.price)
         if known.count <= _FIRST:
             if seconds < expected:
                 known.seconds, known.context = seconds, context
@@ -108,7 +114,7 @@ class StepCost:
         price = self.price
         known = [size for size in self._sizes if self._is_known(size)]
         each = (self._measured[size] for size in known)
-        curve = np.maximum.accumulate([one.seconds + price * (context - one.context) for one in each])
+        curve = np.maximum.accumulate([one.at(context, price) for one in each])
         slope = curve[0] / known[0]
         if len(known) > 1:
             slope = min(slope, (curve[1] - curve[0]) / (known[1] - known[0]))
