@@ -2,6 +2,7 @@
 
     PYTHONPATH=kernels python tests/benchmarks/attention_tiles.py --out figures
     PYTHONPATH=kernels python tests/benchmarks/attention_tiles.py --steps --out figures
+    PYTHONPATH=kernels python tests/benchmarks/attention_tiles.py --steps --only "1 new" --model qwen3-0.6b
 
 Prints each workload's best five and the one in use; what to use is `decode_tile` and `prefill_tile` in
 `quire.kernels.attention_worklist`. Candidates are compiled by several processes first.
@@ -21,7 +22,7 @@ import attention_cases
 import torch
 from attention_cases import PagedInput, Workload
 from gpu_timing import graph_us, summary
-from kernel_cases import SHAPES
+from kernel_cases import SHAPES, Shape
 
 from quire.kernels.attention_worklist import Tile, decode_tile, prefill_tile
 
@@ -36,7 +37,10 @@ DECODES = [
 ]
 # Steps of decodes alone, whose attention makes and writes their new keys and values, too.
 STEPS = [
+    Workload("1 new token at 300", [(1, 300)]),
+    Workload("8 new tokens at 200-400", [(1, length) for length in attention_cases.uneven(8, 200, 400)]),
     Workload("64 new tokens at 480-720", [(1, length) for length in attention_cases.uneven(64, 480, 720)]),
+    Workload("145 new tokens at 200-1900", [(1, length) for length in attention_cases.uneven(145, 200, 1900)]),
     Workload("256 new tokens at 700-1100", [(1, length) for length in attention_cases.uneven(256, 700, 1100)]),
 ]
 VERIFICATIONS = [
@@ -57,9 +61,17 @@ def decode_candidates(rows: int) -> Iterator[Tile]:
                 yield Tile(rows, keys, warps, stages, programs, 128)
 
 
-def step_candidates(rows: int) -> Iterator[Tile]:
+def step_candidates(rows: int, num_seqs: int) -> Iterator[Tile]:
     """Small programs, of which more fit a multiprocessor at once: registers leave room for 12 warps, and 64 sequences
-    of 8 KV heads are 512 programs, which should not be one and a half rounds."""
+    of 8 KV heads are 512 programs, which should not be one and a half rounds. Of few sequences parts matter: each is a
+    loop, and what is behind it to put them together."""
+    if num_seqs <= 8:
+        for keys, warps in ((16, 1), (32, 1), (32, 2), (64, 2), (64, 4), (64, 8), (128, 4), (128, 8)):
+            for stages in (2, 3, 5):
+                for part in (64, 128, 256, 512):
+                    if part >= keys:
+                        yield Tile(rows, keys, warps, stages, 4, part)
+        return
     for keys, warps in ((32, 1), (32, 2), (64, 2), (64, 4), (128, 2), (128, 4)):
         for stages in (3, 5):
             for programs in (4, 8, 12, 16):
@@ -77,19 +89,19 @@ def prefill_candidates() -> Iterator[Tile]:
                     yield Tile(rows, keys, warps, stages, programs, 1024)
 
 
-def compile_tile(task: tuple[Tile, Tile, int]) -> str:
+def compile_tile(task: tuple[Shape, tuple[int, ...], Tile, Tile, int]) -> str:
     """Fills Triton's cache on disk: runs the tiles once on a small input of the same kind, 0 queries for new tokens."""
-    decode, prefill, query_len = task
+    shape, counts, decode, prefill, query_len = task
     attention_cases.POOL_TOKENS = 1 << 14
     workload = Workload("", [(query_len, 4096), (query_len + 16, 4096)], decode_query_len=query_len)
     try:
         if query_len == 0:
             # Plans are compiled for the number of sequences.
-            for step in STEPS:
-                inputs = PagedInput(SHAPES[0], Workload("", [(1, 32)] * len(step.seqs)), (decode, prefill))
+            for count in counts:
+                inputs = PagedInput(shape, Workload("", [(1, 32)] * count), (decode, prefill))
                 inputs.launches_with_new_tokens()[0]()
         else:
-            PagedInput(SHAPES[0], workload, (decode, prefill)).run(0)
+            PagedInput(shape, workload, (decode, prefill)).run(0)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - a tile that does not fit the GPU is out
         return summary(error)
@@ -97,10 +109,10 @@ def compile_tile(task: tuple[Tile, Tile, int]) -> str:
 
 
 def sweep(
-    workloads: list[Workload], tiles: list[tuple[Tile, Tile]], which: int, new: bool = False
+    shape: Shape, workloads: list[Workload], tiles: list[tuple[Tile, Tile]], which: int, new: bool = False
 ) -> Iterator[dict[str, object]]:
     for workload in workloads:
-        inputs = PagedInput(SHAPES[0], workload)
+        inputs = PagedInput(shape, workload)
         launches = inputs.launches_with_new_tokens() if new else inputs.launches()
         figures = []
         for index, pair in enumerate(tiles):
@@ -124,27 +136,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write attention_tiles.json")
     parser.add_argument("--steps", action="store_true", help="only steps of decodes, with their new tokens")
+    parser.add_argument("--model", default=SHAPES[0].name, choices=[shape.name for shape in SHAPES])
+    parser.add_argument("--only", default="", help="part of the workloads' names (default: all)")
     parser.add_argument("--processes", type=int, default=12, help="that compile (default: %(default)s)")
     args = parser.parse_args()
     started = time.monotonic()
-    group, head_size = SHAPES[0].heads // SHAPES[0].kv_heads, SHAPES[0].head_size
+    shape = next(shape for shape in SHAPES if shape.name == args.model)
+    group, head_size = shape.heads // shape.kv_heads, shape.head_size
     prefill, drafts = prefill_tile(head_size), decode_tile(group, 8)
     decode = decode_tile(group, 1)
     of_decodes = [(tile, prefill) for tile in (decode, *decode_candidates(decode.rows))]
     of_verifications = [(tile, prefill) for tile in (drafts, *decode_candidates(drafts.rows))]
     of_prefills = [(decode, tile) for tile in (prefill, *prefill_candidates())]
-    of_steps = [(tile, prefill) for tile in (decode_tile(group, 1, num_seqs=64), *step_candidates(decode.rows))]
     # Workloads, tiles, which of a pair differs, queries of a sequence (see `compile_tile`)
-    parts = [(STEPS, of_steps, 0, 0)]
+    parts = []
+    for step in STEPS:
+        count = len(step.seqs)
+        tiles = (decode_tile(group, 1, num_seqs=count), *step_candidates(decode.rows, count))
+        parts.append(([step], [(tile, prefill) for tile in tiles], 0, 0))
     if not args.steps:
         parts += [(DECODES, of_decodes, 0, 1), (VERIFICATIONS, of_verifications, 0, 8), (PREFILLS, of_prefills, 1, 1)]
-    tasks = {
-        (which, query_len, replace(pair[which], programs_per_sm=1, min_part=1024)): (*pair, query_len)
-        for _, tiles, which, query_len in parts
-        for pair in tiles
-    }
-    # And what lists a step's work.
-    tasks |= {(tile.keys, tile.programs_per_sm): (tile, prefill, 0) for tile, _ in of_steps}
+    parts = [([each for each in part[0] if args.only in each.detail], *part[1:]) for part in parts]
+    parts = [part for part in parts if part[0]]
+    tasks = {}
+    for workloads, tiles, which, query_len in parts:
+        counts = tuple(len(each.seqs) for each in workloads)
+        for pair in tiles:
+            kept = pair[which] if query_len == 0 else replace(pair[which], programs_per_sm=1, min_part=1024)
+            tasks[counts, which, query_len, kept] = (shape, counts, *pair, query_len)
     with multiprocessing.get_context("spawn").Pool(args.processes) as workers:
         for task, failure in zip(tasks.values(), workers.map(compile_tile, tasks.values(), chunksize=1), strict=True):
             if failure:
@@ -153,7 +172,7 @@ def main() -> None:
     rows = [
         row
         for workloads, tiles, which, query_len in parts
-        for row in sweep(workloads, tiles, which, new=query_len == 0)
+        for row in sweep(shape, workloads, tiles, which, new=query_len == 0)
     ]
     print(f"{time.monotonic() - started:.0f} s in all", flush=True)
     if args.out:

@@ -1,7 +1,7 @@
 """Finds the tiles that suit products of up to 384 rows on this GPU, and where cuBLAS is better.
 
     PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --out figures
-    PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --model qwen3-0.6b --rows 1 8
+    PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --model qwen3-0.6b --rows 1 2 4 8 --resident
     PYTHONPATH=kernels python tests/benchmarks/kernel_linear.py --wide --model llama-8b \\
         --matrix qkv --matrix o --matrix gate_up --matrix down --out figures
 
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from multiprocessing.pool import AsyncResult
 from pathlib import Path
-from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -32,22 +31,21 @@ from torch import Tensor
 from wide_tiles import MULTIPROCESSORS, limit_s, wide_candidates
 
 from quire.kernels.linear import SplitSpace, linear_triton
-from quire.kernels.linear_tiles import TUNED, LinearTile, WideTile, tile_for
+from quire.kernels.linear_resident import linear_resident
+from quire.kernels.linear_tiles import TUNED, AnyTile, LinearTile, ResidentTile, tile_for
 from quire.kernels.linear_wide import Cut, linear_wide
 from quire.kernels.silu_and_mul import silu_and_mul
 
 FEW_ROWS = (1, 2, 4, 8, 16, 32, 64)
 WIDE_ROWS = (64, 96, 128, 192, 256, 320, 384)
 SHARED_BYTES = 225_000
+RESIDENT_BYTES = 24 << 20
 # Seconds, for all candidates.
 COMPILATION_S = 120
 # So many of the fastest candidates are timed again.
 FINALISTS = 3
 # A tile must be faster than cuBLAS by this much to be worth an entry.
 GAIN = 0.01
-
-
-AnyTile: TypeAlias = LinearTile | WideTile
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +105,25 @@ def few_candidates(matrix: Matrix, rows: int) -> Iterator[LinearTile]:
                         yield LinearTile(columns, depth, stages, splits=splits, swap=swap, bulk=bulk)
 
 
-def candidates(matrix: Matrix, rows: int, wide_only: bool) -> list[AnyTile]:
-    """The tile in use first, then those for few rows unless `wide_only`, and those for more."""
+def resident_candidates(matrix: Matrix, rows: int) -> Iterator[ResidentTile]:
+    """Tiles of up to 256 elements of W a thread, if all of W fits the registers."""
+    if rows > 8 or matrix.num_bytes > RESIDENT_BYTES:
+        return
+    row = (1 << (matrix.size - 1).bit_length()) * (2 if matrix.gated else 1)
+    for warps in (1, 2, 4, 8):
+        for columns in (1, 2, 4, 8, 16, 32):
+            if columns * row <= 256 * 32 * warps and matrix.columns // columns >= MULTIPROCESSORS // 2:
+                yield ResidentTile(columns, warps)
+
+
+def candidates(matrix: Matrix, rows: int, wide_only: bool, resident_only: bool) -> list[AnyTile]:
+    """The tile in use first, then those for few rows, and those for more; or only the last, or only those whose weights
+    are in registers."""
     found: list[AnyTile | None] = [tile_for(rows, matrix.columns, matrix.size, matrix.gated)]
     if rows <= 64 and not wide_only:
-        found += few_candidates(matrix, rows)
+        found += [*(() if resident_only else few_candidates(matrix, rows)), *resident_candidates(matrix, rows)]
+    if resident_only:
+        return list(dict.fromkeys(tile for tile in found if tile is not None))
     if 32 < rows <= 64:
         # All of x at once and two warp groups.
         splits = 1 << (2 * MULTIPROCESSORS * 128 // matrix.columns).bit_length() - 1
@@ -131,6 +143,8 @@ def multiply(
 ) -> Tensor:
     if isinstance(tile, LinearTile):
         return linear_triton(x, weight, tile, space=space, gated=matrix.gated, dependent=dependent)
+    if isinstance(tile, ResidentTile):
+        return linear_resident(x, weight, tile, gated=matrix.gated, dependent=dependent)[0]
     out = linear_wide(x, weight, tile, space=space, gated=matrix.gated and tile.gated, dependent=dependent)
     return silu_and_mul(out) if matrix.gated and not tile.gated else out
 
@@ -139,6 +153,8 @@ def compiled_for(matrix: Matrix, rows: int, tile: AnyTile) -> tuple[object, ...]
     """What differs for the compiler; of sizes that are arguments only whether they are 1 or multiples of 16."""
     if isinstance(tile, LinearTile):
         return matrix.size, matrix.gated, matrix.columns % 128 == 0, padded(rows, tile.swap), rows == 1, tile
+    if isinstance(tile, ResidentTile):
+        return matrix.size, matrix.gated, matrix.columns % tile.columns == 0, rows, tile
     fused = matrix.gated and tile.gated
     cut = Cut.of(tile, rows, matrix.columns if fused or not matrix.gated else 2 * matrix.columns, matrix.size)
     counts = tuple((count % 16 == 0, count == 1) for count in (rows, cut.tiles, cut.share))
@@ -288,6 +304,7 @@ def main() -> None:
     parser.add_argument("--model", choices=[shape.name for shape in SHAPES], action="append")
     parser.add_argument("--rows", type=int, nargs="+", help="(default: 1 to 384, with --wide 64 to 384)")
     parser.add_argument("--wide", action="store_true", help="only the tiles in use, and those for more than 32 rows")
+    parser.add_argument("--resident", action="store_true", help="only the tiles in use, and those of registers")
     parser.add_argument("--matrix", action="append", help="qkv, o, gate_up, down, head; may be repeated")
     parser.add_argument("--replays", type=int, default=5, help="of a candidate (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write kernel_linear.json and .txt")
@@ -304,7 +321,7 @@ def main() -> None:
         if not args.matrix or matrix.name in args.matrix
         for rows in args.rows or (WIDE_ROWS if args.wide else sorted({*FEW_ROWS, *WIDE_ROWS}))
     ]
-    tiles = {(matrix, rows): candidates(matrix, rows, args.wide) for _, matrix, rows in work}
+    tiles = {(matrix, rows): candidates(matrix, rows, args.wide, args.resident) for _, matrix, rows in work}
     tasks = {compiled_for(*key, tile): (*key, tile) for key, some in tiles.items() for tile in some}
     with multiprocessing.get_context("spawn").Pool(args.processes) as workers:
         failures = outcomes({name: workers.apply_async(compile_tile, (task,)) for name, task in tasks.items()})

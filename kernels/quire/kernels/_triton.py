@@ -6,7 +6,8 @@ what does not exist.
 Kernels of a step follow one another in a few microseconds, of which a launch is one. On Hopper GPUs a kernel may be
 launched while the one before it still runs (programmatic dependent launch, CUDA programming guide §3.2.8.5). All that
 do so keep to this: before `gdc_wait` a program reads nothing but weights, and each of its programs waits. So what a
-kernel has waited for includes whatever ran before that.
+kernel has waited for includes whatever ran before that. (Attention's two lists of work run side by side instead: see
+`quire.kernels.paged_attention_triton`.)
 """
 
 from __future__ import annotations

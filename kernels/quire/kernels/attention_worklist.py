@@ -29,7 +29,7 @@ _TREE_FIELDS = 2
 _NO_LEAF = 2**30
 
 _ANY = 2**30  # queries: so that limits differ without another compilation
-_MANY_SEQS = 32
+_MANY_SEQS, _MORE_SEQS = 32, 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +106,11 @@ def decode_tile(group: int, query_len: int, head_size: int = 128, num_seqs: int 
     rows = max(16, next_power_of_2(group * query_len))
     if query_len > 1 and head_size <= 128:
         return Tile(rows, 128, 4, 3, 4, 128)
-    # Of many sequences more programs than a multiprocessor holds wait for their turn: small ones all fit.
-    return Tile(rows, 64, 2, 3, 8, 128) if num_seqs >= _MANY_SEQS else Tile(rows, 64, 4, 3, 4, 128)
+    if num_seqs < _MANY_SEQS:
+        return Tile(rows, 64, 4, 3, 4, 64)
+    # Of many sequences more programs than a multiprocessor holds wait for their turn: small ones all fit. And the more
+    # there are, the more their lengths differ: longer ones are cut, so that none is left at the end.
+    return Tile(rows, 64, 2, 3, 8 if num_seqs < _MORE_SEQS else 12, 128)
 
 
 def prefill_tile(head_size: int) -> Tile:

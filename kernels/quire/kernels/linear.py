@@ -1,5 +1,5 @@
 """Products y = x Wᵀ of few rows on a GPU, which take as long as reading W does. `quire.kernels.linear_wide` has a
-kernel for more rows, and cuBLAS serves all else.
+kernel for more rows, `quire.kernels.linear_resident` one for small weights, and cuBLAS serves all else.
 
 A program owns a tile of outputs and reads its rows of W once, in blocks that several stages of loads keep in flight.
 Where there are fewer tiles than the GPU has multiprocessors, K is split among programs too; the last of them to finish
@@ -29,11 +29,13 @@ from quire.kernels._triton import (
     tl,
 )
 from quire.kernels.linear_parts import SplitSpace, check_operands, check_space, prefetch
-from quire.kernels.linear_tiles import LinearTile, WideTile, tile_for
+from quire.kernels.linear_resident import NormInput, linear_resident
+from quire.kernels.linear_tiles import AnyTile, LinearTile, ResidentTile, WideTile, tile_for
 from quire.kernels.linear_wide import aligned, linear_wide
+from quire.kernels.rms_norm import add_rms_norm
 from quire.kernels.silu_and_mul import silu_and_mul
 
-__all__ = ["SplitSpace", "linear", "linear_silu_and_mul", "linear_triton"]
+__all__ = ["NormInput", "SplitSpace", "linear", "linear_silu_and_mul", "linear_triton", "normed_linear"]
 
 
 def linear(
@@ -50,6 +52,8 @@ def linear(
     launch may overlap the end of the kernel before it on the stream, where the GPU can do that.
     """
     tile = _tile_of(x, weight, False, space)
+    if isinstance(tile, ResidentTile):
+        return linear_resident(x, weight, tile, bias, dependent=dependent, dtype=dtype)[0]
     if isinstance(tile, WideTile):
         return linear_wide(x, weight, tile, bias, space, dependent=dependent, dtype=dtype)
     if tile is not None:
@@ -66,6 +70,8 @@ def linear(
 def linear_silu_and_mul(x: Tensor, weight: Tensor, space: SplitSpace | None = None, dependent: bool = False) -> Tensor:
     """silu(x Gᵀ) · (x Uᵀ) for weight = [G; U], [2 I, K]; the result is [M, I]. Otherwise as `linear`."""
     tile = _tile_of(x, weight, True, space)
+    if isinstance(tile, ResidentTile):
+        return linear_resident(x, weight, tile, gated=True, dependent=dependent)[0]
     if isinstance(tile, WideTile):
         out = linear_wide(x, weight, tile, None, space, gated=tile.gated, dependent=dependent)
         return out if tile.gated else silu_and_mul(out)
@@ -74,7 +80,29 @@ def linear_silu_and_mul(x: Tensor, weight: Tensor, space: SplitSpace | None = No
     return linear_triton(x, weight, tile, None, space, gated=True, dependent=dependent)
 
 
-def _tile_of(x: Tensor, weight: Tensor, gated: bool, space: SplitSpace | None) -> LinearTile | WideTile | None:
+def normed_linear(
+    x: Tensor,
+    norm: NormInput,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    space: SplitSpace | None = None,
+    gated: bool = False,
+    dependent: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`add_rms_norm` of x, and `linear` of that, or `linear_silu_and_mul` if `gated`; and the residual stream with x,
+    which may or may not be `norm.residual`, changed in place."""
+    tile = _tile_of(x, weight, gated, space)
+    if isinstance(tile, ResidentTile):
+        out, residual = linear_resident(x, weight, tile, bias, norm, gated, dependent)
+        if residual is not None:
+            return out, residual
+    normed = add_rms_norm(norm.residual, x, norm.weight, norm.eps, x.dtype)
+    if gated:
+        return linear_silu_and_mul(normed, weight, space, dependent), norm.residual
+    return linear(normed, weight, bias, space, dependent), norm.residual
+
+
+def _tile_of(x: Tensor, weight: Tensor, gated: bool, space: SplitSpace | None) -> AnyTile | None:
     """What serves a product, None for cuBLAS."""
     if not x.is_cuda or space is None:
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from quire.kernels._triton import next_power_of_2
 
@@ -56,8 +57,22 @@ class WideTile:
             raise ValueError(f"there must be programs: {self}")
 
 
+@dataclass(frozen=True, slots=True)
+class ResidentTile:
+    """How `quire.kernels.linear_resident` cuts a product."""
+
+    columns: int  # outputs of a program
+    warps: int = 8
+
+    def __post_init__(self) -> None:
+        if self.columns < 1 or self.columns & (self.columns - 1):
+            raise ValueError(f"columns of a tile must be a power of two, and they are {self}")
+
+
+AnyTile: TypeAlias = LinearTile | WideTile | ResidentTile
+
 # (N, K, gated; N is of the result) → (most rows, tile) in ascending order; None: cuBLAS. For elements of two bytes.
-TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | WideTile | None], ...]] = {
+TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, AnyTile | None], ...]] = {
     (6144, 4096, False): (
         (16, LinearTile(64, 256, 3, swap=True)),
         (32, LinearTile(64, 128, 6, swap=True, bulk=True)),
@@ -85,15 +100,21 @@ TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, LinearTile | WideTile | N
         (384, None),
     ),
     (4096, 1024, False): (
+        (4, ResidentTile(32)),
         (16, LinearTile(64, 128, 6, splits=2, swap=True)),
         (64, LinearTile(32, 128, 6)),
     ),
     (1024, 2048, False): (
+        (4, ResidentTile(8)),
         (16, LinearTile(32, 256, 6, splits=4)),
         (64, LinearTile(16, 256, 4, splits=2)),
     ),
-    (3072, 1024, True): ((64, LinearTile(32, 128, 6)),),
+    (3072, 1024, True): (
+        (4, ResidentTile(16)),
+        (64, LinearTile(32, 128, 6)),
+    ),
     (1024, 3072, False): (
+        (4, ResidentTile(8)),
         (16, LinearTile(64, 128, 6, splits=8, swap=True)),
         (64, LinearTile(32, 256, 4, splits=4)),
     ),
@@ -105,15 +126,20 @@ _LARGE = 8 << 20
 _FEW_ROWS = 4
 # A GPU has about so many multiprocessors; fewer programs leave memory idle.
 _FULL = 128
+# Up to so many rows, elements of K and bytes of a weight, all of it is in registers at once, so many bytes a thread.
+_RESIDENT_ROWS, _RESIDENT_SIZE, _RESIDENT_BYTES, _RESIDENT_THREAD = 4, 8192, 16 << 20, 256
 # What stages of loads may take of the 227 KiB of shared memory that a program can have on a Hopper GPU.
 _STAGE_BYTES = 192 << 10
 
 
-def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int = 2) -> LinearTile | WideTile | None:
+def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int = 2) -> AnyTile | None:
     """The tile for [rows, size] × [columns, size]ᵀ of elements of so many bytes, None where cuBLAS is to be used."""
     for most, tile in TUNED.get((columns, size, gated), ()) if element_size == 2 else ():
         if rows <= most:
             return tile
+    num_bytes = columns * size * element_size * (2 if gated else 1)
+    if rows <= _RESIDENT_ROWS and size <= _RESIDENT_SIZE and num_bytes <= _RESIDENT_BYTES:
+        return resident_tile(columns, size, gated, element_size)
     if rows > _UNTUNED_ROWS or size < 512:
         return None
     if rows > _FEW_ROWS and columns * size * (2 if gated else 1) < _LARGE:
@@ -128,3 +154,13 @@ def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int 
     depth = 256 if width < 64 and element_size <= 2 else 128
     lines = max(16, next_power_of_2(rows)) + (2 if gated else 1) * width
     return LinearTile(width, depth, min(4, _STAGE_BYTES // (lines * depth * element_size)), splits=splits)
+
+
+def resident_tile(columns: int, size: int, gated: bool, element_size: int = 2) -> ResidentTile:
+    """As many outputs as registers have room for, less where that would leave multiprocessors without work."""
+    warps = 8
+    output_bytes = next_power_of_2(size) * element_size * (2 if gated else 1)
+    width = max(1, 32 * warps * _RESIDENT_THREAD // output_bytes)
+    while width > 1 and -(-columns // width) < _FULL:
+        width //= 2
+    return ResidentTile(width, warps)

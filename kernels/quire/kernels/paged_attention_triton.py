@@ -6,7 +6,8 @@ rows of one product; long contexts are cut into parts among programs, whose resu
 
 All that depends on the batch is on the device. Once a step a small kernel turns lengths into lists of work
 (`quire.kernels.attention_worklist`), and the grid of each layer's attention is the longest list that there can be:
-programs past its end leave at once. So one captured graph serves any batch within its `AttentionLimits`.
+programs past its end leave at once. So one captured graph serves any batch within its `AttentionLimits`. Chunks and
+decodes are two launches, of which the second does not wait for the first where launches overlap.
 
 Slots past a sequence's end are never read. The same batch gives the same bits; another mix of sequences may cut a
 context elsewhere, and so may round elsewhere.
@@ -137,9 +138,14 @@ def paged_attention_triton(
     prefixes = plan.prefixes
     if prefixes is not None:
         launch_attention(prefixes.work, queries, key_pages, value_pages, prefixes.out, plan, scale, soft_cap, True, 1)
-    for index, work in enumerate(plan.lists):
-        merge = 0 if prefixes is None else 2
-        launch_attention(work, queries, key_pages, value_pages, out, plan, scale, soft_cap, index > 0, merge)
+    merge = 0 if prefixes is None else 2
+    decodes, chunks = plan.lists[0], plan.lists[1:]
+    # Chunks first: beside their few programs, which compute, the many of the decodes read memory.
+    for work in chunks:
+        launch_attention(work, queries, key_pages, value_pages, out, plan, scale, soft_cap, True, merge, followed=True)
+    launch_attention(
+        decodes, queries, key_pages, value_pages, out, plan, scale, soft_cap, False, merge, beside=bool(chunks)
+    )
     return out
 
 
@@ -164,8 +170,10 @@ def launch_attention(
     bulk: bool,
     prefix: int,
     new: NewTokens | None = None,
+    followed: bool = False,
+    beside: bool = False,
 ) -> None:
-    """Launches one list's work; `bulk` and `prefix` are the kernel's."""
+    """Launches one list's work; `bulk`, `prefix`, `followed` and `beside` are the kernel's."""
     shape, tile, prefixes = plan.shape, work.tile, plan.prefixes
     block_size = max(16, next_power_of_2(shape.head_size))
     combine_rows = min(4, next_power_of_2(shape.group))
@@ -211,6 +219,8 @@ def launch_attention(
         NEW=new is not None,
         NORM=norm is not None,
         DEPENDENT=overlaps,
+        FOLLOWED=followed,
+        BESIDE=beside,
         num_warps=tile.num_warps,
         **register_option(tile.max_registers),
         **overlap_option(overlaps),
@@ -270,20 +280,32 @@ def _attend_kernel(
     NEW: tl.constexpr,
     NORM: tl.constexpr,
     DEPENDENT: tl.constexpr,
+    FOLLOWED: tl.constexpr,
+    BESIDE: tl.constexpr,
 ) -> None:
     """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's.
 
     PREFIX 1: the queries are those that `rows_ptr` names, which all see all keys; see `store_rows`. NEW: `queries_ptr`
     has queries, keys and values as the product made them, and who has the part with a sequence's end begins with its
-    new token's key and value, which it writes into their page. TREE: see `quire.kernels.draft_trees`.
+    new token's key and value, which it writes into their page. TREE: see `quire.kernels.draft_trees`. FOLLOWED: the
+    next launch is BESIDE this one: it begins once all programs of this one have what they need of those before, and so
+    what it needs itself; what follows it waits for both.
     """
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     fields = items_ptr + item * FIELDS
     if DEPENDENT:
-        # With few sequences most of the GPU is free to ask for the weights of the product that follows.
-        gdc_launch_dependents()
-        gdc_wait()
+        if FOLLOWED:
+            gdc_wait()
+            gdc_launch_dependents()
+        else:
+            # With few sequences most of the GPU is free to ask for the weights of the product that follows.
+            gdc_launch_dependents()
+            if not BESIDE:
+                gdc_wait()
+            elif item == tl.num_programs(1) - 1:
+                # One program does it for all: this launch is not done before the one beside it is.
+                gdc_wait()
     table_ptr = tables_ptr + tl.load(fields).to(tl.int64) * table_stride
     first_row = tl.load(fields + 1).to(tl.int64)
     position = tl.load(fields + 2)

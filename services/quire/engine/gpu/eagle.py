@@ -37,7 +37,7 @@ from quire.engine.speculation.eagle.config import EagleKind
 from quire.engine.speculation.eagle.dummy import dummy_eagle
 from quire.engine.speculation.eagle.parts import EagleParts, load_parts
 from quire.kernels.attention_worklist import AttentionShape, list_work
-from quire.kernels.linear import linear
+from quire.kernels.linear import NormInput, linear
 from quire.kernels.paged_attention_triton import TritonAttentionPlan
 from quire.kernels.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.rotary_and_write import rotary_and_write
@@ -144,8 +144,9 @@ class GpuEagle:
         residual, inputs = self._inputs(step.token_ids, hidden)
         plan = self._plan(step)
         (keys,), (values,) = cache.keys, cache.values
-        attended = attend(layer.attention, self._head_norm, inputs, step, plan, self._rotary, keys, values)
-        gated = self._gate_up.gated(add_rms_norm(residual, attended, layer.mlp_norm, self._eps, self.dtype))
+        qkv = layer.attention.qkv(inputs)
+        attended = attend(layer.attention, self._head_norm, qkv, step, plan, self._rotary, keys, values)
+        gated, residual = self._gate_up.normed(attended, NormInput(residual, layer.mlp_norm, self._eps), True)
         return residual, self._most_likely(residual, layer.mlp.down(gated), num_choices)
 
     def _inputs(self, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:

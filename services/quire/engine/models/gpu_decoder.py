@@ -25,6 +25,7 @@ from quire.engine.parallel.group import Group
 from quire.kernels.attention_new_tokens import attend_new_tokens_triton
 from quire.kernels.attention_worklist import AttentionLimits, AttentionShape
 from quire.kernels.draft_trees import DraftTrees
+from quire.kernels.linear import NormInput
 from quire.kernels.paged_attention_triton import (
     TritonAttentionPlan,
     paged_attention_triton,
@@ -113,6 +114,7 @@ class GpuDecoder:
             self._norm = linears.vector(weights.vector("model.norm.weight", config.hidden_size))
         except torch.OutOfMemoryError as error:
             raise _too_large(config, self.dtype, device) from error
+        self._qkvs = [on_gpu(layer.attention.qkv) for layer in self._layers]
         self._gate_ups = [on_gpu(layer.mlp.gate_up) for layer in self._layers]
         self._head_norms = [head_norm(layer.attention) for layer in self._layers]
         divisors = weights.frequency_divisors(config.head_size // 2)
@@ -151,16 +153,18 @@ class GpuDecoder:
         hidden = rms_norm(residual, self._layers[0].input_norm, eps, self.dtype)
         for index, layer in enumerate(self._layers):
             if index:
-                hidden = add_rms_norm(residual, hidden, layer.input_norm, eps, self.dtype)
+                qkv, residual = self._qkvs[index].normed(hidden, NormInput(residual, layer.input_norm, eps))
+            else:
+                qkv = self._qkvs[index](hidden)
             if taps is not None:
                 taps.keep(index, residual)
             plan, norm = plans[layer.attention.window], self._head_norms[index]
             keys, values = cache.keys[index], cache.values[index]
-            attended = attend(layer.attention, norm, hidden, step, plan, self._rotary, keys, values)
+            attended = attend(layer.attention, norm, qkv, step, plan, self._rotary, keys, values)
             if self.group is not None:
                 self.group.sum(attended)
-            hidden = add_rms_norm(residual, attended, layer.mlp_norm, eps, self.dtype)
-            hidden = layer.mlp.down(self._gate_ups[index].gated(hidden))
+            gated, residual = self._gate_ups[index].normed(attended, NormInput(residual, layer.mlp_norm, eps), True)
+            hidden = layer.mlp.down(gated)
             if self.group is not None:
                 self.group.sum(hidden)
         if taps is not None and self.config.num_layers in taps.layers:
@@ -207,25 +211,26 @@ class GpuDecoder:
 def attend(
     attention: Attention,
     norm: HeadNorm | None,
-    hidden: Tensor,
+    qkv: Tensor,
     step: GpuStep,
     plan: TritonAttentionPlan,
     rotary: Tensor,
     keys: Tensor,
     values: Tensor,
 ) -> Tensor:
-    """A layer's attention: hidden [T, any] → [T, hidden_size]; writes the step's keys and values into their pages.
+    """A layer's attention behind its first product: qkv [T, heads · head_size] → [T, hidden_size]; writes the step's
+    keys and values into their pages.
 
     rotary as of `rotary_table`; keys, values [pages, kv_heads, PAGE_SIZE, head_size].
     """
-    qkv = attention.qkv(hidden).view(hidden.shape[0], -1, attention.head_size)
+    qkv = qkv.view(qkv.shape[0], -1, attention.head_size)
     limits = step.limits
     if limits.max_query_len == 1 and limits.max_seqs <= _FEW_SEQS and plan.prefixes is None:
         attended = attend_new_tokens_triton(qkv, rotary, norm, keys, values, plan)
     else:
         queries = rotary_and_write(qkv, step.positions, rotary, step.slot_mapping, keys, values, norm)
         attended = paged_attention_triton(queries, keys, values, plan)
-    return attention.output(attended.view(hidden.shape[0], -1))
+    return attention.output(attended.view(qkv.shape[0], -1))
 
 
 def last_product(hidden: Tensor, head: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from quire.engine.models.weights import LinearWeight, QuantizedWeight
-from quire.kernels.linear import SplitSpace, linear, linear_silu_and_mul
+from quire.kernels.linear import NormInput, SplitSpace, linear, normed_linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,9 +27,10 @@ class GpuLinear:
         """x [T, K] of the weight's type → [T, N] of it."""
         return linear(x, self.weight, self.bias, self.space, dependent=True)
 
-    def gated(self, x: Tensor) -> Tensor:
-        """silu(gate) · up of [gate | up] = x Wᵀ: [T, N / 2]; for layers without a bias."""
-        return linear_silu_and_mul(x, self.weight, self.space, dependent=True)
+    def normed(self, x: Tensor, norm: NormInput, gated: bool = False) -> tuple[Tensor, Tensor]:
+        """The product with `add_rms_norm` of x, and the residual stream with x in it. `gated`: silu(gate) · up of
+        [gate | up] = x Wᵀ, [T, N / 2]; for layers without a bias."""
+        return normed_linear(x, norm, self.weight, self.bias, self.space, gated, dependent=True)
 
 
 @dataclass(frozen=True, slots=True)
