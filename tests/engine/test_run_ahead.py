@@ -156,13 +156,14 @@ class DraftingDevice(DraftingMachine):
         return self.whole[len(text)] if len(text) < len(self.whole) else super().guess(text)
 
 
-def drafting(grammar: Grammar | None = None) -> tuple[EngineCore, DraftingDevice]:
-    device, limits = (
-        DraftingDevice(20, 4, 20 * PAGE_SIZE),
-        SchedulerConfig(4, 64, 20 * PAGE_SIZE, drafter_in_pages=True),
-    )
+def drafting(
+    grammar: Grammar | None = None, num_pages: int = 20, max_mixed_tokens: int = 0
+) -> tuple[EngineCore, DraftingDevice]:
+    room = num_pages * PAGE_SIZE
+    device = DraftingDevice(num_pages, 4, room)
+    limits = SchedulerConfig(4, 64, room, max_mixed_tokens=max_mixed_tokens, drafter_in_pages=True)
     speculator = Speculator(None, SpeculationConfig(3), on_device=True, cost=FreeSteps())
-    scheduler = Scheduler(limits, PagePool(20), frozenset({EOS}))
+    scheduler = Scheduler(limits, PagePool(num_pages), frozenset({EOS}))
     return EngineCore(device, scheduler, grammar, VOCAB_SIZE, run_ahead=True, speculator=speculator), device
 
 
@@ -175,6 +176,19 @@ def test_drafts_of_the_device_are_verified_before_the_host_has_read_them() -> No
     assert not any(plan.drafts for plan in device.plans)
     # The prompt's step draws one token and each other four.
     assert [plan.work[0].num_open for plan in device.plans] == [0, 0, *[3] * 9]
+
+
+def test_drafts_take_no_room_from_prompts() -> None:
+    """Else prompts take longer where there are drafts, and so does all that comes after them."""
+    core, device = drafting(num_pages=60, max_mixed_tokens=20)
+    for key in range(2):
+        core.submit(key, request(key, 10, 120))
+    core.step()
+    core.submit(2, request(2, 190, 2))
+    run(core)
+    mixed = [plan.work for plan in device.plans[1:] if any(work.num_tokens > 4 for work in plan.work)]
+    assert [work.num_tokens for works in mixed[:10] for work in works if work.num_tokens > 4] == [18] * 10
+    assert all(sum(work.num_tokens for work in works) == 18 + 2 * 4 for works in mixed[1:10])
 
 
 class ShortGrammar(Grammar):

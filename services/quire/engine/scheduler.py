@@ -170,7 +170,7 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The next step, which is to be launched; its plan has no work if there is nothing to do."""
-        step = ScheduleBuilder(self._budget())
+        step = ScheduleBuilder(self._budget(sum(1 for sequence in self._running if sequence.num_pending == 1)))
         preempted = self._schedule_running(step)
         # Pages that a preemption freed belong to those who needed them, not to newcomers who would need more soon.
         if not preempted:
@@ -181,12 +181,17 @@ class Scheduler:
         self._book(schedule)
         return schedule
 
-    def _budget(self) -> int:
+    def size_without_drafts(self, num_decodes: int, num_prompt: int) -> int:
+        """About how many tokens the next step has without drafts: so many sequences decode, and the prompts of others
+        that run have `num_prompt` left. One that waits joins them if there is a slot."""
+        if self._waiting and self._slots:
+            num_prompt += self._waiting[0][1].num_pending
+        return min(self._budget(num_decodes), num_decodes + num_prompt)
+
+    def _budget(self, num_decodes: int) -> int:
+        """Tokens of a step, its drafts apart if there is a limit while most of the batch decodes."""
         config = self.config
-        if config.max_mixed_tokens == 0 or 2 * len(self._running) < config.max_num_seqs:
-            return config.max_num_batched_tokens
-        num_decodes = sum(1 for sequence in self._running if sequence.num_pending == 1)
-        if 2 * num_decodes < config.max_num_seqs:
+        if config.max_mixed_tokens == 0 or 2 * num_decodes < config.max_num_seqs:
             return config.max_num_batched_tokens
         return min(config.max_num_batched_tokens, max(config.max_mixed_tokens, 2 * num_decodes))
 
@@ -267,7 +272,11 @@ class Scheduler:
             for sequence in ready:
                 if sequence.num_computed % PAGE_SIZE == 0:
                     self._drafts.step_back(sequence)
-        self._drafts.limit(self._running, ready, step.budget)
+        most = self.config.max_num_batched_tokens
+        self._drafts.limit(self._running, ready, most)
+        # Drafts take nothing from prompts: that would put off sequences that could decode beside these.
+        num_drafts = sum(sequence.num_verified for sequence in ready if sequence.num_pending == 1)
+        step.budget = min(step.budget + num_drafts, most)
         for sequence in ready:
             if sequence.num_pending > 1:
                 prefilling.append(sequence)

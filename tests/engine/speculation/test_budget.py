@@ -20,7 +20,7 @@ from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import StepMasks
 from quire.engine.scheduler import Scheduler, SchedulerConfig
 from quire.engine.speculation.acceptance import Rates
-from quire.engine.speculation.budget import Choice, Offer, choose, choose_places
+from quire.engine.speculation.budget import Base, Choice, Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator, StepTime
@@ -418,14 +418,18 @@ OFFERS = st.integers(0, 6).flatmap(
 @given(
     offers=st.lists(OFFERS, max_size=8),
     num_decodes=st.integers(1, 8),
+    num_prompt=st.sampled_from([0, 0, 20]),
     per_token=st.floats(0, 1),
 )
-def test_nothing_is_chosen_that_slows_a_batch_down(offers: list[Offer], num_decodes: int, per_token: float) -> None:
+def test_nothing_is_chosen_that_slows_a_batch_down(
+    offers: list[Offer], num_decodes: int, num_prompt: int, per_token: float
+) -> None:
     """The choice is the best of all along the order of what drafts are worth, none included."""
     cost = StepCost()
-    for num_tokens in range(1, 80):
+    for num_tokens in range(1, 100):
         for _ in range(5):
             cost.record(num_tokens, 1 + per_token * num_tokens)
+    base = Base(num_decodes + num_prompt, num_decodes, num_prompt)
 
     def speed(choices: list[Choice]) -> float:
         expected = float(num_decodes)
@@ -433,9 +437,9 @@ def test_nothing_is_chosen_that_slows_a_batch_down(offers: list[Offer], num_deco
             expected += sum(offer.rate**nth for nth in range(1, num_drafts + 1))
             wrong = (offer.rate ** (nth - 1) * (1 - offer.rate) for nth in range(1, num_siblings + 1))
             expected += offer.second_rate * sum(wrong)
-        return expected / float(cost.seconds(np.array([num_decodes + sum(map(sum, choices))]))[0])
+        return expected / float(base.seconds(cost, np.array([sum(map(sum, choices))]))[0])
 
-    chosen = choose(offers, num_decodes, num_decodes, cost)
+    chosen = choose(offers, base, cost)
     assert len(chosen) == len(offers)
     for (num_drafts, num_siblings), offer in zip(chosen, offers, strict=True):
         assert 0 <= num_siblings <= num_drafts <= offer.num_drafts and num_siblings <= offer.num_siblings
@@ -456,7 +460,7 @@ def test_a_tree_is_chosen_where_it_wins() -> None:
         for num_tokens in range(1, 20):
             for _ in range(5):
                 cost.record(num_tokens, 1 + per_token * num_tokens)
-        return choose([Offer(4, rate, 4, second_rate)], 1, 1, cost)[0]
+        return choose([Offer(4, rate, 4, second_rate)], Base(1, 1), cost)[0]
 
     assert chosen(0.5, 0.4, 0.0) == (4, 4)
     assert chosen(0.5, 0.4, 0.1) == (2, 1)
@@ -471,6 +475,20 @@ def test_a_pass_may_be_worth_it_for_its_second_choice() -> None:
         for _ in range(5):
             cost.record(num_tokens, 1.0)
     passes.record(1, 0.25)
-    assert choose_places([0.2], [0.0], 4, 1, 1, cost, passes) == 0
-    assert choose_places([0.2], [0.4], 4, 1, 1, cost, passes) == 1
-    assert choose_places([0.9], [0.0], 4, 1, 1, cost, passes) == choose_places([0.9], [0.4], 4, 1, 1, cost, passes)
+    one = Base(1, 1)
+    assert choose_places([0.2], [0.0], 4, one, cost, passes) == 0
+    assert choose_places([0.2], [0.4], 4, one, cost, passes) == 1
+    assert choose_places([0.9], [0.0], 4, one, cost, passes) == choose_places([0.9], [0.4], 4, one, cost, passes)
+
+
+def test_prompts_do_not_make_drafts_look_cheap() -> None:
+    """Else a step that is long by its prompts has drafts that cost more than they save: they delay all of it, and the
+    prompts are to be computed in any case."""
+    cost, offers = StepCost(), [Offer(4, 0.5)] * 10
+    for num_tokens in range(1, 101):
+        for _ in range(5):
+            # Up to 20 tokens a step takes as long as one does.
+            cost.record(num_tokens, max(1.0, num_tokens / 20))
+    alone, beside = choose(offers, Base(10, 10), cost), choose(offers, Base(60, 10, num_prompt=50), cost)
+    assert sum(num_drafts for num_drafts, _ in alone) == 10
+    assert beside == [Choice(0, 0)] * 10

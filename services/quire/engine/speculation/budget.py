@@ -37,13 +37,28 @@ class Choice(NamedTuple):
     num_siblings: int
 
 
-def choose(
-    offers: Sequence[Offer], num_decodes: int, num_tokens: int, cost: StepCost, context: int = 0
-) -> list[Choice]:
-    """What of each offer to verify in a step that computes `num_tokens` tokens without any, of which `num_decodes` each
-    draw the next one; its sequences have `context` tokens in all."""
+class Base(NamedTuple):
+    """A step without drafts: its tokens, of which `num_decodes` each draw the next one and `num_prompt` are of prompts;
+    its sequences have `context` tokens in all."""
+
+    num_tokens: int
+    num_decodes: int
+    num_prompt: int = 0
+    context: int = 0
+
+    def seconds(self, cost: StepCost, extra: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """With `extra` tokens more, and without what the prompts' cost, which is to be paid in any case: as a part of
+        what the decodes take it would make drafts look cheap while there are prompts."""
+        whole, decodes = self.num_tokens, self.num_tokens - self.num_prompt
+        without, alone = cost.seconds(np.array((whole, decodes)), self.context)
+        seconds: npt.NDArray[np.float64] = cost.seconds(whole + extra, self.context) - (without - alone)
+        return seconds
+
+
+def choose(offers: Sequence[Offer], base: Base, cost: StepCost) -> list[Choice]:
+    """What of each offer to verify in a step that is `base` without any."""
     nothing = [Choice(0, 0)] * len(offers)
-    if not any(offer.num_drafts for offer in offers) or not cost.knows(num_tokens):
+    if not any(offer.num_drafts for offer in offers) or not cost.knows(base.num_tokens):
         return nothing
     num_drafts, rates, num_siblings, second_rates = (np.array(column) for column in zip(*offers, strict=True))
     owners, nth = _places(num_drafts)
@@ -53,8 +68,8 @@ def choose(
     seconds = rates[beside] ** (depths - 1) * (1.0 - rates[beside]) * second_rates[beside]
     gains = np.concatenate((rates[owners] ** nth, np.minimum(seconds, rates[beside] ** depths)))
     order = np.argsort(-gains, kind="stable")
-    expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains[order])))
-    speed = expected / cost.seconds(num_tokens + np.arange(len(expected)), context)
+    expected = base.num_decodes + np.concatenate(([0.0], np.cumsum(gains[order])))
+    speed = expected / base.seconds(cost, np.arange(len(expected)))
     best = int(np.argmax(speed))
     if speed[best] < _WORTH * speed[0]:
         return nothing
@@ -74,27 +89,24 @@ def choose_places(
     rates: Sequence[float],
     second_rates: Sequence[float],
     most: int,
-    num_decodes: int,
-    num_tokens: int,
+    base: Base,
     cost: StepCost,
     passes: PassCost,
-    context: int = 0,
 ) -> int:
     """For how many places the device is to make drafts, of all sequences with these rates together, as in `Offer`; the
     second rate of one whose drafts get no siblings is 0.
 
-    `num_decodes`, `num_tokens` and `context` as in `choose`. A place costs a pass, whether or not its drafts are
-    verified then.
+    A place costs a pass, whether or not its drafts are verified then.
     """
-    if not rates or not most or not cost.knows(num_tokens):
+    if not rates or not most or not cost.knows(base.num_tokens):
         return 0
     places, chances, seconds = np.arange(most + 1), np.array(rates)[:, None], np.array(second_rates)[:, None]
     right: npt.NDArray[np.float64] = chances ** places[1:]
     beside = chances ** places[:-1] * (1.0 - chances) * seconds
 
     def speed_of(gains: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
-        expected = num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
-        seconds: npt.NDArray[np.float64] = cost.seconds(num_tokens + rows * places, context) + places * passes.seconds
+        expected = base.num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
+        seconds: npt.NDArray[np.float64] = base.seconds(cost, rows * places) + places * passes.seconds
         return expected / seconds
 
     # As chains, or with siblings wherever there may be some, if that is faster.

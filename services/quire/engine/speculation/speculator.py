@@ -17,7 +17,7 @@ from typing import NamedTuple
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import UNKNOWN, Sequence
 from quire.engine.speculation.acceptance import Rates, SecondRate
-from quire.engine.speculation.budget import Offer, choose, choose_places
+from quire.engine.speculation.budget import Base, Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
 from quire.engine.speculation.prospect import Prospect
@@ -128,13 +128,17 @@ class Speculator:
 
         Of those that a step in flight draws for, drafts are known to the device alone: it makes `promised` many.
         """
-        decodes, num_tokens, context = [], 0, 0
+        decodes, num_alone, num_prompt, context = [], 0, 0, 0
         for sequence in scheduler.running:
-            num_tokens += max(1, sequence.num_pending)
             context += sequence.num_tokens
+            if sequence.num_pending > 1:
+                num_prompt += sequence.num_pending
+                continue
+            num_alone += 1
             if sequence.num_pending == 1 and not sequence.may_await_last_token:
                 decodes.append(sequence)
-        num_tokens = min(num_tokens, scheduler.config.max_num_batched_tokens)
+        num_tokens = scheduler.size_without_drafts(num_alone, num_prompt)
+        base = Base(num_tokens, len(decodes), max(0, num_tokens - num_alone), context)
         known = [sequence for sequence in decodes if not sequence.num_drawn]
         self._ask(known)
         offers, takers = [], []
@@ -152,17 +156,17 @@ class Speculator:
                 beside = min(self._config.num_siblings, count, len(siblings)) if prospect.branches else 0
                 offers.append(Offer(count, prospect.rates[drafter], beside, self._second.rate))
                 takers.append((sequence, tokens, siblings))
-        chosen = choose(offers, len(decodes), num_tokens, self._cost, context)
+        chosen = choose(offers, base, self._cost)
         for (sequence, tokens, siblings), choice in zip(takers, chosen, strict=True):
             sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
         if self._on_device:
-            self._want(decodes, num_tokens, context)
+            self._want(decodes, base)
         if known and len(known) == len(decodes):
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
             self._num_ahead = 0
 
-    def _want(self, decodes: list[Sequence], num_tokens: int, context: int) -> None:
+    def _want(self, decodes: list[Sequence], base: Base) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
         takers = []
         for sequence in decodes:
@@ -174,7 +178,7 @@ class Speculator:
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
         second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
         self._num_places = places = choose_places(
-            rates, second_rates, self._config.num_tokens, len(decodes), num_tokens, self._cost, self._passes, context
+            rates, second_rates, self._config.num_tokens, base, self._cost, self._passes
         )
         self._num_idle = 0 if places else self._num_idle + 1
         for sequence, _ in takers:
