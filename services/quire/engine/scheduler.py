@@ -44,10 +44,10 @@ from quire.service.request import Request
 class SchedulerConfig:
     """The limits of a batch. Lengths and budgets are in tokens.
 
-    `max_mixed_tokens` is the budget of a step while at least half of the batch decodes, if that leaves room for as many
-    prompt tokens as there are decodes; 0 is no such limit. `max_draft_tokens` is how many drafts of all sequences may
-    be verified in a step; None is no limit of its own. `drafter_in_pages`: a drafter on the device has keys and values
-    of its own in the pages: see `quire.engine.gpu.eagle`.
+    `max_mixed_tokens` is the budget of a step, its drafts apart, while at least half of the batch decodes, if that
+    leaves room for as many prompt tokens as there are decodes; 0 is no such limit. `max_draft_tokens` is how many
+    drafts of all sequences may be verified in a step; None is no limit of its own. `drafter_in_pages`: a drafter on the
+    device has keys and values of its own in the pages: see `quire.engine.gpu.eagle`.
     """
 
     max_num_seqs: int = 64
@@ -170,7 +170,10 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """The next step, which is to be launched; its plan has no work if there is nothing to do."""
-        step = ScheduleBuilder(self._budget(sum(1 for sequence in self._running if sequence.num_pending == 1)))
+        num_decodes = 0
+        if self.config.max_mixed_tokens:
+            num_decodes = sum(1 for sequence in self._running if sequence.num_pending == 1)
+        step = ScheduleBuilder(self._budget(num_decodes))
         preempted = self._schedule_running(step)
         # Pages that a preemption freed belong to those who needed them, not to newcomers who would need more soon.
         if not preempted:
@@ -273,7 +276,7 @@ class Scheduler:
                 if sequence.num_computed % PAGE_SIZE == 0:
                     self._drafts.step_back(sequence)
         most = self.config.max_num_batched_tokens
-        self._drafts.limit(self._running, ready, most)
+        self._drafts.limit(self._running, ready, step.budget, most)
         # Drafts take nothing from prompts: that would put off sequences that could decode beside these.
         num_drafts = sum(sequence.num_verified for sequence in ready if sequence.num_pending == 1)
         step.budget = min(step.budget + num_drafts, most)
