@@ -72,20 +72,24 @@ class MaskFiller:
             return Filled({}, {})
         # What was slow is likely to be so again: at the deadline, others have had their turn.
         batch = _Batch(sorted(rows, key=lambda row: row.matcher.seconds), bitmask)
+        row_seconds, now = self.limits.row_seconds, time.monotonic()
+        end = now + self.limits.step_seconds
         for _ in range(min(self._wanted, len(rows))):
             self._batches.put(batch)
-        row_seconds, end = self.limits.row_seconds, time.monotonic() + self.limits.step_seconds
         while True:
-            began, seconds = time.monotonic(), batch.until_overdue(end, row_seconds)
-            if batch.done.wait(seconds):
+            seconds = batch.until_overdue(now, end, row_seconds)
+            is_done = batch.done.wait(seconds)
+            # One reading a turn: time that passes between any two of these lines counts as overslept.
+            before, now = now, time.monotonic()
+            if is_done:
                 break
-            overslept = time.monotonic() - began - seconds
+            overslept = now - before - seconds
             if overslept > row_seconds:
-                # This process stood still, and so did the masks.
-                batch.postpone(overslept)
-                end += overslept
+                # This process stood still, and so did the masks, for an unknown part of their time.
+                batch.begin_again(now)
+                end = max(end + overslept, now + row_seconds)
                 continue
-            num_late = batch.give_up(end, row_seconds)
+            num_late = batch.give_up(now, end, row_seconds)
             self._replace(num_late)
             for _ in range(num_late):
                 self._batches.put(batch)
@@ -166,24 +170,20 @@ class _Batch:
                 return False
         return True
 
-    def until_overdue(self, end: float, row_seconds: float) -> float:
+    def until_overdue(self, now: float, end: float, row_seconds: float) -> float:
         """In how many seconds the first row is overdue, all of them being so at `end`."""
         with self._lock:
-            now = time.monotonic()
             first = min((row.began for row in self._running.values()), default=now)
             return max(0.0, min(end, first + row_seconds) - now)
 
-    def postpone(self, seconds: float) -> None:
-        """As if the rows had begun later."""
+    def begin_again(self, now: float) -> None:
+        """As if the rows had begun now."""
         with self._lock:
-            self._running = {
-                sequence: _Running(row, began + seconds) for sequence, (row, began) in self._running.items()
-            }
+            self._running = {sequence: _Running(row, now) for sequence, (row, _) in self._running.items()}
 
-    def give_up(self, end: float, row_seconds: float) -> int:
+    def give_up(self, now: float, end: float, row_seconds: float) -> int:
         """Ends rows that are overdue with errors; returns how many threads are still busy with some."""
         with self._lock:
-            now = time.monotonic()
             is_over = now >= end
             late = [row for row in self._running.values() if is_over or now >= row.began + row_seconds]
             for row, _ in late:
