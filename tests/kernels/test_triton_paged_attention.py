@@ -193,16 +193,18 @@ def test_a_step_without_sequences_does_nothing() -> None:
         max_size=5,
     ),
     kind=compiled_for([(4, 2), (9, 3), (32, 8)], [1, 7, 40], [1, 4], [0, 100]),
+    few=st.booleans(),
 )
 def test_the_list_covers_all_keys_once_and_fits(
-    seqs: list[tuple[int, int]], kind: tuple[tuple[int, int], int, int, int]
+    seqs: list[tuple[int, int]], kind: tuple[tuple[int, int], int, int, int], few: bool
 ) -> None:
     """Without it some batch's list overruns its buffers, or leaves out or counts twice some keys."""
     heads, programs, decode_query_len, window = kind
     shape = AttentionShape(*heads, 64, window)
     starts = torch.tensor([0, *(count for count, _ in seqs)]).cumsum(0)
     total = int(starts[-1])
-    limits = AttentionLimits(max(total, 70), len(seqs), 70, decode_query_len)
+    num_chunks = sum(count > decode_query_len for count, _ in seqs)
+    limits = AttentionLimits(max(total, 70), len(seqs), 70, decode_query_len, num_chunks if few else None)
     tiles = (Tile(64, 32, 1, 2, programs, 32), Tile(32, 16, 1, 2, programs, 64))
     lens = torch.tensor([length for _, length in seqs], dtype=torch.int32, device=DEVICE)
     tables = torch.zeros(len(seqs), 1, dtype=torch.int32, device=DEVICE)

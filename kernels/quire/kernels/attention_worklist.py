@@ -61,6 +61,7 @@ class AttentionLimits:
     max_seqs: int
     max_query_len: int  # of one sequence
     decode_query_len: int = 1  # sequences of up to this many queries are decodes: 1 + drafts where there are drafts
+    max_chunks: int | None = None  # sequences of more; as many as fit if None
 
     def __post_init__(self) -> None:
         if not 1 <= self.decode_query_len <= self.max_query_len <= self.max_tokens or self.max_seqs < 1:
@@ -153,7 +154,8 @@ def list_work(
     if limits.max_query_len >= first_long:
         # Each chunk may end in a tile that is not full.
         num_tiles = limits.max_tokens // (prefill.rows // shape.group)
-        num_tiles += min(limits.max_seqs, limits.max_tokens // first_long)
+        most = limits.max_tokens if limits.max_chunks is None else limits.max_chunks
+        num_tiles += min(limits.max_seqs, limits.max_tokens // first_long, most)
         lists.append(_launch(prefill, num_tiles, (first_long, _ANY), *given))
     return tuple(lists)
 

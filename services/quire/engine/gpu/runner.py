@@ -14,8 +14,9 @@ come later see drafts that are right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,15 +28,15 @@ from quire.engine.gpu.batch import GpuBatch, StagedStep
 from quire.engine.gpu.drawing import adjust, draw_tokens, report_tokens
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.eagle_drafter import EagleInPages, PendingDrafts
-from quire.engine.gpu.graphs import Graphs, batch_sizes, token_sizes
+from quire.engine.gpu.graphs import Graphs, batch_sizes
 from quire.engine.gpu.mask_rows import MaskRows
 from quire.engine.gpu.pending import GpuPendingStep, Results
 from quire.engine.gpu.reports import PromptReport
+from quire.engine.gpu.step_shapes import StepShape, StepShapes
 from quire.engine.models.gpu_decoder import GpuDecoder, GpuStep
 from quire.engine.plan import StepPlan
 from quire.engine.runner import DeviceInfo, StepMasks
 from quire.kernels.adjust import new_scratch
-from quire.kernels.attention_worklist import AttentionLimits
 from quire.kernels.draft_trees import PagedLayers, move_tokens
 from quire.kernels.logprobs import new_logprobs
 from quire.kernels.step_inputs import StepInputs, prepare_inputs
@@ -43,8 +44,6 @@ from quire.service.errors import InternalError
 from quire.service.pages import PAGE_SIZE
 from quire.service.request import MAX_LOGPROBS
 
-# Larger steps take longer to run than to launch kernel by kernel, and are rarely of a size seen before.
-_LARGEST_GRAPH = 2048
 # Rows whose histories are counted side by side, each in as many numbers as the vocabulary has tokens.
 _ADJUSTED_AT_ONCE = 64
 # What their heads that share a KV head may take of a program's memory, beside blocks of keys and values, each of which
@@ -87,12 +86,12 @@ class GpuRunner:
         self._cache = model.new_kv_cache(num_pages)
         self._max_num_seqs = max_num_seqs
         self._max_num_draws = max_num_seqs + max_draft_tokens
-        self._batch_sizes = batch_sizes(max_num_seqs)
         self._draw_sizes = batch_sizes(self._max_num_draws)
-        self._token_sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
-        # In steps without siblings, and in those with some.
-        most_rows = (num_speculative_tokens, num_speculative_tokens + num_siblings)
-        self._verified = tuple(_verified_at_once(model, count) for count in most_rows)
+        plain = _verified_at_once(model, num_speculative_tokens)
+        verified = plain, _verified_at_once(model, num_speculative_tokens + num_siblings)
+        self._shapes = StepShapes(
+            max_num_seqs, self._max_num_draws, max_num_batched_tokens, verified, siblings=num_siblings > 0
+        )
         self._layers = PagedLayers.of(self._cache.keys, self._cache.values) if num_siblings else None
         self._pads = on_gpu
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
@@ -111,7 +110,7 @@ class GpuRunner:
         self._masks = MaskRows(num_draws, vocab_size, device, self._stream, self._draw_sizes)
         self._drafter: EagleInPages | None = None
         if head is not None:
-            sizes = (self._batch_sizes, self._token_sizes) if on_gpu else None
+            sizes = (self._shapes.batch_sizes, self._shapes.token_sizes) if on_gpu else None
             drafts = self._graphs.alone
             choices = 2 if num_siblings else 1
             self._drafter = EagleInPages(head, num_pages, batch, self._inputs, self._drawn, drafts, sizes, choices)
@@ -148,32 +147,20 @@ class GpuRunner:
 
     def _all_graphs(self) -> list[Callable[[], None]]:
         """What captures each graph that requests without masks may want: rare ones last, small ones first."""
+        shapes, largest_draw = self._shapes.all(), self._draw_sizes.all[-1]
         wanted: list[tuple[int, int, Callable[[], None]]] = []
-        for grouped, rank in ((False, 0), (True, 3)):
-            wanted += [(rank, size, partial(self._run_decodes, size, grouped)) for size in self._batch_sizes.all]
-            wanted += [(rank, size, partial(self._run_mixed, size, 1, grouped)) for size in self._token_sizes.all]
+        wanted += [(rank, size, partial(self._run_forward, shape)) for rank, size, shape in shapes]
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
-        if self._max_num_draws > self._max_num_seqs:
-            wanted += self._verification_graphs(trees=False)
-            if self._layers is not None:
-                wanted += [(0, 1, self._run_siblings), *self._verification_graphs(trees=True)]
+        if self._layers is not None:
+            wanted.append((0, 1, self._run_siblings))
         if self._drafter is not None and self._model.group is None:
             wanted += [(0, size, run) for size, run in self._drafter.graphs()]
         # The largest before all: the others fit into the memory that they leave, which would else grow with each.
         largest: list[Callable[[], None]] = [
-            partial(self._run_draw, self._draw_sizes.all[-1], 0, False, False),
-            partial(self._run_mixed, self._token_sizes.all[-1], 1, True),
+            partial(self._run_draw, largest_draw, 0, False, False),
+            partial(self._run_forward, max(shapes, key=lambda one: (one[1], one[0]))[2]),
         ]
         return largest + [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
-
-    def _verification_graphs(self, *, trees: bool) -> Sequence[tuple[int, int, Callable[[], None]]]:
-        """Those of `_all_graphs` for steps that verify drafts, with their ranks and sizes."""
-        count, tokens = self._verified[trees], self._token_sizes.all
-        if count == 1:
-            return []
-        sizes = [size for size in tokens if size <= self._max_num_draws]
-        verified = [(1, size, partial(self._run_verifications, size, count, False, trees)) for size in sizes]
-        return verified + [(2, size, partial(self._run_mixed, size, count, False, trees)) for size in tokens]
 
     def close(self) -> None:
         """Lets go of its graphs."""
@@ -192,8 +179,7 @@ class GpuRunner:
         with torch.inference_mode(), self._on_stream():
             self._batch.clear_inputs()
             size = min(max_num_batched_tokens, len(self._inputs.token_ids))
-            num_seqs, num_draws = min(size, self._max_num_seqs), min(size, self._max_num_draws)
-            self._hidden_states(AttentionLimits(size, num_seqs, size), num_draws)
+            self._hidden_states(self._shapes.largest(size))
             self._run_draw(self._max_num_draws, 0, False, False)
             if self._max_num_draws > self._max_num_seqs:
                 self._count_accepted()
@@ -209,60 +195,29 @@ class GpuRunner:
 
     def _forward(self, staged: StagedStep) -> None:
         """Leaves the hidden states of the rows that are drawn in `_hidden`."""
-        most, verified = int(staged.work.counts.max()), self._verified_in(staged)
-        size = self._token_sizes(staged.num_tokens) if self._pads else None
-        decodes = self._batch_sizes(len(staged.work)) if self._pads and staged.draws_only and most == 1 else None
-        if decodes is not None:
-            self._run_decodes(decodes, staged.grouped)
-        elif size is not None and staged.draws_only and most <= verified:
-            self._run_verifications(size, verified, staged.grouped, staged.trees)
-        elif size is not None:
-            self._run_mixed(size, verified, staged.grouped, staged.trees)
+        shape = self._shapes.captured(staged) if self._pads else None
+        if shape is not None:
+            self._run_forward(shape)
         else:
-            # All slots, so that kernels that look at all sequences are compiled once.
-            limits = AttentionLimits(staged.num_tokens, self._max_num_seqs, most, min(verified, most))
-            self._forward_padded(limits, len(staged.draws), staged.grouped, staged.trees)
+            self._keep(self._hidden_states(self._shapes.exact(staged)))
 
-    def _verified_in(self, staged: StagedStep) -> int:
-        """Up to how many rows of a sequence attention takes together in a step."""
-        return self._verified[staged.trees] if staged.work.drafts.any() else 1
-
-    def _run_decodes(self, size: int, grouped: bool) -> None:
-        limits = AttentionLimits(size, size, 1)
-        self._graphs.run(("decode", size, grouped), partial(self._forward_padded, limits, None, grouped))
-
-    def _run_verifications(self, size: int, verified: int, grouped: bool, trees: bool = False) -> None:
-        """Of steps in which all rows are drawn from, and no sequence has more than `verified` of them."""
-        limits = AttentionLimits(size, min(size, self._max_num_seqs), min(size, verified), min(size, verified))
-        forward = partial(self._forward_padded, limits, None, grouped, trees)
-        self._graphs.run(("verification", size, verified, grouped, trees), forward)
-
-    def _run_mixed(self, size: int, verified: int, grouped: bool, trees: bool = False) -> None:
-        limits = AttentionLimits(size, min(size, self._max_num_seqs), size, min(size, verified))
-        forward = partial(self._forward_padded, limits, min(size, self._max_num_draws), grouped, trees)
-        self._graphs.run(("mixed", size, verified, grouped, trees), forward)
+    def _run_forward(self, shape: StepShape) -> None:
+        self._graphs.run(shape, lambda: self._keep(self._hidden_states(shape)))
 
     def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool) -> None:
         kind = (size, num_masks, adjusted, reported)
         self._graphs.alone.run(("draw", *kind), partial(self._draw_rows, *kind))
-
-    def _forward_padded(
-        self, limits: AttentionLimits, num_logits: int | None, grouped: bool, trees: bool = False
-    ) -> None:
-        self._keep(self._hidden_states(limits, num_logits, grouped, trees))
 
     def _keep(self, hidden: Tensor) -> None:
         # A step may be padded to more rows than can be drawn from.
         hidden = hidden[: len(self._hidden)]
         self._hidden[: len(hidden)].copy_(hidden)
 
-    def _hidden_states(
-        self, limits: AttentionLimits, num_logits: int | None, grouped: bool = False, trees: bool = False
-    ) -> Tensor:
-        columns, batch = self._batch.columns, self._batch
+    def _hidden_states(self, shape: StepShape) -> Tensor:
+        columns, batch, limits = self._batch.columns, self._batch, shape.limits
         inputs, num_seqs = self._inputs.rows(limits.max_tokens), limits.max_seqs
         query_start, slots = columns.query_start[: num_seqs + 1], columns.slots[:num_seqs]
-        drafts = batch.trees(num_seqs) if trees else None
+        drafts = batch.trees(num_seqs) if shape.trees else None
         prepare_inputs(
             query_start, slots, columns.starts[:num_seqs], batch.token_ids, batch.block_tables, PAGE_SIZE, inputs,
             drafts,
@@ -275,9 +230,9 @@ class GpuRunner:
             context_lens=columns.context_lens[:num_seqs],
             table_rows=slots,
             block_tables=batch.block_tables,
-            logit_rows=None if num_logits is None else columns.logit_rows[:num_logits],
+            logit_rows=None if shape.num_logits is None else columns.logit_rows[: shape.num_logits],
             limits=limits,
-            grouped=grouped,
+            grouped=shape.grouped,
             trees=drafts,
         )
         if self._drafter is None:
@@ -347,9 +302,7 @@ class GpuRunner:
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
         work, state = step.staged.work, self._batch.sampling
-        most, verified = int(work.counts.max()), self._verified_in(step.staged)
-        limits = AttentionLimits(step.staged.num_tokens, len(work), most, min(verified, most))
-        hidden = self._hidden_states(limits, None, trees=step.staged.trees)
+        hidden = self._hidden_states(replace(self._shapes.exact(step.staged), num_logits=None))
         firsts = np.cumsum(work.counts) - work.counts
         for item in np.flatnonzero(work.score).tolist():
             slot, start, first = int(work.slots[item]), int(work.starts[item]), int(firsts[item])
