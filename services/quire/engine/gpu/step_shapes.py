@@ -96,8 +96,9 @@ class StepShapes:
         mixed = [(2, size, self._mixed(size, count, False, trees)) for size in tokens]
         if count == 1:
             return mixed
-        sizes = [size for size in tokens if size <= self._max_num_draws]
-        return mixed + [(1, size, self._verifications(size, count, False, trees)) for size in sizes]
+        most = self.token_sizes(self._max_num_draws) or tokens[-1]
+        verified = [(1, size, self._verifications(size, count, False, trees)) for size in tokens if size <= most]
+        return mixed + verified
 
     def _verified_in(self, step: StagedStep) -> int:
         return self._verified[step.trees] if step.work.drafts.any() else 1
