@@ -31,7 +31,7 @@ from quire.cli.bench.engine import BenchEngine
 from quire.cli.bench.meter import Meter
 from quire.cli.bench.prefix import compare_caching
 from quire.cli.bench.workloads import Lengths, Work, Workloads
-from quire.engine.config import CoreConfig, Device, LoadFormat, Speculation
+from quire.engine.config import CoreConfig, Device, KVCacheDtype, LoadFormat, Speculation
 from quire.engine.core import EngineCore
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.loading import LoadedCore, load_core
@@ -150,6 +150,7 @@ def parse() -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=256)
     add("--max-num-batched-tokens", type=int, default=None)
     add("--max-mixed-tokens", type=int, default=None)
+    add("--kv-cache-dtype", choices=[dtype.value for dtype in KVCacheDtype], default="auto")
     add("--tensor-parallel-size", type=int, default=1, metavar="N", help="GPUs that share the model")
     add("--cublas", action="store_true", help="also for products of few rows")
     add("--prefetch", type=int, default=None, help="elements of each row of a weight, for all tiles")
@@ -197,7 +198,7 @@ def load(arguments: argparse.Namespace) -> LoadedCore:
         config = CoreConfig(
             model=folder, device=Device.CUDA, load_format=LoadFormat.DUMMY, max_model_len=4096,
             max_num_seqs=arguments.max_num_seqs, max_num_batched_tokens=arguments.max_num_batched_tokens,
-            max_mixed_tokens=arguments.max_mixed_tokens,
+            max_mixed_tokens=arguments.max_mixed_tokens, kv_cache_dtype=KVCacheDtype(arguments.kv_cache_dtype),
             max_waiting=100000, enable_prefix_caching=not arguments.no_prefix_caching,
             speculation=Speculation.AUTO if arguments.drafts else Speculation.OFF,
             num_speculative_tokens=arguments.drafts or 1,
