@@ -7,10 +7,7 @@ revision, so that whoever began the trial can end it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from quire.router.endpoint import Endpoint
+from typing import Protocol, TypeVar
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,13 +18,22 @@ class Canary:
     percent: int
 
 
+class Engine(Protocol):
+    """What is asked of an engine here."""
+
+    canary: Canary | None
+
+
+_Engine = TypeVar("_Engine", bound=Engine)
+
+
 class Split:
     """Deals requests out between the engines on trial and the others: evenly, so that any number has its share."""
 
     def __init__(self) -> None:
         self._due = 0
 
-    def side(self, engines: list[Endpoint], *, moved: bool) -> list[Endpoint]:
+    def side(self, engines: list[_Engine], *, moved: bool) -> list[_Engine]:
         """Those of `engines` that a request may go to. One that has `moved` goes to none that is on trial."""
         on_trial = [engine for engine in engines if engine.canary is not None]
         others = [engine for engine in engines if engine.canary is None]
