@@ -74,6 +74,23 @@ def test_own_writes_are_no_news() -> None:
     assert store.hear(CONFIG, thing("a", 6), is_gone=False) == DEMO
 
 
+def test_what_others_did_before_a_write_is_seen_in_its_answer() -> None:
+    """The watch tells of both in one, and by then it is no news: an edit would wait for the next list, for hours."""
+    store = Store()
+    metadata = {"namespace": "n", "name": "demo", "managedFields": [{"manager": "kubectl"}]}
+    before: Document = {"metadata": {**metadata, "resourceVersion": "1"}, "spec": {"a": 1}}
+    store.hear(SERVICE, before, is_gone=False)
+    ours = {**before, "metadata": {**metadata, "resourceVersion": "2"}, "status": {"ready": True}}
+    assert not store.written(SERVICE, ours)
+    theirs = {**ours, "metadata": {**metadata, "resourceVersion": "4"}, "spec": {"a": 2}}
+    assert store.written(SERVICE, theirs)
+    assert store.hear(SERVICE, theirs, is_gone=False) is None
+
+    assert not store.written(CONFIG, thing("a", 5))
+    assert not store.written(CONFIG, {**thing("a", 6), "data": {"ours": "too"}})
+    assert store.written(CONFIG, {**thing("a", 8), "status": {"theirs": 1}})
+
+
 def test_a_service_is_its_own() -> None:
     """It has no label of ours, and its children are not itself."""
     store = Store()

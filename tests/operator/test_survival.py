@@ -125,6 +125,38 @@ async def test_what_was_just_asked_for_is_not_so_yet(idle_plane: ControlPlane) -
         assert (said["reason"], said["observedGeneration"]) == ("RollingOut", 2)
 
 
+class RacingCluster(Cluster):
+    """Somebody edits the service right before its status is written."""
+
+    def __init__(self, api: client.ApiClient, services: Services) -> None:
+        super().__init__(api)
+        self.services: Services | None = services
+
+    async def apply(self, kind: Kind, manifest: Document, *, subresource: str = "") -> Document:
+        if subresource == "status" and self.services is not None:
+            self.services.apply("demo", {"engine": {"extraArgs": ["--max-waiting=7"]}})
+            self.services = None
+        return await super().apply(kind, manifest, subresource=subresource)
+
+
+async def test_an_edit_that_meets_a_write_is_not_lost(idle_plane: ControlPlane) -> None:
+    """The answer to the write has both, so the watch's word of the edit is no news: it would wait for the next list."""
+    configuration = client.Configuration()
+    await kubernetes_config.load_kube_config(
+        config_file=str(OperatorProcess(idle_plane).kubeconfig), client_configuration=configuration
+    )
+    services = _new_namespace(idle_plane, "racing")
+    async with client.ApiClient(configuration) as api:
+        services.apply("demo", {})
+        cluster, store = RacingCluster(api, services), Store()
+        await fill(cluster, store)
+        reconciler = Reconciler(cluster, store, OperatorConfig(identity="racing", namespace="quire-system"))
+        key = Key("racing", "demo")
+        assert await reconciler.reconcile(key) == 0
+        await reconciler.reconcile(key)
+        assert "--max-waiting=7" in str(services.api.get(CHILD_OF["Deployment"].path("racing", "demo-engine")))
+
+
 async def look(cluster: Cluster, services: Services) -> None:
     """An operator's first look."""
     store = Store()

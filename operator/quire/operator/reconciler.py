@@ -60,9 +60,18 @@ class Reconciler:
         self._config = config
         self._follow = follow
         self._now = now
+        # Services that are being looked at, of which others' news came with the answers to writes.
+        self._stale: set[Key] = set()
 
     async def reconcile(self, key: Key) -> float | None:
         """Returns after how many seconds to look again; None: when something changes."""
+        try:
+            wait = await self._look(key)
+            return 0.0 if key in self._stale else wait
+        finally:
+            self._stale.discard(key)
+
+    async def _look(self, key: Key) -> float | None:
         document = self._store.service(key)
         if document is None or document["metadata"].get("deletionTimestamp"):
             # The garbage collector takes what it owns.
@@ -157,7 +166,8 @@ class Reconciler:
                 status=422,
                 reason="one of this name is there already and not the service's: delete it, or rename the service",
             )
-        self._store.put(kind, await self._cluster.apply(kind, child))
+        if self._store.written(kind, await self._cluster.apply(kind, child)):
+            self._stale.add(service.key)
 
     async def _price(self, pod: Manifest) -> None:
         try:
@@ -191,7 +201,8 @@ class Reconciler:
             "status": wanted,
         }
         try:
-            self._store.put(SERVICE, await self._cluster.apply(SERVICE, manifest, subresource="status"))
+            if self._store.written(SERVICE, await self._cluster.apply(SERVICE, manifest, subresource="status")):
+                self._stale.add(key)
         except ApiException as error:
             # Deleted meanwhile.
             if error.status != 404:

@@ -59,6 +59,13 @@ class Store:
             self._of_service.setdefault(owner, {})[kind, name[1]] = kept
         return True
 
+    def written(self, kind: Kind, found: Manifest) -> bool:
+        """A write of ours came to this. Returns whether others have changed it since it was last heard of: their news
+        came with the answer, and when a watch tells of it, it is none any more."""
+        there = self.find(kind, *_name(found))
+        self.put(kind, found)
+        return there is not None and _others_part(kind, there) != _others_part(kind, slim(kind, found))
+
     def hear(self, kind: Kind, found: Manifest, *, is_gone: bool) -> Key | None:
         """A watch tells of an object. Returns the service about which that is news."""
         if is_gone:
@@ -117,6 +124,15 @@ def _service(kind: Kind, found: Manifest) -> Key | None:
         return Key(*_name(found))
     name = found["metadata"].get("labels", {}).get(names.SERVICE)
     return Key(found["metadata"]["namespace"], name) if name else None
+
+
+def _others_part(kind: Kind, found: Manifest) -> Manifest:
+    """What nobody here writes: all but the status of a service, and that of anything else."""
+    metadata = found["metadata"]
+    if kind == SERVICE:
+        kept = {name: value for name, value in metadata.items() if name != "resourceVersion"}
+        return {**found, "metadata": kept, "status": None}
+    return {"status": found.get("status"), "end": metadata.get("deletionTimestamp")}
 
 
 def slim(kind: Kind, found: Manifest) -> Manifest:
