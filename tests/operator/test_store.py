@@ -75,7 +75,7 @@ def test_own_writes_are_no_news() -> None:
 
 
 def test_what_others_did_before_a_write_is_seen_in_its_answer() -> None:
-    """The watch tells of both in one, and by then it is no news: an edit would wait for the next list, for hours."""
+    """Watches and lists tell of it later, and by then it is no news: nobody would look at an edit until the next one."""
     store = Store()
     metadata = {"namespace": "n", "name": "demo", "managedFields": [{"manager": "kubectl"}]}
     before: Document = {"metadata": {**metadata, "resourceVersion": "1"}, "spec": {"a": 1}}

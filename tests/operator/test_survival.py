@@ -140,7 +140,7 @@ class RacingCluster(Cluster):
 
 
 async def test_an_edit_that_meets_a_write_is_not_lost(idle_plane: ControlPlane) -> None:
-    """The answer to the write has both, so the watch's word of the edit is no news: it would wait for the next list."""
+    """The answer to the write has both, so neither watch nor list has news of the edit: nobody would look again."""
     configuration = client.Configuration()
     await kubernetes_config.load_kube_config(
         config_file=str(OperatorProcess(idle_plane).kubeconfig), client_configuration=configuration
