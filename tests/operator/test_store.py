@@ -75,7 +75,7 @@ def test_own_writes_are_no_news() -> None:
 
 
 def test_what_others_did_before_a_write_is_seen_in_its_answer() -> None:
-    """Watches and lists tell of it later, and by then it is no news: nobody would look at an edit until the next one."""
+    """Watches and lists tell of it later, and by then it is no news: nobody would look at an edit till the next."""
     store = Store()
     metadata = {"namespace": "n", "name": "demo", "managedFields": [{"manager": "kubectl"}]}
     before: Document = {"metadata": {**metadata, "resourceVersion": "1"}, "spec": {"a": 1}}
