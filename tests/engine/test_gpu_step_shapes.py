@@ -71,9 +71,7 @@ def test_each_step_is_served_by_a_graph_that_holds_it(step: StagedStep, verified
         return
     assert_serves(captured, step)
     prepared = {shape for _, _, shape in shapes.all()}
-    many = captured.limits.max_chunks == min(
-        NUM_SEQS, captured.limits.max_tokens // (captured.limits.decode_query_len + 1)
-    )
+    many = (captured.limits.max_chunks or 0) > 16
     assert captured in prepared or (step.work.drafts.any() and (step.grouped or many))
 
 
