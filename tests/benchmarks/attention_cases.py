@@ -72,20 +72,26 @@ OF_SMALL_MODELS = ("1 decodes at 4096", "64 decodes at 1024", "256 decodes at 10
 
 
 @cache
-def pool(kv_heads: int, head_size: int) -> Tensor:
+def pool(kv_heads: int, head_size: int, pool_type: torch.dtype) -> Tensor:
     """Keys and values of as many random tokens as the largest case has."""
     size = (2, POOL_TOKENS // PAGE_SIZE, kv_heads, PAGE_SIZE, head_size)
-    return torch.empty(size, device="cuda", dtype=DTYPE).normal_()
+    return torch.empty(size, device="cuda", dtype=DTYPE).normal_().to(pool_type)
 
 
 class PagedInput:
-    """A workload's inputs, several sets of them, and one plan."""
+    """A workload's inputs, several sets of them, and one plan; keys and values lie in the pool as `pool_type`."""
 
-    def __init__(self, shape: Shape, workload: Workload, tiles: tuple[Tile, Tile] | None = None) -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        workload: Workload,
+        tiles: tuple[Tile, Tile] | None = None,
+        pool_type: torch.dtype = DTYPE,
+    ) -> None:
         self.seqs = workload.seqs
         self.shared = workload.shared
         self.shape = AttentionShape(shape.heads, shape.kv_heads, shape.head_size, workload.window)
-        self.pages = pool(shape.kv_heads, shape.head_size)
+        self.pages = pool(shape.kv_heads, shape.head_size, pool_type)
         self.starts = torch.tensor([0, *(count for count, _ in self.seqs)]).cumsum(0).tolist()
         lengths = [length for _, length in self.seqs]
         self.query_start = torch.tensor(self.starts, dtype=torch.int32, device="cuda")
@@ -97,7 +103,7 @@ class PagedInput:
             decode_query_len=workload.decode_query_len,
         )
         read = [min(length, workload.window + count - 1) if workload.window else length for count, length in self.seqs]
-        token_bytes = shape.kv_heads * shape.head_size * 2 * DTYPE.itemsize
+        token_bytes = shape.kv_heads * shape.head_size * 2 * pool_type.itemsize
         read_once = sum(read) - self.shared * (len(self.seqs) - 1)
         self.num_bytes = read_once * token_bytes + 2 * self.starts[-1] * shape.heads * shape.head_size * DTYPE.itemsize
         sights = sum(sights_of(count, length, workload.window) for count, length in self.seqs)

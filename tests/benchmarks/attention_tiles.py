@@ -22,9 +22,10 @@ import attention_cases
 import torch
 from attention_cases import PagedInput, Workload
 from gpu_timing import graph_us, summary
-from kernel_cases import SHAPES, Shape
+from kernel_cases import DTYPE, SHAPES, Shape
 
 from quire.kernels.attention_worklist import Tile, decode_tile, prefill_tile
+from quire.kernels.pool_type import FP8
 
 # The load of a page's number is a stage of its own: two stages more are one block of keys and values more in flight.
 _STAGES = (3, 5, 7)
@@ -89,19 +90,19 @@ def prefill_candidates() -> Iterator[Tile]:
                     yield Tile(rows, keys, warps, stages, programs, 1024)
 
 
-def compile_tile(task: tuple[Shape, tuple[int, ...], Tile, Tile, int]) -> str:
+def compile_tile(task: tuple[Shape, tuple[int, ...], Tile, Tile, int, torch.dtype]) -> str:
     """Fills Triton's cache on disk: runs the tiles once on a small input of the same kind, 0 queries for new tokens."""
-    shape, counts, decode, prefill, query_len = task
+    shape, counts, decode, prefill, query_len, pool_type = task
     attention_cases.POOL_TOKENS = 1 << 14
     workload = Workload("", [(query_len, 4096), (query_len + 16, 4096)], decode_query_len=query_len)
     try:
         if query_len == 0:
             # Plans are compiled for the number of sequences.
             for count in counts:
-                inputs = PagedInput(shape, Workload("", [(1, 32)] * count), (decode, prefill))
+                inputs = PagedInput(shape, Workload("", [(1, 32)] * count), (decode, prefill), pool_type)
                 inputs.launches_with_new_tokens()[0]()
         else:
-            PagedInput(shape, workload, (decode, prefill)).run(0)
+            PagedInput(shape, workload, (decode, prefill), pool_type).run(0)
         torch.cuda.synchronize()
     except Exception as error:  # noqa: BLE001 - a tile that does not fit the GPU is out
         return summary(error)
@@ -109,10 +110,15 @@ def compile_tile(task: tuple[Shape, tuple[int, ...], Tile, Tile, int]) -> str:
 
 
 def sweep(
-    shape: Shape, workloads: list[Workload], tiles: list[tuple[Tile, Tile]], which: int, new: bool = False
+    shape: Shape,
+    workloads: list[Workload],
+    tiles: list[tuple[Tile, Tile]],
+    which: int,
+    pool_type: torch.dtype,
+    new: bool = False,
 ) -> Iterator[dict[str, object]]:
     for workload in workloads:
-        inputs = PagedInput(shape, workload)
+        inputs = PagedInput(shape, workload, pool_type=pool_type)
         launches = inputs.launches_with_new_tokens() if new else inputs.launches()
         figures = []
         for index, pair in enumerate(tiles):
@@ -137,12 +143,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write attention_tiles.json")
     parser.add_argument("--steps", action="store_true", help="only steps of decodes, with their new tokens")
     parser.add_argument("--model", default=SHAPES[0].name, choices=[shape.name for shape in SHAPES])
+    parser.add_argument("--fp8", action="store_true", help="keys and values in the pool as FP8")
     parser.add_argument("--only", default="", help="part of the workloads' names (default: all)")
     parser.add_argument("--processes", type=int, default=12, help="that compile (default: %(default)s)")
     args = parser.parse_args()
     started = time.monotonic()
     shape = next(shape for shape in SHAPES if shape.name == args.model)
-    group, head_size = shape.heads // shape.kv_heads, shape.head_size
+    group, head_size, pool_type = shape.heads // shape.kv_heads, shape.head_size, FP8 if args.fp8 else DTYPE
     prefill, drafts = prefill_tile(head_size), decode_tile(group, 8)
     decode = decode_tile(group, 1)
     of_decodes = [(tile, prefill) for tile in (decode, *decode_candidates(decode.rows))]
@@ -163,7 +170,7 @@ def main() -> None:
         counts = tuple(len(each.seqs) for each in workloads)
         for pair in tiles:
             kept = pair[which] if query_len == 0 else replace(pair[which], programs_per_sm=1, min_part=1024)
-            tasks[counts, which, query_len, kept] = (shape, counts, *pair, query_len)
+            tasks[counts, which, query_len, kept] = (shape, counts, *pair, query_len, pool_type)
     with multiprocessing.get_context("spawn").Pool(args.processes) as workers:
         for task, failure in zip(tasks.values(), workers.map(compile_tile, tasks.values(), chunksize=1), strict=True):
             if failure:
@@ -172,7 +179,7 @@ def main() -> None:
     rows = [
         row
         for workloads, tiles, which, query_len in parts
-        for row in sweep(shape, workloads, tiles, which, new=query_len == 0)
+        for row in sweep(shape, workloads, tiles, which, pool_type, new=query_len == 0)
     ]
     print(f"{time.monotonic() - started:.0f} s in all", flush=True)
     if args.out:

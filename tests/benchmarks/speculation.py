@@ -111,6 +111,9 @@ def main() -> None:
         LLM(arguments.model, **given) as plain,
         LLM(arguments.model, **given, speculative_config=drafts) as speculating,
     ):
+        for llm in (plain, speculating):
+            while llm._core.prepare():
+                pass
         for at_once in arguments.requests:
             for kind, pairs in compare(plain, speculating, at_once, arguments.rounds):
                 without, with_drafts = (statistics.median(column) for column in zip(*pairs, strict=True))

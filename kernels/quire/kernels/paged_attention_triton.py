@@ -60,6 +60,8 @@ class TritonAttentionPlan:
     block_tables: Tensor  # int32 [tables, P]
     lists: tuple[WorkList, ...]
     prefixes: PrefixWork | None = None
+    # A launch that waits for all before it lies between the lists and the attention: these may be read without waiting.
+    listed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ def plan_attention_triton(
     groups: PrefixGroups | None = None,
     group_tile: Tile | None = None,
     trees: DraftTrees | None = None,
+    listed: bool = False,
 ) -> TritonAttentionPlan:
     """Launches the kernels that list a step's work; capture it in front of the layers.
 
@@ -91,7 +94,8 @@ def plan_attention_triton(
     are written; block_tables int32 [tables, P]; table_rows int [S]: each sequence's row in block_tables, i if None;
     tiles, group_tile: those of decodes and prefill chunks, and of groups, for tuning; groups: of the sequences, from
     `quire.kernels.prefix_groups`: what they share is read once. Layers with a window have no use for them. `trees`: of
-    the sequences, whose last rows are leaves, if any has some.
+    the sequences, whose last rows are leaves, if any has some. `listed`: the caller has another launch between this and
+    the first layer's attention, of the kind that waits until all before it are done.
     """
     if context_lens.shape[0] > limits.max_seqs:
         raise ValueError(f"there are {context_lens.shape[0]} sequences, and the limit is {limits.max_seqs}")
@@ -102,7 +106,7 @@ def plan_attention_triton(
     prefix_lens = None if groups is None else groups.prefix_lens
     lists = list_work(query_start, context_lens, shape, limits, table_rows, tiles, prefix_lens, trees)
     if groups is None:
-        return TritonAttentionPlan(shape, block_tables, lists)
+        return TritonAttentionPlan(shape, block_tables, lists, listed=listed)
     work = list_prefix_work(groups, shape, limits, group_tile or prefix_tile(shape.head_size))
     rows = (limits.max_tokens, shape.num_heads)
     prefixes = PrefixWork(
@@ -111,7 +115,7 @@ def plan_attention_triton(
         torch.empty((*rows, shape.head_size), dtype=torch.float32, device=query_start.device),
         torch.full(rows, -1e30, dtype=torch.float32, device=query_start.device),
     )
-    return TritonAttentionPlan(shape, block_tables, lists, prefixes)
+    return TritonAttentionPlan(shape, block_tables, lists, prefixes, listed)
 
 
 def paged_attention_triton(
@@ -221,6 +225,7 @@ def launch_attention(
         DEPENDENT=overlaps,
         FOLLOWED=followed,
         BESIDE=beside,
+        LISTED=plan.listed,
         num_warps=tile.num_warps,
         **register_option(tile.max_registers),
         **overlap_option(overlaps),
@@ -236,6 +241,23 @@ def check_layout(queries: Tensor, key_pages: Tensor, value_pages: Tensor, shape:
         raise ValueError(f"pages must be [pages, {pages[0]}, page_size, {pages[2]}], and are {list(key_pages.shape)}")
     if not (queries.is_contiguous() and key_pages.is_contiguous() and value_pages.is_contiguous()):
         raise ValueError("queries, key_pages and value_pages must be contiguous")
+
+
+@jit
+def wait_for_others(item: tl.tensor, DEPENDENT: tl.constexpr, FOLLOWED: tl.constexpr, BESIDE: tl.constexpr) -> None:
+    """For the launches before this one; the next ones may begin."""
+    if DEPENDENT:
+        if FOLLOWED:
+            gdc_wait()
+            gdc_launch_dependents()
+        else:
+            # With few sequences most of the GPU is free to ask for the weights of the product that follows.
+            gdc_launch_dependents()
+            if not BESIDE:
+                gdc_wait()
+            elif item == tl.num_programs(1) - 1:
+                # One program does it for all: this launch is not done before the one beside it is.
+                gdc_wait()
 
 
 @jit
@@ -282,6 +304,7 @@ def _attend_kernel(
     DEPENDENT: tl.constexpr,
     FOLLOWED: tl.constexpr,
     BESIDE: tl.constexpr,
+    LISTED: tl.constexpr,
 ) -> None:
     """One item of the list for one KV head a program. Row r is query r // GROUP, head r mod GROUP of the KV head's.
 
@@ -294,18 +317,8 @@ def _attend_kernel(
     kv_head = tl.program_id(0)
     item = tl.program_id(1)
     fields = items_ptr + item * FIELDS
-    if DEPENDENT:
-        if FOLLOWED:
-            gdc_wait()
-            gdc_launch_dependents()
-        else:
-            # With few sequences most of the GPU is free to ask for the weights of the product that follows.
-            gdc_launch_dependents()
-            if not BESIDE:
-                gdc_wait()
-            elif item == tl.num_programs(1) - 1:
-                # One program does it for all: this launch is not done before the one beside it is.
-                gdc_wait()
+    if not LISTED:
+        wait_for_others(item, DEPENDENT, FOLLOWED, BESIDE)
     table_ptr = tables_ptr + tl.load(fields).to(tl.int64) * table_stride
     first_row = tl.load(fields + 1).to(tl.int64)
     position = tl.load(fields + 2)
@@ -320,8 +333,11 @@ def _attend_kernel(
     if TREE:
         first_leaf = tl.load(fields + 9)
         num_drafts = tl.load(fields + 10)
+    count = tl.load(count_ptr)
+    if LISTED:
+        wait_for_others(item, DEPENDENT, FOLLOWED, BESIDE)
     # Here, so that it does not delay the loads above; what those find past the list's end is not used.
-    if item >= tl.load(count_ptr):
+    if item >= count:
         return
 
     row = tl.arange(0, TILE_ROWS)

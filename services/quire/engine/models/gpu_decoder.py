@@ -203,6 +203,7 @@ class GpuDecoder:
                 step.table_rows,
                 groups=None if window else groups,
                 trees=step.trees,
+                listed=True,  # the embedding's launch waits
             )
             for window in sorted(set(config.windows))
         }
