@@ -146,7 +146,10 @@ class GpuBatch:
         self.columns.drawing_slots.fill_(-1)
 
     def stage(self, plan: StepPlan) -> StagedStep:
-        """Sends a plan to the device: its changes are made and `columns` filled in the order of launches."""
+        """Sends a plan to the device: its changes are made and `columns` filled in the order of launches.
+
+        If some of its work has drafts `open`, `follow_drafts` is next.
+        """
         work = WorkColumns.of(plan.work)
         places, values = self._changes(plan)
         words, fits = self._words, len(places) <= _CHANGES
@@ -163,8 +166,6 @@ class GpuBatch:
             arrived = buffer[words:].to(self._device, non_blocking=True)
         if len(places):
             self.memory.index_copy_(0, arrived[: 2 * len(places)].view(torch.int64), arrived[2 * len(places) :])
-        if work.open.any():
-            self.follow_drafts()
         return staged
 
     def follow_drafts(self) -> None:

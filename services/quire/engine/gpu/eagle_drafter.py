@@ -130,8 +130,8 @@ class EagleInPages:
         batches, tokens = self._sizes
         wanted: list[tuple[int, Callable[[], None]]] = []
         wanted += [(size, partial(self._run_write, size)) for size in sorted({*batches.all, *tokens.all})]
-        wanted += [(size, partial(self._run_begin, size)) for size in batches.all]
-        wanted += [(size, partial(self._run_pass, size)) for size in batches.all]
+        for run in (self._run_begin, self._run_pass, self._run_end):
+            wanted += [(size, partial(run, size)) for size in batches.all]
         return wanted
 
     def warm_up(self, num_tokens: int) -> None:
@@ -164,8 +164,7 @@ class EagleInPages:
         for _ in range(places):
             self._run_pass(size or len(order))
         self._turn = (self._turn + 1) % len(self._results)
-        drafts, targets = self.made(places, len(order))
-        self._batch.token_ids.view(-1).index_put_((targets,), drafts.to(torch.int32))
+        self._run_end(size or len(order))
         if self._num_choices > 1:
             # Of a sequence that wants fewer, what is behind those is for no step.
             siblings, slots = self._drafts[:places, 1, : len(order)].T.to(torch.int32), self._slots[: len(order)]
@@ -205,6 +204,9 @@ class EagleInPages:
 
     def _run_pass(self, size: int) -> None:
         self._graphs.run(("draft", size), partial(self._pass, size))
+
+    def _run_end(self, size: int) -> None:
+        self._graphs.run(("drafts' end", size), partial(self._end, size))
 
     def _write(self, num_rows: int) -> None:
         """The step's rows, each a position later: the tokens that came after them."""
@@ -246,6 +248,11 @@ class EagleInPages:
         torch.minimum(starts, self._counts[:, None], out=query_start)
         for column, values in zip(others, (positions, places, positions + 1), strict=True):
             column.copy_(values)
+
+    def _end(self, size: int) -> None:
+        """Puts the drafts behind their sequences' tokens."""
+        drafts, targets = self.made(_MOST, size)
+        self._batch.token_ids.view(-1).index_put_((targets,), drafts.to(torch.int32))
 
     def _columns(self, steps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views of int32 [places, any]: query_start [places, size + 1]; positions, slot_mapping and context_lens

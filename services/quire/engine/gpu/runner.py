@@ -122,6 +122,8 @@ class GpuRunner:
         with self._on_stream():
             staged, num_graphs = self._batch.stage(plan), self._num_graphs
             step = GpuPendingStep(staged, self._draw)
+            if staged.work.open.any():
+                self._run_follow_drafts()
             if staged.work.score.any():
                 self._forward_and_score(step)
             else:
@@ -151,6 +153,8 @@ class GpuRunner:
         wanted: list[tuple[int, int, Callable[[], None]]] = []
         wanted += [(rank, size, partial(self._run_forward, shape)) for rank, size, shape in shapes]
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
+        if self._max_num_draws > self._max_num_seqs:
+            wanted += [(0, 1, self._run_follow_drafts), (0, 1, self._run_count_accepted)]
         if self._layers is not None:
             wanted.append((0, 1, self._run_siblings))
         if self._drafter is not None and self._model.group is None:
@@ -263,10 +267,16 @@ class GpuRunner:
     def _draft(self, staged: StagedStep) -> PendingDrafts | None:
         return None if self._drafter is None else self._drafter.follow(staged)
 
+    def _run_follow_drafts(self) -> None:
+        self._graphs.alone.run(("drafts before",), self._batch.follow_drafts)
+
     def _verify(self, staged: StagedStep) -> None:
-        self._count_accepted()
+        self._run_count_accepted()
         if staged.trees:
             self._run_siblings()
+
+    def _run_count_accepted(self) -> None:
+        self._graphs.alone.run(("accepted",), self._count_accepted)
 
     def _count_accepted(self) -> None:
         self._batch.count_accepted(self._drawn, self._inputs.token_ids)
