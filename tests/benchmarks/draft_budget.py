@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
 import numpy as np
@@ -75,8 +75,9 @@ class Step:
         """Nothing is masked."""
 
     def wait(self) -> StepResult:
-        self.clock.now = max(self.clock.now, self.done_at)
-        return self.result
+        waited = max(0.0, self.done_at - self.clock.now)
+        self.clock.now += waited
+        return replace(self.result, waited_seconds=waited)
 
 
 @dataclass

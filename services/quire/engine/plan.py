@@ -101,7 +101,8 @@ class StepResult:
     `accepted[i]` of its drafts come before it; works without drafts are not in there. `drafts[i]` may come after it; to
     make all of them, one place after another, took `draft_seconds`; `siblings[i]` are second choices beside them. Of
     works with siblings `kept[i]` are the `accepted[i]` tokens, the last of which may be a sibling. Not `repeatable`:
-    the step took longer than its like will, because something was compiled or captured.
+    the step took longer than its like will, because something was compiled or captured. The host stood still for
+    `waited_seconds` until the device was done; None if they take turns.
 
     `logprobs[i]` reports on the tokens that were drawn and count, `prompt_logprobs[i]` on work i's prompt tokens, where
     that was asked for.
@@ -116,3 +117,4 @@ class StepResult:
     repeatable: bool = True
     siblings: dict[int, tuple[int, ...]] = field(default_factory=dict)
     kept: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    waited_seconds: float | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -23,7 +24,8 @@ from quire.engine.speculation.acceptance import Rates
 from quire.engine.speculation.budget import Base, Choice, Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter
-from quire.engine.speculation.speculator import SpeculationConfig, Speculator, StepTime
+from quire.engine.speculation.host_watch import StepTime
+from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.request import Request, SamplingParams, StopConditions
 
 PAGES, MAX_MODEL_LEN = 400, 800
@@ -54,6 +56,21 @@ class Head:
         for _ in range(count):
             token = next_token([*tokens, *found])
             found.append(token if self.right else (token + 1) % VOCAB_SIZE)
+        return tuple(found)
+
+
+class HalfRight(Head):
+    """Every other draft is wrong, by what the text before it is."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds, right=False)
+
+    def drafts(self, tokens: list[int], count: int) -> tuple[int, ...]:
+        found: list[int] = []
+        for _ in range(count):
+            token = next_token([*tokens, *found])
+            wrong = random.Random(sum(tokens) + 31 * len(tokens) + len(found)).random() < 0.5
+            found.append((token + wrong) % VOCAB_SIZE)
         return tuple(found)
 
 
@@ -112,22 +129,35 @@ class Running:
         self.launched.draw(masks)
 
     def wait(self) -> StepResult:
-        self.clock.now = max(self.clock.now, self.done_at)
-        return replace(self.launched.wait(), draft_seconds=self.draft_seconds)
+        waited = max(0.0, self.done_at - self.clock.now)
+        self.clock.now += waited
+        return replace(self.launched.wait(), draft_seconds=self.draft_seconds, waited_seconds=waited)
 
 
 class AheadMachine(HeadMachine):
-    """Computes beside the host, which takes `host` seconds before each launch."""
+    """Computes beside the host, which takes `host` seconds before each launch, and `drafting` more for one with
+    drafts."""
 
     def __init__(
-        self, clock: Clock, seconds: Callable[[int], float], max_num_seqs: int, host: float, head: Head | None = None
+        self,
+        clock: Clock,
+        seconds: Callable[[int], float],
+        max_num_seqs: int,
+        host: float,
+        head: Head | None = None,
+        drafting: float = 0.0,
     ) -> None:
         super().__init__(clock, seconds, max_num_seqs, head)
-        self.host = host
+        self.host, self.drafting = host, drafting
         self.free_at = self.idle = 0.0
+        self.launches = 0
 
     def launch(self, plan: StepPlan, *, masked: bool) -> Running:  # type: ignore[override]
-        self.clock.now += self.host
+        drafts = any(work.num_drafts or work.num_wanted for work in plan.work)
+        self.launches += 1
+        # Hosts are less exact than devices.
+        noise = 1 + (self.launches * 7 % 5 - 2) / 50
+        self.clock.now += (self.host + self.drafting * drafts) * noise
         self.idle += max(0.0, self.clock.now - self.free_at)
         seconds = self.seconds(sum(work.num_tokens for work in plan.work)) + self.draft_seconds(plan)
         self.free_at = max(self.free_at, self.clock.now) + seconds
@@ -143,6 +173,7 @@ def simulate(
     head: Head | None = None,
     host: float | None = None,
     fewer: int = 0,
+    drafting: float = 0.0,
 ) -> tuple[float, TimedMachine | AheadMachine, Oracle, EngineCore]:
     """The time that `num_seqs` requests of `num_tokens` output tokens take, each of `fewer` than the one before;
     without drafts if `quality` is None. With `host` the device is a step ahead."""
@@ -150,7 +181,7 @@ def simulate(
     monkeypatch.setattr(quire.engine.core, "time", clock)
     machine: TimedMachine | AheadMachine = TimedMachine(clock, seconds, num_seqs, head)
     if host is not None:
-        machine = AheadMachine(clock, seconds, num_seqs, host, head)
+        machine = AheadMachine(clock, seconds, num_seqs, host, head, drafting)
     requests = [
         Request(
             str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0),
@@ -333,6 +364,42 @@ def test_a_device_with_a_head_does_not_wait_for_the_host(
     assert took < without / 2.5
     _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, head=Head(0.0005, right=False), host=host)
     assert finish(core, machine) <= 1.03 * without
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8])
+@pytest.mark.parametrize("quality", ["wrong", "half of them right"])
+@pytest.mark.parametrize("drafting", [0.5, 2.0])
+def test_a_device_that_waits_for_the_host_loses_little_by_drafts(
+    monkeypatch: pytest.MonkeyPatch, drafting: float, quality: str, num_seqs: int
+) -> None:
+    """What small models take on a fast device is the host's time, of which a step with drafts takes twice or thrice as
+    much: who only looks at steps with drafts does not see it, and who looks for better drafts must do so seldom."""
+    host, cost = 0.0005, COSTS["flat"]
+    short = {"seconds": lambda tokens: cost(tokens) / 30, "num_tokens": 700, "host": host}
+    _, machine, _, core = simulate(monkeypatch, quality=None, num_seqs=num_seqs, **short)
+    without = finish(core, machine)
+    # Of 5 tokens a step with four drafts has 1.9 where half of them are right: worth half as much again, not thrice.
+    head = Head(0.00002, right=False) if quality == "wrong" else HalfRight(0.00002)
+    _, machine, _, core = simulate(
+        monkeypatch, quality=None, num_seqs=num_seqs, head=head, drafting=drafting * host, **short
+    )
+    took = finish(core, machine)
+    assert took <= 1.03 * without
+    if quality != "wrong" and drafting < 1:
+        assert took <= 0.95 * without
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_right_drafts_are_used_by_a_device_that_waits_for_the_host(
+    monkeypatch: pytest.MonkeyPatch, num_seqs: int
+) -> None:
+    """Five tokens for twice the time; to see again what steps take without drafts costs little."""
+    short = {"seconds": lambda tokens: 0.0002, "num_tokens": 700, "host": 0.0005}
+    _, machine, _, core = simulate(monkeypatch, quality=None, num_seqs=num_seqs, **short)
+    without = finish(core, machine)
+    head = Head(0.00002, right=True)
+    _, machine, _, core = simulate(monkeypatch, quality=None, num_seqs=num_seqs, head=head, drafting=0.0005, **short)
+    assert finish(core, machine) <= 0.45 * without
 
 
 def test_what_a_large_batch_took_is_no_cost_of_a_small_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -46,8 +47,11 @@ class GpuPendingStep:
     def wait(self) -> StepResult:
         if self.token_ids is None:
             raise InternalError("the step's masks never came")
+        waited = None
         if self.done is not None:
+            began = time.perf_counter()
             self.done.synchronize()
+            waited = time.perf_counter() - began
         draws, token_ids = self.staged.draws, np.full(len(self.staged.work), -1)
         drawn = self.token_ids[: len(draws)].numpy()
         accepted = np.zeros(len(draws.items), dtype=np.int64)
@@ -65,7 +69,7 @@ class GpuPendingStep:
         kept = self._kept(drawn, accepted) if self.staged.trees else {}
         counts, repeatable = draws.kept(accepted), self.num_captured == 0
         return StepResult(
-            tuple(token_ids.tolist()), logprobs, prompts, counts, drafts, seconds, repeatable, siblings, kept
+            tuple(token_ids.tolist()), logprobs, prompts, counts, drafts, seconds, repeatable, siblings, kept, waited
         )
 
     def _kept(self, drawn: npt.NDArray[np.int64], accepted: npt.NDArray[np.int64]) -> dict[int, tuple[int, ...]]:

@@ -92,11 +92,13 @@ def choose_places(
     base: Base,
     cost: StepCost,
     passes: PassCost,
+    share: float = 0.0,
 ) -> int:
     """For how many places the device is to make drafts, of all sequences with these rates together, as in `Offer`; the
     second rate of one whose drafts get no siblings is 0.
 
-    A place costs a pass, whether or not its drafts are verified then.
+    A place costs a pass, whether or not its drafts are verified then, and all of them together this share of a step at
+    least.
     """
     if not rates or not most or not cost.knows(base.num_tokens):
         return 0
@@ -107,6 +109,7 @@ def choose_places(
     def speed_of(gains: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
         expected = base.num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
         seconds: npt.NDArray[np.float64] = base.seconds(cost, rows * places) + places * passes.seconds
+        seconds[1:] = np.maximum(seconds[1:], (1.0 + share) * seconds[0])
         return expected / seconds
 
     # As chains, or with siblings wherever there may be some, if that is faster.

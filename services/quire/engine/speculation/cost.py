@@ -21,6 +21,8 @@ _KEPT, _APART = 0.998, 4e6
 # The first measurements of a size may include what is done once: the least of so many is taken. Until there are so
 # many, the last one counts for so many steps; then it has to be tried again.
 _FIRST, _TRUSTED = 3, 128
+# Sizes whose steps take about the same differ by at most this share.
+_NEAR = 0.25
 # A pause of the machine says nothing about a step.
 _LONGEST = 2.0
 # What a step takes at least without its context, of what one of its size took: however wrong the price is.
@@ -103,6 +105,16 @@ class StepCost:
         """Whether so few tokens were measured, or two larger sizes: what more of them cost can't be told without."""
         known = [size for size in self._sizes if self._is_known(size)]
         return len(known) > 1 or (len(known) == 1 and known[0] <= num_tokens)
+
+    def was_measured(self, num_tokens: int) -> bool:
+        """Whether steps of about so many tokens were, often enough."""
+        return any(
+            one.count >= _FIRST and abs(size - num_tokens) <= _NEAR * num_tokens for size, one in self._measured.items()
+        )
+
+    def seconds_of(self, num_tokens: int, context: int = 0) -> float:
+        """Of one step, as in `seconds`."""
+        return float(self.seconds(np.array([num_tokens]), context)[0])
 
     def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
         """Of steps of so many tokens each, never less for more of them, whose sequences have `context` tokens in all.

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import UNKNOWN, Sequence
@@ -20,6 +19,7 @@ from quire.engine.speculation.acceptance import Rates, SecondRate
 from quire.engine.speculation.budget import Base, Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
+from quire.engine.speculation.host_watch import HostWatch, StepTime
 from quire.engine.speculation.prospect import Prospect
 from quire.engine.speculation.stats import SpeculationStats
 from quire.service.errors import ConfigError
@@ -29,6 +29,9 @@ from quire.service.request import Request
 # they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step. Of all
 # sequences in the same steps: a pass takes nearly as long for few as for many.
 _PROBES, _PROBED = 4, 40
+
+# That is to cost this share of the time at most: where a device waits for the host, there are more steps in between.
+_PROBE_SHARE = 0.01
 
 # A device that runs ahead is held up when the host's next drafts are looked for: where they were not worth it, it runs
 # so many steps before they are looked for again.
@@ -53,17 +56,6 @@ class SpeculationConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 64]", field=name)
 
 
-class StepTime(NamedTuple):
-    """A step computed so many tokens, of sequences with `context` tokens in all, in so long, None if that says nothing,
-    of which the device spent `draft_seconds` on drafts for so many places."""
-
-    num_tokens: int
-    context: int
-    seconds: float | None
-    num_places: int
-    draft_seconds: float
-
-
 class Speculator:
     """Decides on drafts for one engine. `on_device`: its runner has a drafter, too."""
 
@@ -81,10 +73,13 @@ class Speculator:
         self._config = config
         self._cost = StepCost() if cost is None else cost
         self._passes = PassCost()
-        self._measured: StepTime | None = None  # of the last step, until the next is read
+        self._host = HostWatch(self._cost)
+        # Of the last step, until the next is read, and of the one before it.
+        self._measured: StepTime | None = None
+        self._earlier: StepTime | None = None
         self._num_places = min(config.num_tokens, _FIRST_PLACES) if self._on_device else 0
-        # Steps since the device's drafts were last worth their passes.
-        self._num_idle = 0
+        # Steps since the device's drafts were last worth their passes, or were looked for, and those to look for them.
+        self._num_idle = self._num_probes = 0
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, Prospect] = {}
         self._released: list[int] = []
@@ -178,21 +173,33 @@ class Speculator:
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
         second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
         self._num_places = places = choose_places(
-            rates, second_rates, self._config.num_tokens, base, self._cost, self._passes
+            rates, second_rates, self._config.num_tokens, base, self._cost, self._passes, self._host.share
         )
-        self._num_idle = 0 if places else self._num_idle + 1
+        looks = places > 0 and not base.num_prompt and self._host.must_look(base.num_tokens)
+        places = 0 if looks else places
+        if places or looks:
+            self._num_idle = self._num_probes = 0
+        elif self._num_probes:
+            self._num_probes -= 1
+        else:
+            self._num_idle += 1
+            if self._num_idle > self._host.steps_between(_PROBES, _PROBED, _PROBE_SHARE) - _PROBES:
+                self._num_idle, self._num_probes = 0, _PROBES
         for sequence, _ in takers:
-            sequence.num_wanted = places or int(self._num_idle % _PROBED < _PROBES)
+            sequence.num_wanted = places or int(self._num_probes > 0)
 
     def observe_step(self, measured: StepTime | None) -> None:
         """A step was read; None: it compiled or captured something, which held up the one before it, too."""
-        if measured is not None and self._measured is not None:
-            before = self._measured
-            if before.seconds is not None:
-                self._cost.record(before.num_tokens, before.seconds - before.draft_seconds, before.context)
+        earlier, before = self._earlier, self._measured
+        if measured is not None and before is not None:
             if before.num_places:
                 self._passes.record(before.num_places, before.draft_seconds)
-        self._measured = measured
+            if before.seconds is not None and self._host.tells(earlier, before, measured):
+                # Of one that only makes drafts most is the host's, if it is bound by that.
+                if not before.is_bound_by_host or before.num_drafts or not before.num_places:
+                    self._cost.record(before.num_tokens, before.seconds - before.draft_seconds, before.context)
+                self._host.observe(before)
+        self._earlier, self._measured = before, measured
 
     def observe_siblings(self, num_verified: int, kept: bool) -> None:
         """A step verified so many siblings of a sequence's drafts, and `kept` one of them or none."""

@@ -1,0 +1,96 @@
+"""What drafts cost the host, where the device waits for it: small models on fast GPUs. Called by the speculator.
+
+A step with drafts takes longer there by what the host does for them, however few they are, so what steps take without
+can't be read off theirs: now and then some are run without. And to look whether drafts have become better costs more.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from quire.engine.speculation.cost import StepCost
+
+# A device that the host waits for less than this share of a step waits for the host.
+_WAITED = 0.1
+# So many steps in a row are run without drafts, the first and last of which say nothing, after so many with.
+_WITHOUT, _WITH = 6, 400
+# Weight of the newest step in what looking for drafts costs.
+_NEWEST = 0.1
+
+
+class StepTime(NamedTuple):
+    """A step computed so many tokens, `num_drafts` of them drafts, of sequences with `context` tokens in all, in so
+    long, None if that says nothing, of which the device spent `draft_seconds` on drafts for so many places, and the
+    host waited for the device for `waited`, None if they take turns."""
+
+    num_tokens: int
+    context: int
+    seconds: float | None
+    num_places: int
+    draft_seconds: float
+    num_drafts: int = 0
+    waited: float | None = None
+
+    @property
+    def is_bound_by_host(self) -> bool:
+        """Whether the device waited for the host."""
+        return self.waited is not None and self.seconds is not None and self.waited < _WAITED * self.seconds
+
+    def is_like(self, other: StepTime | None) -> bool:
+        """Whether both make drafts, or none does, and both verify some, or none does."""
+        return (
+            other is not None
+            and (self.num_places > 0) == (other.num_places > 0)
+            and (self.num_drafts > 0) == (other.num_drafts > 0)
+        )
+
+
+class HostWatch:
+    """Of one engine, whose steps cost what `cost` says."""
+
+    def __init__(self, cost: StepCost) -> None:
+        self._cost = cost
+        self._is_bound = False
+        self._num_without = self._num_with = 0  # steps to come without drafts, and those with some since the last ones
+        self._share: float | None = None
+        # The last step with drafts, until it is known what one without takes.
+        self._latest: StepTime | None = None
+
+    @property
+    def share(self) -> float:
+        """What a step with drafts takes longer than one without, as a share of that, if that is the host's doing."""
+        return self._share or 0.0 if self._is_bound else 0.0
+
+    def tells(self, earlier: StepTime | None, step: StepTime, later: StepTime) -> bool:
+        """Whether what `step` took is what its like take: what the host does in one that it holds up is for the steps
+        before and after it, too."""
+        return not step.is_bound_by_host or (step.is_like(earlier) and step.is_like(later))
+
+    def observe(self, step: StepTime) -> None:
+        """One that `tells`, after the cost was told of it."""
+        if step.num_places:
+            self._is_bound, self._latest = step.is_bound_by_host, step
+        step = self._latest or step
+        num_without = step.num_tokens - step.num_drafts
+        if self._latest is None or step.seconds is None or not self._cost.was_measured(num_without):
+            return
+        self._latest = None
+        share = max(0.0, step.seconds / self._cost.seconds_of(num_without, step.context) - 1.0)
+        self._share = share if self._share is None else self._share + _NEWEST * (share - self._share)
+
+    def must_look(self, num_tokens: int) -> bool:
+        """Whether the next step, of so many tokens without drafts, is to have none, to see how long that takes; to be
+        asked before each step that is to have some."""
+        if self._num_without:
+            self._num_without -= 1
+            return True
+        self._num_with += 1
+        if not self._is_bound or (self._num_with <= _WITH and self._cost.was_measured(num_tokens)):
+            return False
+        self._num_without, self._num_with = _WITHOUT - 1, 0
+        return True
+
+    def steps_between(self, num_probes: int, least: int, share: float) -> int:
+        """In how many steps so many are to look for drafts, which costs `share` of the time; no fewer than `least`."""
+        return max(least, math.ceil(num_probes * (self._share or 0.0) / share))
