@@ -2,7 +2,8 @@
 
     python tests/benchmarks/speculation.py
     python tests/benchmarks/speculation.py --head FOLDER --rounds 5
-    python tests/benchmarks/speculation.py --head FOLDER --requests 1 8 64 --kv-cache-bytes 20000000000
+    python tests/benchmarks/speculation.py --head FOLDER --requests 1 8 64 --max-num-seqs 64 \
+        --kv-cache-bytes 20000000000
 
 Kinds of text: code that is copied, as an editor asks for, JSON under a schema, talk, and the questions that heads are
 evaluated on, for JSON among them. Two engines are in one process; each answers each prompt in each round.
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--num-tokens", type=int, default=8, metavar="N", help="drafts a step, at most (default: 8)")
     parser.add_argument("--requests", type=int, nargs="+", default=[1], metavar="N", help="at once (default: 1)")
     parser.add_argument("--kv-cache-bytes", type=int, metavar="N", help="of each engine: on a GPU, which both share")
+    parser.add_argument("--max-num-seqs", type=int, metavar="N", help="of each engine: graphs are captured for so many")
     parser.add_argument("--rounds", type=int, default=4, metavar="N", help="(default: %(default)s)")
     arguments = parser.parse_args()
     drafts: dict[str, object] = {"method": "suffix", "num_speculative_tokens": arguments.num_tokens}
@@ -106,7 +108,8 @@ def main() -> None:
     table = Table()
     for name in ("tokens/s, median", "at once", "without drafts", "with", "ratio of each round, median"):
         table.add_column(name, justify="left" if name.startswith("tokens") else "right")
-    given = {} if arguments.kv_cache_bytes is None else {"kv_cache_bytes": arguments.kv_cache_bytes}
+    options = {"kv_cache_bytes": arguments.kv_cache_bytes, "max_num_seqs": arguments.max_num_seqs}
+    given = {name: value for name, value in options.items() if value is not None}
     with (
         LLM(arguments.model, **given) as plain,
         LLM(arguments.model, **given, speculative_config=drafts) as speculating,
