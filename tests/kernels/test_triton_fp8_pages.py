@@ -38,26 +38,46 @@ def in_fp8(batch: Batch) -> tuple[Batch, Tensor, Tensor]:
 @settings(max_examples=examples(12, 100), deadline=None)
 @given(
     seqs=st.lists(st.sampled_from([(1, 1), (1, 17), (1, 130), (5, 20), (40, 57)]), min_size=1, max_size=4),
-    kind=compiled_for([(1, 1), (4, 2), (9, 3), (8, 1)], [16, 64, 80], FLOAT_TYPES, [0, 0, 20], [0.0, 2.0], [1, 3, 20]),
+    kind=compiled_for(
+        [(1, 1), (4, 2), (9, 3), (8, 1)], [16, 64, 80], FLOAT_TYPES, [0, 0, 20], [0.0, 2.0], [1, 3, 20], [16, 64]
+    ),
     seed=st.integers(0, 2**32),
 )
 def test_any_mix_of_sequences(
-    seqs: list[tuple[int, int]], kind: tuple[tuple[int, int], int, torch.dtype, int, float, int], seed: int
+    seqs: list[tuple[int, int]], kind: tuple[tuple[int, int], int, torch.dtype, int, float, int, int], seed: int
 ) -> None:
     """Without it attention may read FP8 as something else, or compute in it: its error must be that of its own type,
     the pages' rounding aside."""
-    heads, head_size, dtype, window, soft_cap, splits = kind
+    heads, head_size, dtype, window, soft_cap, splits, rows = kind
     shape = AttentionShape(*heads, head_size, window)
     batch, keys, values = in_fp8(make_batch(seqs, shape, dtype, seed))
     limits = AttentionLimits(max(len(batch.queries), 40), len(seqs), 40)
     plan = plan_attention_triton(
         batch.query_start, batch.context_lens, batch.block_tables, shape, limits, batch.table_rows,
-        small_tiles(splits),
+        small_tiles(splits, rows),
     )  # fmt: skip
     out = paged_attention_triton(batch.queries, keys, values, plan, soft_cap=soft_cap)
     assert out.dtype is dtype
     exact = definition(batch, shape, torch.float64, soft_cap)
     assert_close(out[: len(exact)], exact, by_torch(batch, shape, soft_cap))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
+@pytest.mark.parametrize("soft_cap", [0.0, 2.0])
+def test_queries_of_any_size(soft_cap: float) -> None:
+    """Without it a query that float16 does not hold becomes infinite, or zero, or so does another in its tile."""
+    shape = AttentionShape(8, 2, 64)
+    batch, keys, values = in_fp8(make_batch([(1, 130), (5, 40)], shape, torch.bfloat16, 0))
+    sizes = 2.0 ** torch.tensor([-90, -30, -12, 0, 0, 4, 20, 60], device=DEVICE)
+    batch = replace(batch, queries=batch.queries * sizes[:, None].to(torch.bfloat16))
+    plan = plan_attention_triton(
+        batch.query_start, batch.context_lens, batch.block_tables, shape, AttentionLimits(6, 2, 5, 5),
+        batch.table_rows, small_tiles(1, 32),
+    )  # fmt: skip
+    out = paged_attention_triton(batch.queries, keys, values, plan, soft_cap=soft_cap)
+    # The interpreter cuts bfloat16 where hardware rounds.
+    exact = definition(batch, shape, torch.float64, soft_cap)
+    torch.testing.assert_close(out.double(), exact, rtol=2.0**-7, atol=2.0**-9)
 
 
 @pytest.mark.parametrize("dtype", FLOAT_TYPES)

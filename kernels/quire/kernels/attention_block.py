@@ -11,6 +11,7 @@ error of their product with the scale, which is larger than exp2 can bear.
 from __future__ import annotations
 
 from quire.kernels._triton import jit, tl
+from quire.kernels.pool_type import from_pool, unpack_pairs
 
 
 @jit
@@ -34,7 +35,7 @@ def attend_block(
     values_ptr: tl.tensor,
     table_ptr: tl.tensor,
     kv_head: tl.tensor,
-    scale: tl.tensor,
+    scales: tl.tensor,
     soft_cap: tl.tensor,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
@@ -48,34 +49,47 @@ def attend_block(
 ) -> tl.tensor:
     """Takes the keys from `start` into account: returns the new maximum, denominator and weighted sum of values.
 
-    A query sees keys up to its one of `positions`, and with TREE the one at its own of `places`, too. Without MASK all
-    of a block's keys are there and all queries see them, but for the window.
+    A query sees keys up to its one of `positions`, and with TREE the one at its own of `places`, too; `scales` are the
+    queries'. Without MASK all of a block's keys are there and all queries see them, but for the window.
     """
+    fp8: tl.constexpr = keys_ptr.dtype.element_ty.is_fp8()
+    # For more rows the tensor cores read keys and values from shared memory, converted: pairs would gain nothing.
+    paired: tl.constexpr = fp8 and q.dtype == tl.float16 and q.shape[0] < 64 and BLOCK_SIZE >= 32
+    width: tl.constexpr = HEAD_SIZE // 2 if paired else HEAD_SIZE
+    block_width: tl.constexpr = BLOCK_SIZE // 2 if paired else BLOCK_SIZE
+    if paired:
+        keys_ptr = keys_ptr.to(tl.pointer_type(tl.int16))
+        values_ptr = values_ptr.to(tl.pointer_type(tl.int16))
     key = start + tl.arange(0, BLOCK_KEYS)
-    element = tl.arange(0, BLOCK_SIZE)
+    element = tl.arange(0, block_width)
     inside = key < end
     if MASK:
         page = tl.load(table_ptr + key // PAGE_SIZE, mask=inside, other=0).to(tl.int64)
     else:
         page = tl.load(table_ptr + key // PAGE_SIZE).to(tl.int64)
-    offset = ((page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE) * HEAD_SIZE
+    offset = ((page * NUM_KV_HEADS + kv_head) * PAGE_SIZE + key % PAGE_SIZE) * width
     place = offset[:, None] + element[None, :]
     if MASK:
-        there = inside[:, None] & (element < HEAD_SIZE)[None, :]
+        there = inside[:, None] & (element < width)[None, :]
         k = tl.load(keys_ptr + place, mask=there, other=0.0)
         v = tl.load(values_ptr + place, mask=there, other=0.0)
     elif HEAD_SIZE != BLOCK_SIZE:
-        k = tl.load(keys_ptr + place, mask=(element < HEAD_SIZE)[None, :], other=0.0)
-        v = tl.load(values_ptr + place, mask=(element < HEAD_SIZE)[None, :], other=0.0)
+        k = tl.load(keys_ptr + place, mask=(element < width)[None, :], other=0.0)
+        v = tl.load(values_ptr + place, mask=(element < width)[None, :], other=0.0)
     else:
         k = tl.load(keys_ptr + place)
         v = tl.load(values_ptr + place)
 
-    scores = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee")
-    unit = scale
+    if paired:
+        first_q, second_q = tl.split(tl.reshape(q, (q.shape[0], block_width, 2)))
+        first_k, second_k = unpack_pairs(k)
+        scores = tl.dot(second_q, tl.trans(second_k), tl.dot(first_q, tl.trans(first_k)))
+    else:
+        scores = tl.dot(q, tl.trans(from_pool(k, q)), input_precision="ieee")
+    units = scales
     if SOFT_CAP:
-        scores = cap_scores(scores, scale, soft_cap)
-        unit = 1.0
+        scores = cap_scores(scores, scales[:, None], soft_cap)
+        units = tl.full(scales.shape, 1.0, tl.float32)
     if MASK:
         seen = key[None, :] <= positions[:, None]
         if TREE:
@@ -87,11 +101,19 @@ def attend_block(
             # A leaf's own position is the next one.
             last = tl.minimum(positions + 1, places)
         scores = tl.where(key[None, :] > last[:, None] - WINDOW, scores, -float("inf"))
-    new_best = tl.maximum(best, tl.max(scores, 1) * unit)
+    new_best = tl.maximum(best, tl.max(scores, 1) * units)
     # One fused multiply-add an element.
-    p = tl.exp2(scores * unit - new_best[:, None])
+    p = tl.exp2(scores * units[:, None] - new_best[:, None])
     fade = tl.exp2(best - new_best)
-    acc = tl.dot(p.to(q.dtype), v.to(q.dtype), acc * fade[:, None], input_precision="ieee")
+    if paired:
+        first, second = tl.split(tl.reshape(acc, (q.shape[0], block_width, 2)))
+        first_v, second_v = unpack_pairs(v)
+        first = tl.dot(p.to(q.dtype), first_v, first * fade[:, None])
+        second = tl.dot(p.to(q.dtype), second_v, second * fade[:, None])
+        acc = tl.reshape(tl.join(first, second), (q.shape[0], BLOCK_SIZE))
+    else:
+        weights: tl.constexpr = tl.float16 if fp8 and q.dtype == tl.bfloat16 else q.dtype
+        acc = tl.dot(p.to(weights), v.to(weights), acc * fade[:, None], input_precision="ieee")
     return new_best, weight * fade + tl.sum(p, 1), acc
 
 

@@ -43,7 +43,7 @@ from quire.kernels.attention_worklist import (
     prefix_tile,
 )
 from quire.kernels.draft_trees import DraftTrees
-from quire.kernels.pool_type import to_pool
+from quire.kernels.pool_type import as_half, to_pool
 from quire.kernels.prefix_groups import PrefixGroups
 from quire.kernels.rotary_and_write import HeadNorm
 
@@ -383,6 +383,10 @@ def _attend_kernel(
             tl.store(values_ptr + slot + row[:, None] * 0 + element[None, :], v, mask=once)
     else:
         q = tl.load(queries_ptr + place, mask=there, other=0.0)
+    scales = tl.full((TILE_ROWS,), scale, tl.float32)
+    # For more rows the tensor cores read queries from shared memory, but not what was computed from them.
+    if keys_ptr.dtype.element_ty.is_fp8() and q.dtype == tl.bfloat16 and TILE_ROWS < 64:
+        q, scales = as_half(q, scale)
     rest = begin
     if BULK:
         # All queries see all of these keys.
@@ -392,12 +396,12 @@ def _attend_kernel(
         rest = begin + tl.maximum(tl.minimum(end, seen) - begin, 0) // BLOCK_KEYS * BLOCK_KEYS
         for start in tl.range(begin, rest, BLOCK_KEYS, num_stages=STAGES):
             best, weight, acc = attend_block(
-                start, end, q, best, weight, acc, positions, places, keys_ptr, values_ptr, table_ptr, kv_head, scale,
+                start, end, q, best, weight, acc, positions, places, keys_ptr, values_ptr, table_ptr, kv_head, scales,
                 soft_cap, NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, TREE, False,
             )  # fmt: skip
     for start in tl.range(rest, end, BLOCK_KEYS, num_stages=STAGES):
         best, weight, acc = attend_block(
-            start, end, q, best, weight, acc, positions, places, keys_ptr, values_ptr, table_ptr, kv_head, scale,
+            start, end, q, best, weight, acc, positions, places, keys_ptr, values_ptr, table_ptr, kv_head, scales,
             soft_cap, NUM_KV_HEADS, HEAD_SIZE, PAGE_SIZE, WINDOW, SOFT_CAP, BLOCK_KEYS, BLOCK_SIZE, TREE, True,
         )  # fmt: skip
 
