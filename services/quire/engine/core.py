@@ -159,7 +159,7 @@ class EngineCore:
         if self._in_flight is not None and self._speculator.wants_tokens(self.scheduler):
             self._commit_in_flight(None)
         promised: dict[Sequence, int] = {}
-        if self._in_flight is not None:
+        if self._in_flight is not None and any(work.num_wanted for work in self._in_flight.schedule.plan.work):
             schedule, void = self._in_flight.schedule, self._in_flight.void
             for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
                 if work.num_wanted and index not in void:
@@ -238,7 +238,7 @@ class EngineCore:
                 self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
         errors = step.masks.batch.errors if step.masks is not None else {}
         results = step.masks.batch.results if step.masks is not None else {}
-        if self._speculator is not None and schedule.plan.work:
+        if self._speculator is not None and schedule.plan.work and not self._speculator.is_resting:
             num_computed = sum(work.num_tokens for work in schedule.plan.work)
             context = num_computed + sum(work.start for work in schedule.plan.work)
             num_places = max(work.num_wanted for work in schedule.plan.work)
@@ -250,6 +250,9 @@ class EngineCore:
                 num_computed, context, seconds if usual else None, num_places, result.draft_seconds, num_drafts, waited
             )
             self._speculator.observe_step(told if result.repeatable else None)
+        speculator = self._speculator
+        if speculator is not None and not (schedule.drafts or result.drafts or results or speculator.awaits_tokens):
+            speculator = None
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:
@@ -264,13 +267,13 @@ class EngineCore:
                 between.append(now - sequence.last_token_at)
             sequence.last_token_at = now
             tokens: tuple[int, ...] = (result.token_ids[index],)
-            if self._speculator is not None:
+            if speculator is not None:
                 grammar, verified = results.get(sequence.key), schedule.drafts.get(sequence)
                 if verified is not None:
                     kept = verified.token_ids[: result.accepted[index]]
                     if work.num_siblings:
                         drafted, kept = kept, result.kept[index]
-                        self._speculator.observe_siblings(work.num_siblings, kept != drafted)
+                        speculator.observe_siblings(work.num_siblings, kept != drafted)
                     tokens = (*kept, *tokens)
                     if grammar is not None and len(tokens) > grammar.num_drafts + 1:
                         # Behind what the grammar allows nothing was masked.
@@ -283,7 +286,7 @@ class EngineCore:
                     unread.token_ids = drafts[: len(unread.token_ids)]
                 drafter = verified.drafter if verified is not None else None
                 siblings = result.siblings.get(index, ())
-                self._speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts, siblings)
+                speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts, siblings)
             error = errors.get(sequence.key)
             logprobs = result.logprobs.get(index, ())
             num_tokens += self._commit_tokens(sequence, tokens, logprobs, error, work.num_verified)

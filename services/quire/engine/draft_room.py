@@ -25,12 +25,9 @@ class DraftRoom:
     def __init__(self, pool: PagePool, max_tokens: int | None, *, in_pages: bool) -> None:
         self._pool, self._max_tokens, self._in_pages = pool, max_tokens, in_pages
 
-    def limit(self, running: SequenceOf[Sequence], ready: SequenceOf[Sequence], budget: int, most: int) -> None:
-        """Cuts drafts to what costs nobody else anything, in a step of `budget` tokens without them, and `most` with
-        them; it can have those of the running sequences that are `ready`."""
-        drafted = [sequence for sequence in ready if sequence.drafts]
-        if not drafted:
-            return
+    def limit(self, running: SequenceOf[Sequence], drafted: SequenceOf[Sequence], budget: int, most: int) -> None:
+        """Cuts the drafts of those that are `drafted` for to what costs nobody else anything, in a step of `budget`
+        tokens without them, and `most` with them."""
         spare_tokens = most - len(running)
         if self._max_tokens is not None:
             spare_tokens = min(spare_tokens, self._max_tokens)

@@ -275,11 +275,12 @@ class Scheduler:
             for sequence in ready:
                 if sequence.num_computed % PAGE_SIZE == 0:
                     self._drafts.step_back(sequence)
-        most = self.config.max_num_batched_tokens
-        self._drafts.limit(self._running, ready, step.budget, most)
-        # Drafts take nothing from prompts: that would put off sequences that could decode beside these.
-        num_drafts = sum(sequence.num_verified for sequence in ready if sequence.num_pending == 1)
-        step.budget = min(step.budget + num_drafts, most)
+        if drafted := [sequence for sequence in ready if sequence.drafts]:
+            most = self.config.max_num_batched_tokens
+            self._drafts.limit(self._running, drafted, step.budget, most)
+            # Drafts take nothing from prompts: that would put off sequences that could decode beside these.
+            num_drafts = sum(sequence.num_verified for sequence in drafted if sequence.num_pending == 1)
+            step.budget = min(step.budget + num_drafts, most)
         for sequence in ready:
             if sequence.num_pending > 1:
                 prefilling.append(sequence)

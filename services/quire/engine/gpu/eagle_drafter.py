@@ -136,21 +136,26 @@ class EagleInPages:
 
     def warm_up(self, num_tokens: int) -> None:
         """Runs the largest step, of padding only, after the model's."""
-        self._write(num_tokens)
+        self.write(num_tokens)
 
-    def follow(self, staged: StagedStep) -> PendingDrafts | None:
-        """After a step's draws: writes its tokens' keys and values, and makes drafts if any are wanted."""
+    def follow(self, staged: StagedStep, *, written: bool = False) -> PendingDrafts | None:
+        """After a step's draws: writes its tokens' keys and values, unless they are, and makes drafts if any are
+        wanted."""
         count = staged.num_tokens
+        if written:
+            return self._draft(staged)
         if self._sizes is None:
-            self._write(count)
+            self.write(count)
         else:
             batches, tokens = self._sizes
             size = (batches(count) if staged.draws_only else None) or tokens(count)
-            self._write(count) if size is None else self._run_write(size)
+            self.write(count) if size is None else self._run_write(size)
         return self._draft(staged)
 
     def _draft(self, staged: StagedStep) -> PendingDrafts | None:
         work, draws = staged.work, staged.draws
+        if not work.wanted.any():
+            return None
         wanted = work.wanted[draws.items]
         # Those who want most come first: so those who want a draft in a place are the first of them.
         order = np.argsort(-wanted, kind="stable")[: np.count_nonzero(wanted)]
@@ -197,7 +202,7 @@ class EagleInPages:
         self._wanted.copy_(buffer, non_blocking=True)
 
     def _run_write(self, size: int) -> None:
-        self._graphs.run(("head's keys and values", size), partial(self._write, size))
+        self._graphs.run(("head's keys and values", size), partial(self.write, size))
 
     def _run_begin(self, size: int) -> None:
         self._graphs.run(("drafts' beginning", size), partial(self._begin, size))
@@ -208,8 +213,8 @@ class EagleInPages:
     def _run_end(self, size: int) -> None:
         self._graphs.run(("drafts' end", size), partial(self._end, size))
 
-    def _write(self, num_rows: int) -> None:
-        """The step's rows, each a position later: the tokens that came after them."""
+    def write(self, num_rows: int) -> None:
+        """The keys and values of the step's rows, each a position later: the tokens that came after them."""
         columns, batch = self._batch.columns, self._batch
         num_seqs, rows = min(num_rows, batch.num_seqs), self._rows.rows(num_rows)
         prepare_inputs(

@@ -153,6 +153,9 @@ class GpuRunner:
         wanted: list[tuple[int, int, Callable[[], None]]] = []
         wanted += [(rank, size, partial(self._run_forward, shape)) for rank, size, shape in shapes]
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
+        if self._writes_with_draws:
+            sizes = {self._draw_sizes(size) or size for size in self._shapes.batch_sizes.all}
+            wanted += [(0, size, partial(self._run_draw, size, 0, False, False, True)) for size in sizes]
         if self._max_num_draws > self._max_num_seqs:
             wanted += [(0, 1, self._run_follow_drafts), (0, 1, self._run_count_accepted)]
         if self._layers is not None:
@@ -208,8 +211,9 @@ class GpuRunner:
     def _run_forward(self, shape: StepShape) -> None:
         self._graphs.run(shape, lambda: self._keep(self._hidden_states(shape)))
 
-    def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool) -> None:
-        kind = (size, num_masks, adjusted, reported)
+    def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool, write: bool = False) -> None:
+        """`write`: and then the head's keys and values of as many rows."""
+        kind = (size, num_masks, adjusted, reported, write)
         self._graphs.alone.run(("draw", *kind), partial(self._draw_rows, *kind))
 
     def _keep(self, hidden: Tensor) -> None:
@@ -249,6 +253,7 @@ class GpuRunner:
     def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
         with torch.inference_mode(), self._on_stream():
             staged, count, num_graphs = step.staged, len(step.staged.draws), self._num_graphs
+            written = False
             if count:
                 num_masks = self._masks.send(staged, masks) if masks is not None and masks.work else 0
                 state, slots = self._batch.sampling, staged.draws.slots
@@ -256,16 +261,23 @@ class GpuRunner:
                 adjusted |= state.forbids_ends[slots] | state.forbids_words[slots]
                 reported = state.num_logprobs[slots] >= 0
                 size = self._draw_sizes(count) if self._pads else count
-                self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()))
+                # One graph less, of a step that has no drafts to verify in between.
+                written = self._writes_with_draws and staged.draws_only and not staged.work.drafts.any()
+                self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()), written)
             if staged.work.drafts.any():
                 self._verify(staged)
-            step.drafts = self._draft(staged)
+            step.drafts = self._draft(staged, written=written)
             self._results.send(step, self._drawn, self._reports, self._stream)
             step.num_captured += self._num_graphs - num_graphs
         step.drawn = True
 
-    def _draft(self, staged: StagedStep) -> PendingDrafts | None:
-        return None if self._drafter is None else self._drafter.follow(staged)
+    @property
+    def _writes_with_draws(self) -> bool:
+        """Whether a graph may do both: not if others share in the draw."""
+        return self._drafter is not None and self._model.group is None
+
+    def _draft(self, staged: StagedStep, *, written: bool) -> PendingDrafts | None:
+        return None if self._drafter is None else self._drafter.follow(staged, written=written)
 
     def _run_follow_drafts(self) -> None:
         self._graphs.alone.run(("drafts before",), self._batch.follow_drafts)
@@ -293,7 +305,7 @@ class GpuRunner:
         if self._drafter is not None:
             self._drafter.move(batch.moves.sources, batch.moves.targets)
 
-    def _draw_rows(self, num_rows: int, num_masks: int, adjusted: bool, reported: bool) -> None:
+    def _draw_rows(self, num_rows: int, num_masks: int, adjusted: bool, reported: bool, write: bool) -> None:
         """`adjusted`: some want penalties, bias or bans. `reported`: some want log-probabilities."""
         logits, drawn = self._logits(num_rows), self._drawn[:num_rows]
         as_given = logits.clone() if reported and (adjusted or num_masks) else logits
@@ -304,6 +316,8 @@ class GpuRunner:
         draw_tokens(logits, self._batch, drawn)
         if reported:
             report_tokens(as_given, self._batch, drawn, self._reports)
+        if write and self._drafter is not None:
+            self._drafter.write(num_rows)
 
     def _logits(self, num_rows: int) -> Tensor:
         """Of the first rows of `_hidden`; they will be changed."""

@@ -36,10 +36,10 @@ class ShardedRunner(GpuRunner):
         shape = (len(self._drawn), self._model.config.vocab_size)
         return torch.empty(shape, dtype=torch.float32, device=self._device)
 
-    def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool) -> None:
+    def _run_draw(self, size: int, num_masks: int, adjusted: bool, reported: bool, write: bool = False) -> None:
         self._graphs.run(("logits", size), partial(self._gather_logits, size))
         if self._group.rank == 0:
-            super()._run_draw(size, num_masks, adjusted, reported)
+            super()._run_draw(size, num_masks, adjusted, reported, write)
         self._graphs.run(("tokens", size), partial(self._share_tokens, size))
 
     def _gather_logits(self, num_rows: int) -> None:
@@ -48,8 +48,8 @@ class ShardedRunner(GpuRunner):
     def _logits(self, num_rows: int) -> Tensor:
         return self._gathered[:num_rows]
 
-    def _draft(self, staged: StagedStep) -> PendingDrafts | None:
-        found = super()._draft(staged)
+    def _draft(self, staged: StagedStep, *, written: bool) -> PendingDrafts | None:
+        found = super()._draft(staged, written=written)
         wanted = staged.work.wanted[staged.draws.items]
         if wanted.any():
             self._share_drafts(int(wanted.max()), int(np.count_nonzero(wanted)))

@@ -92,5 +92,6 @@ class HostWatch:
         return True
 
     def steps_between(self, num_probes: int, least: int, share: float) -> int:
-        """In how many steps so many are to look for drafts, which costs `share` of the time; no fewer than `least`."""
-        return max(least, math.ceil(num_probes * (self._share or 0.0) / share))
+        """In how many steps so many are to look for drafts; no fewer than `least`, and where the host holds up the
+        device so many that this costs it `share` of the time."""
+        return max(least, math.ceil(num_probes * self.share / share))

@@ -33,6 +33,9 @@ _PROBES, _PROBED = 4, 40
 # That is to cost this share of the time at most: where a device waits for the host, there are more steps in between.
 _PROBE_SHARE = 0.01
 
+# While the device makes no drafts, and nobody else does, that is thought over once in so many steps.
+_REST = 8
+
 # A device that runs ahead is held up when the host's next drafts are looked for: where they were not worth it, it runs
 # so many steps before they are looked for again.
 _LONGEST_LEAD = 11
@@ -82,6 +85,9 @@ class Speculator:
         self._num_idle = self._num_probes = 0
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, Prospect] = {}
+        # Keys of sequences of which tokens were offered that are not drawn yet; steps before anything is decided again.
+        self._offered: set[int] = set()
+        self._num_resting = 0
         self._released: list[int] = []
         # What is to be learned: whose drafts were how often right, and then wrong; what was verified of them.
         self._judged: list[tuple[Prospect, Drafter, int, bool]] = []
@@ -100,8 +106,20 @@ class Speculator:
         """How many drafts to ask the device for when a prompt is done."""
         return self._num_places
 
+    @property
+    def is_resting(self) -> bool:
+        """Whether nothing is to be learned from the times of steps."""
+        return self._num_resting > 0
+
+    @property
+    def awaits_tokens(self) -> bool:
+        """Whether what is drawn is to be observed, even of steps without drafts."""
+        return self._source is not None or bool(self._offered)
+
     def wants_tokens(self, scheduler: Scheduler) -> bool:
         """Whether drafts of the host's are worth reading the step in flight before the next is planned."""
+        if not self.awaits_tokens:
+            return False
         if self._num_ahead < self._lead:
             self._num_ahead += 1
             return False
@@ -123,6 +141,11 @@ class Speculator:
 
         Of those that a step in flight draws for, drafts are known to the device alone: it makes `promised` many.
         """
+        if self._num_resting and not promised and not self._offered:
+            # They are as they were, and newcomers have none.
+            self._num_resting -= 1
+            return
+        self._num_resting = 0
         decodes, num_alone, num_prompt, context = [], 0, 0, 0
         for sequence in scheduler.running:
             context += sequence.num_tokens
@@ -156,6 +179,9 @@ class Speculator:
             sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
         if self._on_device:
             self._want(decodes, base)
+            if self._num_idle and self._cost.knows(num_tokens) and not (promised or self.awaits_tokens):
+                self._num_resting = min(_REST, self._num_until_probes()) - 1
+                self._num_idle += self._num_resting
         if known and len(known) == len(decodes):
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
@@ -181,12 +207,16 @@ class Speculator:
             self._num_idle = self._num_probes = 0
         elif self._num_probes:
             self._num_probes -= 1
-        else:
+        elif self._num_until_probes() > 1:
             self._num_idle += 1
-            if self._num_idle > self._host.steps_between(_PROBES, _PROBED, _PROBE_SHARE) - _PROBES:
-                self._num_idle, self._num_probes = 0, _PROBES
+        else:
+            self._num_idle, self._num_probes = 0, _PROBES
         for sequence, _ in takers:
             sequence.num_wanted = places or int(self._num_probes > 0)
+
+    def _num_until_probes(self) -> int:
+        """In how many steps drafts are to be looked for, at least 1."""
+        return max(1, self._host.steps_between(_PROBES, _PROBED, _PROBE_SHARE) - _PROBES - self._num_idle)
 
     def observe_step(self, measured: StepTime | None) -> None:
         """A step was read; None: it compiled or captured something, which held up the one before it, too."""
@@ -235,6 +265,10 @@ class Speculator:
         if drafted:
             self._offer(prospect, Drafter.EAGLE, drafted)
             prospect.siblings = siblings
+        if prospect.offers:
+            self._offered.add(sequence.key)
+        else:
+            self._offered.discard(sequence.key)
 
     def _offer(self, prospect: Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
         prospect.offers[drafter] = token_ids
@@ -276,6 +310,7 @@ class Speculator:
 
     def forget(self, key: int) -> None:
         """A sequence has ended."""
+        self._offered.discard(key)
         if self._prospects.pop(key, None) is not None and self._source is not None:
             self._released.append(key)
 
