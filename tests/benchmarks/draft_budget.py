@@ -33,8 +33,13 @@ from quire.engine.speculation.speculator import SpeculationConfig, Speculator
 from quire.service.request import Request, SamplingParams, StopConditions
 
 # Milliseconds of a step by its tokens, without attention; of a token of context; of a row that is drawn from.
-ROWS = (1, 16, 64, 96, 128, 192, 256, 320, 384, 512, 768, 1024, 1280, 2048, 4096, 8192)
-MILLISECONDS = (4.3, 4.3, 4.75, 5.05, 5.3, 5.95, 6.85, 8.05, 8.95, 11.65, 16.85, 21.85, 27.35, 43.35, 86.35, 172.35)
+ROWS = (
+    1, 16, 64, 128, 192, 288, 320, 384, 416, 480, 512, 576, 640, 704, 768, 832, 896, 1024, 1152, 1280, 1600, 4096, 8192,
+)  # fmt: skip
+MILLISECONDS = (
+    4.3, 4.3, 4.75, 5.4, 6.6, 9.0, 9.0, 10.1, 11.4, 12.4, 12.4, 14.2, 15.6, 18.1, 19.3, 22.1, 22.1, 23.7, 28.4, 33.0,
+    40.5, 90.0, 186.0,
+)  # fmt: skip
 CONTEXT_MS, DRAW_MS, OTHER_MS, HOST_S = 131072 / 3.7e9, 0.0012, 0.55, 0.0012
 # A pass of the head, and of each sequence in it, whose context its one layer of 32 reads.
 PASS_MS, PASS_SEQ_MS = 0.26, 0.0009

@@ -121,8 +121,6 @@ class EngineCore:
             )
         sequence = self.scheduler.add(key, request)
         sequence.arrived_at = time.perf_counter()
-        if self._speculator is not None:
-            sequence.num_wanted = self._speculator.num_wanted
 
     def cancel(self, key: int) -> None:
         """Ends a request and frees its pages at once; its terminal update comes with the next step's."""
@@ -165,6 +163,7 @@ class EngineCore:
                 if work.num_wanted and index not in void:
                     promised[sequence] = work.num_wanted
         self._speculator.propose(self.scheduler, promised)
+        self.scheduler.num_wanted = self._speculator.num_wanted
 
     def _commit_in_flight(self, following: _Step | None) -> None:
         """Reads the step in flight; `following` was launched behind it."""

@@ -92,6 +92,8 @@ class Scheduler:
         self._sequences: dict[int, Sequence] = {}
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []  # a heap; entries of ended sequences are stale
         self._num_waiting = 0
+        # How many drafts the device is to make of what follows the prompts that join.
+        self.num_wanted = 0
         self._running: list[Sequence] = []
         self._slots = list(range(config.max_num_seqs - 1, -1, -1))
         self._deadlines: list[tuple[int, int]] = []  # a heap of (unix ms, key); entries of ended sequences are stale
@@ -351,6 +353,7 @@ class Scheduler:
         sequence.num_published = len(cached)
         if self.config.drafter_in_pages:
             self._drafts.step_back(sequence)
+        sequence.num_wanted = self.num_wanted
         sequence.slot = self._slots.pop()
         sequence.state = SequenceState.RUNNING
         self._running.append(sequence)

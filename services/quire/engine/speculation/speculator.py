@@ -151,6 +151,7 @@ class Speculator:
             context += sequence.num_tokens
             if sequence.num_pending > 1:
                 num_prompt += sequence.num_pending
+                sequence.num_wanted = self._num_places
                 continue
             num_alone += 1
             if sequence.num_pending == 1 and not sequence.may_await_last_token:
@@ -196,6 +197,8 @@ class Speculator:
             # Not where another drafter's are there and better.
             if sequence.drafter is Drafter.EAGLE or not sequence.drafts:
                 takers.append((sequence, prospect))
+        if not takers:
+            return
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
         second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
         self._num_places = places = choose_places(
