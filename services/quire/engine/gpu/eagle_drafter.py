@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import GpuBatch, StagedStep
+from quire.engine.gpu.batch import MAX_SIBLINGS, GpuBatch, StagedStep
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.graphs import Graphs, Sizes
 from quire.engine.models.gpu_decoder import GpuStep
@@ -104,7 +104,8 @@ class EagleInPages:
         self._steps = torch.zeros(_MOST, 4 * (num_seqs + 4), dtype=torch.int32, device=device)
         shape = (_MOST, num_choices, num_seqs)
         self._drafts = torch.zeros(shape, dtype=torch.int64, device=device)
-        self._targets = torch.zeros(_MOST, num_seqs, dtype=torch.int64, device=device)  # in the batch's tokens, flat
+        # Where they go among the batch's tokens, and siblings in its table, both flat.
+        self._targets, self._beside = torch.zeros(2, _MOST, num_seqs, dtype=torch.int64, device=device)
         on_gpu = device.type == "cuda"
         self._results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
         self._turn = 0
@@ -170,10 +171,6 @@ class EagleInPages:
             self._run_pass(size or len(order))
         self._turn = (self._turn + 1) % len(self._results)
         self._run_end(size or len(order))
-        if self._num_choices > 1:
-            # Of a sequence that wants fewer, what is behind those is for no step.
-            siblings, slots = self._drafts[:places, 1, : len(order)].T.to(torch.int32), self._slots[: len(order)]
-            self._batch.siblings[:, :places].index_copy_(0, slots.to(torch.int64), siblings)
         token_ids = self._results[self._turn][:places]
         token_ids.copy_(self._drafts[:places], non_blocking=True)
         return PendingDrafts(draws.items[order], wanted, token_ids, began, self._mark(), time.perf_counter() - clock)
@@ -248,6 +245,9 @@ class EagleInPages:
         length = batch.token_ids.shape[1]
         columns_of = torch.where(there, positions + 1, length - 1).clamp_max_(length - 1)
         self._targets[:, :size] = slots.to(torch.int64) * length + columns_of
+        # What is no sibling goes where a slot's last one would be: there are never so many.
+        columns_of = torch.where(there, ahead[:, None], MAX_SIBLINGS - 1)
+        self._beside[:, :size] = slots.to(torch.int64) * MAX_SIBLINGS + columns_of
         starts = torch.arange(size + 1, dtype=torch.int32, device=ahead.device)
         query_start, *others = self._columns(self._steps, size)
         torch.minimum(starts, self._counts[:, None], out=query_start)
@@ -255,9 +255,12 @@ class EagleInPages:
             column.copy_(values)
 
     def _end(self, size: int) -> None:
-        """Puts the drafts behind their sequences' tokens."""
+        """Puts the drafts behind their sequences' tokens, and siblings into the table of them."""
         drafts, targets = self.made(_MOST, size)
         self._batch.token_ids.view(-1).index_put_((targets,), drafts.to(torch.int32))
+        if self._num_choices > 1:
+            targets, siblings = self._beside[:, :size], self._drafts[:, 1, :size]
+            self._batch.siblings.view(-1).index_put_((targets,), siblings.to(torch.int32))
 
     def _columns(self, steps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Views of int32 [places, any]: query_start [places, size + 1]; positions, slot_mapping and context_lens

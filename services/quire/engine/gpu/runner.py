@@ -189,9 +189,7 @@ class GpuRunner:
             self._hidden_states(self._shapes.largest(size))
             self._run_draw(self._max_num_draws, 0, False, False)
             if self._max_num_draws > self._max_num_seqs:
-                self._count_accepted()
-                if self._layers is not None:
-                    self._keep_siblings()
+                self._count_accepted() if self._layers is None else self._keep_siblings()
                 self._batch.follow_drafts()
             if self._drafter is not None:
                 self._drafter.warm_up(size)
@@ -283,9 +281,10 @@ class GpuRunner:
         self._graphs.alone.run(("drafts before",), self._batch.follow_drafts)
 
     def _verify(self, staged: StagedStep) -> None:
-        self._run_count_accepted()
         if staged.trees:
             self._run_siblings()
+        else:
+            self._run_count_accepted()
 
     def _run_count_accepted(self) -> None:
         self._graphs.alone.run(("accepted",), self._count_accepted)
@@ -297,6 +296,7 @@ class GpuRunner:
         self._graphs.alone.run(("siblings",), self._keep_siblings)
 
     def _keep_siblings(self) -> None:
+        self._count_accepted()
         batch = self._batch
         if self._layers is None:
             raise InternalError("a step has siblings, and this runner was made for none")
