@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -400,6 +401,45 @@ def test_right_drafts_are_used_by_a_device_that_waits_for_the_host(
     head = Head(0.00002, right=True)
     _, machine, _, core = simulate(monkeypatch, quality=None, num_seqs=num_seqs, head=head, drafting=0.0005, **short)
     assert finish(core, machine) <= 0.45 * without
+
+
+def test_drafts_that_are_given_up_cost_the_host_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is thought over in each step, for each sequence, is most of what a small model's step takes."""
+    asked = 0
+
+    def count(*arguments: Any) -> int:
+        nonlocal asked
+        asked += 1
+        return choose_places(*arguments)
+
+    monkeypatch.setattr(speculator_module, "choose_places", count)
+    _, _, _, core = simulate(monkeypatch, COSTS["a GPU's"], None, 8, 700, Head(0.0005, right=False), host=0.0005)
+    for _ in range(100):
+        core.step()
+    asked = 0
+    for _ in range(400):
+        core.step()
+    # Once in 8 steps, and in those that look for drafts and at what became of them, 5 or 6 of 40.
+    assert asked < 400 / 3
+
+
+def test_no_drafts_are_made_behind_a_prompt_after_they_were_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass takes as long for one sequence as for all. A request that waited since drafts were wanted still asked for
+    them when its turn came."""
+    _, machine, _, core = simulate(monkeypatch, COSTS["a GPU's"], None, 2, 40, Head(0.0005, right=False), host=0.0005)
+    launch, wanted = machine.launch, []
+
+    def watch(plan: StepPlan, *, masked: bool) -> Any:
+        wanted.extend(work.num_wanted for work in plan.work if work.num_tokens - work.num_drafts > 1)
+        return launch(plan, masked=masked)
+
+    monkeypatch.setattr(machine, "launch", watch)
+    for key in range(10, 16):
+        stop = StopConditions(40, ignore_eos=True)
+        core.submit(key, Request(str(key), "m", (key, 5, 7), SamplingParams(temperature=0.0), stop))
+    finish(core, machine)
+    assert len(wanted) == 8 and wanted[0] > 0
+    assert not any(wanted[4:])
 
 
 def test_what_a_large_batch_took_is_no_cost_of_a_small_one() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import insort
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +44,14 @@ class PassCost:
         self.seconds = one
 
 
+class _Curve(NamedTuple):
+    """Of the sizes whose measurements count: they, what they took, and with how much context."""
+
+    sizes: npt.NDArray[np.float64]
+    seconds: npt.NDArray[np.float64]
+    contexts: npt.NDArray[np.float64]
+
+
 @dataclass(slots=True)
 class _Measured:
     """Of one size: means that follow what was measured last, how often that was, and in which step."""
@@ -68,6 +77,7 @@ class StepCost:
         self._sizes: list[int] = []
         self._measured: dict[int, _Measured] = {}
         self._step = 0
+        self._curve: _Curve | None = None  # until another step is recorded
         # Of contexts and seconds around the means of their size: sums of squares and of products.
         self._squares = self._products = 0.0
 
@@ -76,6 +86,7 @@ class StepCost:
         size = _size(num_tokens)
         known = self._measured.get(size)
         self._step += 1
+        self._curve = None
         if known is None:
             insort(self._sizes, size)
             self._measured[size] = _Measured(seconds, context, 1, self._step)
@@ -103,8 +114,8 @@ class StepCost:
 
     def knows(self, num_tokens: int) -> bool:
         """Whether so few tokens were measured, or two larger sizes: what more of them cost can't be told without."""
-        known = [size for size in self._sizes if self._is_known(size)]
-        return len(known) > 1 or (len(known) == 1 and known[0] <= num_tokens)
+        known = self._known.sizes
+        return len(known) > 1 or (len(known) == 1 and bool(known[0] <= num_tokens))
 
     def was_measured(self, num_tokens: int) -> bool:
         """Whether steps of about so many tokens were, often enough."""
@@ -123,10 +134,8 @@ class StepCost:
         sequences of a batch that ends become fewer all the time. Larger ones than all of them count as the largest:
         they have to be tried to be known.
         """
-        price = self.price
-        known = [size for size in self._sizes if self._is_known(size)]
-        each = (self._measured[size] for size in known)
-        curve = np.maximum.accumulate([one.at(context, price) for one in each])
+        price, (known, took, contexts) = self.price, self._known
+        curve = np.maximum.accumulate(np.maximum(_LEAST * took, took + price * (context - contexts)))
         slope = curve[0] / known[0]
         if len(known) > 1:
             slope = min(slope, (curve[1] - curve[0]) / (known[1] - known[0]))
@@ -134,8 +143,15 @@ class StepCost:
         found: npt.NDArray[np.float64] = np.interp(num_tokens, known, curve) - below
         return found
 
-    def _is_known(self, size: int) -> bool:
-        measured = self._measured[size]
+    @property
+    def _known(self) -> _Curve:
+        if self._curve is None:
+            known = [(size, one) for size in self._sizes if self._is_known(one := self._measured[size])]
+            rows = [(size, one.seconds, one.context) for size, one in known]
+            self._curve = _Curve(*np.array(rows, dtype=np.float64).reshape(-1, 3).T)
+        return self._curve
+
+    def _is_known(self, measured: _Measured) -> bool:
         return measured.count >= _FIRST or self._step - measured.seen_at < _TRUSTED
 
 

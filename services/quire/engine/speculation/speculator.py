@@ -85,8 +85,10 @@ class Speculator:
         self._num_idle = self._num_probes = 0
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, Prospect] = {}
-        # Keys of sequences of which tokens were offered that are not drawn yet; steps before anything is decided again.
+        # Keys of sequences of which tokens were offered that are not drawn yet, and of those whose grammar forces some;
+        # steps before anything is decided again.
         self._offered: set[int] = set()
+        self._forced: set[int] = set()
         self._num_resting = 0
         self._released: list[int] = []
         # What is to be learned: whose drafts were how often right, and then wrong; what was verified of them.
@@ -118,7 +120,7 @@ class Speculator:
 
     def wants_tokens(self, scheduler: Scheduler) -> bool:
         """Whether drafts of the host's are worth reading the step in flight before the next is planned."""
-        if not self.awaits_tokens:
+        if self._source is None and not self._forced:
             return False
         if self._num_ahead < self._lead:
             self._num_ahead += 1
@@ -268,10 +270,8 @@ class Speculator:
         if drafted:
             self._offer(prospect, Drafter.EAGLE, drafted)
             prospect.siblings = siblings
-        if prospect.offers:
-            self._offered.add(sequence.key)
-        else:
-            self._offered.discard(sequence.key)
+        for keys, offered in ((self._offered, prospect.offers), (self._forced, Drafter.FORCED in prospect.offers)):
+            (keys.add if offered else keys.discard)(sequence.key)
 
     def _offer(self, prospect: Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
         prospect.offers[drafter] = token_ids
@@ -314,6 +314,7 @@ class Speculator:
     def forget(self, key: int) -> None:
         """A sequence has ended."""
         self._offered.discard(key)
+        self._forced.discard(key)
         if self._prospects.pop(key, None) is not None and self._source is not None:
             self._released.append(key)
 
