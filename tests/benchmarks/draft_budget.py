@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from unittest.mock import patch
 
@@ -20,6 +20,7 @@ import numpy as np
 from told_drafts import rate_for
 
 import quire.engine.core
+import quire.engine.speculation.device_drafts
 import quire.engine.speculation.speculator
 from quire.cli.bench.workloads import Lengths, Work, Workloads
 from quire.engine.core import EngineCore
@@ -179,11 +180,12 @@ def fixed_drafts(count: int | None) -> AbstractContextManager[object]:
     """In the budget's place so many drafts of each sequence, None: the budget."""
     if count is None:
         return nullcontext()
-    return patch.multiple(
-        quire.engine.speculation.speculator,
-        choose=lambda offers, *_: [Choice(min(count, offer.num_drafts), 0) for offer in offers],
-        choose_places=lambda rates, *_: count if rates else 0,
-    )
+    fixed = ExitStack()
+    choices = {"choose": lambda offers, *_: [Choice(min(count, offer.num_drafts), 0) for offer in offers]}
+    fixed.enter_context(patch.multiple(quire.engine.speculation.speculator, **choices))
+    places = {"choose_places": lambda rates, *_: count if rates else 0}
+    fixed.enter_context(patch.multiple(quire.engine.speculation.device_drafts, **places))
+    return fixed
 
 
 def figures(arguments: argparse.Namespace) -> Iterator[str]:

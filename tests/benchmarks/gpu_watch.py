@@ -14,8 +14,8 @@ from quire.engine.gpu.pending import GpuPendingStep
 from quire.engine.gpu.runner import GpuRunner
 from quire.engine.plan import StepPlan
 from quire.engine.runner import StepMasks
-from quire.engine.speculation.host_watch import StepTime
 from quire.engine.speculation.speculator import Speculator
+from quire.engine.speculation.step_watch import StepTime
 from quire.service.pages import PAGE_SIZE
 
 

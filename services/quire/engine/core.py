@@ -24,8 +24,8 @@ from quire.engine.runner import PendingStep, Runner, StepMasks
 from quire.engine.schedule import Schedule
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import Sequence, SequenceState
-from quire.engine.speculation.host_watch import StepTime
 from quire.engine.speculation.speculator import Speculator
+from quire.engine.speculation.step_watch import StepTime
 from quire.engine.stats import EngineStats
 from quire.service.errors import DeadlineExceededError, InternalError, InvalidRequestError, QuireError
 from quire.service.request import (
@@ -243,7 +243,7 @@ class EngineCore:
             num_places = max(work.num_wanted for work in schedule.plan.work)
             # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
             usual = bool(schedule.drafts) or step.ahead or not self._run_ahead
-            num_drafts = sum(work.num_drafts for work in schedule.plan.work)
+            num_drafts = sum(work.num_verified for work in schedule.plan.work)
             waited = result.waited_seconds if step.ahead else None
             told = StepTime(
                 num_computed, context, seconds if usual else None, num_places, result.draft_seconds, num_drafts, waited

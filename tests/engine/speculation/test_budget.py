@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from page_machine import EOS, VOCAB_SIZE, Launched, PageMachine, next_token, run_alone
 
 import quire.engine.core
+import quire.engine.speculation.device_drafts as device_drafts_module
 import quire.engine.speculation.speculator as speculator_module
 from quire.engine.core import EngineCore
 from quire.engine.page_pool import PagePool
@@ -25,8 +26,8 @@ from quire.engine.speculation.acceptance import Rates
 from quire.engine.speculation.budget import Base, Choice, Offer, choose, choose_places
 from quire.engine.speculation.cost import PassCost, StepCost
 from quire.engine.speculation.drafts import Drafter
-from quire.engine.speculation.host_watch import StepTime
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator
+from quire.engine.speculation.step_watch import StepTime
 from quire.service.request import Request, SamplingParams, StopConditions
 
 PAGES, MAX_MODEL_LEN = 400, 800
@@ -192,9 +193,9 @@ def simulate(
     ]  # fmt: skip
     outputs = [run_alone(request, MAX_MODEL_LEN)[0] for request in requests]
     oracle = Oracle(lambda key: [*requests[key].prompt_token_ids, *outputs[key]], quality or 0.0, VOCAB_SIZE)
-    speculator = Speculator(oracle, SpeculationConfig(4)) if quality is not None else None
-    if head is not None:
-        speculator = Speculator(None, SpeculationConfig(4), on_device=True)
+    source, speculator = oracle if quality is not None else None, None
+    if source is not None or head is not None:
+        speculator = Speculator(source, SpeculationConfig(4), on_device=head is not None)
     config = SchedulerConfig(num_seqs, 512, MAX_MODEL_LEN)
     scheduler = Scheduler(config, PagePool(PAGES), frozenset({EOS}))
     core = EngineCore(machine, scheduler, None, VOCAB_SIZE, run_ahead=host is not None, speculator=speculator)
@@ -341,7 +342,7 @@ def test_a_batch_that_ends_one_by_one_is_drafted_for_all_the_time(monkeypatch: p
             monkeypatch.setattr(
                 speculator_module, "choose", lambda offers, *_: [Choice(offer.num_drafts, 0) for offer in offers]
             )
-            monkeypatch.setattr(speculator_module, "choose_places", lambda rates, *_: 4 if rates else 0)
+            monkeypatch.setattr(device_drafts_module, "choose_places", lambda rates, *_: 4 if rates else 0)
         head = Head(0.0002, right=True)
         _, machine, _, core = simulate(monkeypatch, COSTS["a GPU's"], None, 15, 400, head, host=0.0005, fewer=24)
         return finish(core, machine)
@@ -403,6 +404,27 @@ def test_right_drafts_are_used_by_a_device_that_waits_for_the_host(
     assert finish(core, machine) <= 0.45 * without
 
 
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_the_hosts_drafts_come_back_beside_a_device_that_rests(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
+    """Where neither was right for long nothing is decided for some steps in a row, while the host's may become so."""
+    cost, host = COSTS["a GPU's"], 0.0006
+    head = Head(0.0005, right=False)
+    _, machine, _, core = simulate(monkeypatch, cost, None, num_seqs, num_tokens=700, host=host)
+    without = finish(core, machine)
+    _, machine, _, core = simulate(monkeypatch, cost, 0.0, num_seqs, num_tokens=700, head=head, host=host)
+    assert finish(core, machine) <= (1.03 + host / cost(num_seqs) / 8) * without
+    _, machine, oracle, core = simulate(monkeypatch, cost, 0.0, num_seqs, num_tokens=700, head=head, host=host)
+    for _ in range(150):
+        core.step()
+    oracle.quality = 1.0
+    for _ in range(50):
+        core.step()
+    before = sum(len(sequence.token_ids) for sequence in core.scheduler)
+    for _ in range(10):
+        core.step()
+    assert sum(len(sequence.token_ids) for sequence in core.scheduler) - before >= 10 * num_seqs * 4
+
+
 def test_drafts_that_are_given_up_cost_the_host_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is thought over in each step, for each sequence, is most of what a small model's step takes."""
     asked = 0
@@ -412,7 +434,7 @@ def test_drafts_that_are_given_up_cost_the_host_nothing(monkeypatch: pytest.Monk
         asked += 1
         return choose_places(*arguments)
 
-    monkeypatch.setattr(speculator_module, "choose_places", count)
+    monkeypatch.setattr(device_drafts_module, "choose_places", count)
     _, _, _, core = simulate(monkeypatch, COSTS["a GPU's"], None, 8, 700, Head(0.0005, right=False), host=0.0005)
     for _ in range(100):
         core.step()

@@ -13,9 +13,9 @@ _LONGEST_PAUSE = 16
 
 @dataclass(slots=True)
 class Prospect:
-    """What is known of one sequence: by drafter, the tokens that it offers, and how many tokens it is still to be left
-    alone for, and was the last time. `siblings` are beside the tokens that the device offers, and may be verified if
-    it `branches`."""
+    """What is known of one sequence: by drafter, the tokens that it offers, up to how many tokens it is to be left
+    alone, and for how many it was the last time. `siblings` are beside the tokens that the device offers, and may be
+    verified if it `branches`."""
 
     rates: Rates
     branches: bool
@@ -35,7 +35,11 @@ class Prospect:
         drafter = self.best()
         return (Drafter.EAGLE, ()) if drafter is None else (drafter, self.offers[drafter])
 
-    def leave_alone(self, drafter: Drafter) -> None:
-        """It had nothing, or nothing right: twice as long as the last time."""
+    def leave_alone(self, drafter: Drafter, num_tokens: int) -> None:
+        """It had nothing, or nothing right, for a sequence of so many: twice as long as the last time."""
         self.last_pauses[drafter] = min(_LONGEST_PAUSE, max(1, 2 * self.last_pauses.get(drafter, 0)))
-        self.pauses[drafter] = self.last_pauses[drafter]
+        self.pauses[drafter] = num_tokens + self.last_pauses[drafter]
+
+    def may_ask(self, drafter: Drafter, num_tokens: int) -> bool:
+        """Whether it is not to be left alone, now that there are so many tokens."""
+        return num_tokens >= self.pauses.get(drafter, 0)

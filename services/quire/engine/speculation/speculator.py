@@ -16,32 +16,19 @@ from dataclasses import dataclass
 from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import UNKNOWN, Sequence
 from quire.engine.speculation.acceptance import Rates, SecondRate
-from quire.engine.speculation.budget import Base, Offer, choose, choose_places
+from quire.engine.speculation.budget import Base, Offer, choose
 from quire.engine.speculation.cost import PassCost, StepCost
+from quire.engine.speculation.device_drafts import DeviceDrafts
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
-from quire.engine.speculation.host_watch import HostWatch, StepTime
 from quire.engine.speculation.prospect import Prospect
 from quire.engine.speculation.stats import SpeculationStats
+from quire.engine.speculation.step_watch import StepTime, StepWatch
 from quire.service.errors import ConfigError
 from quire.service.request import Request
-
-# Where drafts of the device are not worth their passes, it still makes one in so many of as many steps, to see whether
-# they have become so. Several in a row: it has forgotten the text by then, and remembers it a token a step. Of all
-# sequences in the same steps: a pass takes nearly as long for few as for many.
-_PROBES, _PROBED = 4, 40
-
-# That is to cost this share of the time at most: where a device waits for the host, there are more steps in between.
-_PROBE_SHARE = 0.01
-
-# While the device makes no drafts, and nobody else does, that is thought over once in so many steps.
-_REST = 8
 
 # A device that runs ahead is held up when the host's next drafts are looked for: where they were not worth it, it runs
 # so many steps before they are looked for again.
 _LONGEST_LEAD = 11
-
-# What the device is to draft for a prompt's end before it is known what that is worth.
-_FIRST_PLACES = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +62,9 @@ class Speculator:
         self._on_device = on_device and config.num_tokens > 0
         self._config = config
         self._cost = StepCost() if cost is None else cost
-        self._passes = PassCost()
-        self._host = HostWatch(self._cost)
-        # Of the last step, until the next is read, and of the one before it.
-        self._measured: StepTime | None = None
-        self._earlier: StepTime | None = None
-        self._num_places = min(config.num_tokens, _FIRST_PLACES) if self._on_device else 0
-        # Steps since the device's drafts were last worth their passes, or were looked for, and those to look for them.
-        self._num_idle = self._num_probes = 0
+        passes = PassCost()
+        self._watch = StepWatch(self._cost, passes)
+        self._device = DeviceDrafts(config.num_tokens if on_device else 0, self._cost, passes, self._watch)
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, Prospect] = {}
         # Keys of sequences of which tokens were offered that are not drawn yet, and of those whose grammar forces some;
@@ -106,7 +88,7 @@ class Speculator:
     @property
     def num_wanted(self) -> int:
         """How many drafts to ask the device for when a prompt is done."""
-        return self._num_places
+        return self._device.num_places
 
     @property
     def is_resting(self) -> bool:
@@ -116,7 +98,7 @@ class Speculator:
     @property
     def awaits_tokens(self) -> bool:
         """Whether what is drawn is to be observed, even of steps without drafts."""
-        return self._source is not None or bool(self._offered)
+        return bool(self._offered)
 
     def wants_tokens(self, scheduler: Scheduler) -> bool:
         """Whether drafts of the host's are worth reading the step in flight before the next is planned."""
@@ -136,7 +118,7 @@ class Speculator:
         if prospect is None:
             return self._source is not None
         best = prospect.best()
-        return best not in (None, Drafter.EAGLE) or (self._source is not None and self._is_due(prospect))
+        return best not in (None, Drafter.EAGLE) or (self._source is not None and self._is_due(sequence, prospect))
 
     def propose(self, scheduler: Scheduler, promised: Mapping[Sequence, int]) -> None:
         """Sets `drafts`, `siblings` and `num_wanted` of the running sequences.
@@ -153,7 +135,7 @@ class Speculator:
             context += sequence.num_tokens
             if sequence.num_pending > 1:
                 num_prompt += sequence.num_pending
-                sequence.num_wanted = self._num_places
+                sequence.num_wanted = self._device.num_places
                 continue
             num_alone += 1
             if sequence.num_pending == 1 and not sequence.may_await_last_token:
@@ -182,13 +164,14 @@ class Speculator:
             sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
         if self._on_device:
             self._want(decodes, base)
-            if self._num_idle and self._cost.knows(num_tokens) and not (promised or self.awaits_tokens):
-                self._num_resting = min(_REST, self._num_until_probes()) - 1
-                self._num_idle += self._num_resting
         if known and len(known) == len(decodes):
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
             self._num_ahead = 0
+        if self._on_device and self._cost.knows(num_tokens) and not (promised or self._offered):
+            # The host's drafts are looked for when the device's lead is over.
+            most = _LONGEST_LEAD if self._source is None else self._lead - self._num_ahead
+            self._num_resting = self._device.rest(most)
 
     def _want(self, decodes: list[Sequence], base: Base) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
@@ -203,38 +186,13 @@ class Speculator:
             return
         rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
         second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
-        self._num_places = places = choose_places(
-            rates, second_rates, self._config.num_tokens, base, self._cost, self._passes, self._host.share
-        )
-        looks = places > 0 and not base.num_prompt and self._host.must_look(base.num_tokens)
-        places = 0 if looks else places
-        if places or looks:
-            self._num_idle = self._num_probes = 0
-        elif self._num_probes:
-            self._num_probes -= 1
-        elif self._num_until_probes() > 1:
-            self._num_idle += 1
-        else:
-            self._num_idle, self._num_probes = 0, _PROBES
+        wanted = self._device.decide(rates, second_rates, base)
         for sequence, _ in takers:
-            sequence.num_wanted = places or int(self._num_probes > 0)
-
-    def _num_until_probes(self) -> int:
-        """In how many steps drafts are to be looked for, at least 1."""
-        return max(1, self._host.steps_between(_PROBES, _PROBED, _PROBE_SHARE) - _PROBES - self._num_idle)
+            sequence.num_wanted = wanted
 
     def observe_step(self, measured: StepTime | None) -> None:
         """A step was read; None: it compiled or captured something, which held up the one before it, too."""
-        earlier, before = self._earlier, self._measured
-        if measured is not None and before is not None:
-            if before.num_places:
-                self._passes.record(before.num_places, before.draft_seconds)
-            if before.seconds is not None and self._host.tells(earlier, before, measured):
-                # Of one that only makes drafts most is the host's, if it is bound by that.
-                if not before.is_bound_by_host or before.num_drafts or not before.num_places:
-                    self._cost.record(before.num_tokens, before.seconds - before.draft_seconds, before.context)
-                self._host.observe(before)
-        self._earlier, self._measured = before, measured
+        self._watch.observe(measured)
 
     def observe_siblings(self, num_verified: int, kept: bool) -> None:
         """A step verified so many siblings of a sequence's drafts, and `kept` one of them or none."""
@@ -259,11 +217,9 @@ class Speculator:
         prospect = self._prospect(sequence)
         if drafter is not None and num_verified:
             self._verified[drafter, num_verified, len(token_ids) - 1] += 1
-        for one, pause in prospect.pauses.items():
-            if pause:
-                prospect.pauses[one] = max(0, pause - len(token_ids))
+        num_tokens = len(sequence.token_ids) + len(token_ids)
         for one, offer in tuple(prospect.offers.items()):
-            self._judge(prospect, one, offer, token_ids)
+            self._judge(prospect, one, offer, token_ids, num_tokens)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
             self._offer(prospect, Drafter.FORCED, forced[1:])
@@ -277,8 +233,16 @@ class Speculator:
         prospect.offers[drafter] = token_ids
         self.stats.drafted[drafter.value] += len(token_ids)
 
-    def _judge(self, prospect: Prospect, drafter: Drafter, offer: tuple[int, ...], token_ids: SequenceOf[int]) -> None:
-        """Compares what a drafter offered with what was drawn, whether or not it was verified."""
+    def _judge(
+        self,
+        prospect: Prospect,
+        drafter: Drafter,
+        offer: tuple[int, ...],
+        token_ids: SequenceOf[int],
+        num_tokens: int,
+    ) -> None:
+        """Compares what a drafter offered with what was drawn, whether or not it was verified; with that the sequence
+        has `num_tokens`."""
         most, right = min(len(offer), len(token_ids)), 0
         while right < most and offer[right] == token_ids[right]:
             right += 1
@@ -296,7 +260,7 @@ class Speculator:
         if right:
             prospect.last_pauses[drafter] = 0
         elif wrong:
-            prospect.leave_alone(drafter)
+            prospect.leave_alone(drafter, num_tokens)
 
     def learn(self) -> None:
         """Takes what was observed into account; to be called when the device has its next step: it takes a while."""
@@ -326,7 +290,7 @@ class Speculator:
     def _ask(self, decodes: list[Sequence]) -> None:
         if self._source is None or not self._config.num_tokens:
             return
-        due = [sequence for sequence in decodes if self._is_due(self._prospect(sequence))]
+        due = [sequence for sequence in decodes if self._is_due(sequence, self._prospect(sequence))]
         if not due:
             return
         requests = [
@@ -345,11 +309,12 @@ class Speculator:
             prospect = self._prospect(sequence)
             if offer := found.get(sequence.key):
                 self._offer(prospect, Drafter.SUFFIX, offer)
+                self._offered.add(sequence.key)
             else:
-                prospect.leave_alone(Drafter.SUFFIX)
+                prospect.leave_alone(Drafter.SUFFIX, len(sequence.token_ids))
 
-    def _is_due(self, prospect: Prospect) -> bool:
-        return Drafter.SUFFIX not in prospect.offers and not prospect.pauses.get(Drafter.SUFFIX)
+    def _is_due(self, sequence: Sequence, prospect: Prospect) -> bool:
+        return Drafter.SUFFIX not in prospect.offers and prospect.may_ask(Drafter.SUFFIX, len(sequence.token_ids))
 
     def _prospect(self, sequence: Sequence) -> Prospect:
         prospect = self._prospects.get(sequence.key)

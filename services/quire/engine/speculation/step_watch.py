@@ -1,7 +1,8 @@
-"""What drafts cost the host, where the device waits for it: small models on fast GPUs. Called by the speculator.
+"""What steps took, and of that what drafts cost the host. Called by the speculator.
 
-A step with drafts takes longer there by what the host does for them, however few they are, so what steps take without
-can't be read off theirs: now and then some are run without. And to look whether drafts have become better costs more.
+Small models on fast GPUs wait for the host. A step with drafts takes longer there by what the host does for them,
+however few they are, so what steps take without can't be read off theirs: now and then some are run without. And to
+look whether drafts have become better costs more.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from quire.engine.speculation.cost import StepCost
+from quire.engine.speculation.cost import PassCost, StepCost
 
 # A device that the host waits for less than this share of a step waits for the host.
 _WAITED = 0.1
@@ -20,9 +21,9 @@ _NEWEST = 0.1
 
 
 class StepTime(NamedTuple):
-    """A step computed so many tokens, `num_drafts` of them drafts, of sequences with `context` tokens in all, in so
-    long, None if that says nothing, of which the device spent `draft_seconds` on drafts for so many places, and the
-    host waited for the device for `waited`, None if they take turns."""
+    """A step computed so many tokens, `num_drafts` of them drafts and siblings, of sequences with `context` tokens in
+    all, in so long, None if that says nothing, of which the device spent `draft_seconds` on drafts for so many places,
+    and the host waited for the device for `waited`, None if they take turns."""
 
     num_tokens: int
     context: int
@@ -46,11 +47,14 @@ class StepTime(NamedTuple):
         )
 
 
-class HostWatch:
-    """Of one engine, whose steps cost what `cost` says."""
+class StepWatch:
+    """Of one engine: tells `cost` and `passes` what steps took."""
 
-    def __init__(self, cost: StepCost) -> None:
-        self._cost = cost
+    def __init__(self, cost: StepCost, passes: PassCost) -> None:
+        self._cost, self._passes = cost, passes
+        # Of the last step, until the next is read, and of the one before it.
+        self._measured: StepTime | None = None
+        self._earlier: StepTime | None = None
         self._is_bound = False
         self._num_without = self._num_with = 0  # steps to come without drafts, and those with some since the last ones
         self._share: float | None = None
@@ -62,22 +66,32 @@ class HostWatch:
         """What a step with drafts takes longer than one without, as a share of that, if that is the host's doing."""
         return self._share or 0.0 if self._is_bound else 0.0
 
-    def tells(self, earlier: StepTime | None, step: StepTime, later: StepTime) -> bool:
-        """Whether what `step` took is what its like take: what the host does in one that it holds up is for the steps
-        before and after it, too."""
-        return not step.is_bound_by_host or (step.is_like(earlier) and step.is_like(later))
+    def observe(self, measured: StepTime | None) -> None:
+        """A step was read; None: it compiled or captured something, which held up the one before it, too."""
+        earlier, before = self._earlier, self._measured
+        if measured is not None and before is not None:
+            if before.num_places:
+                self._passes.record(before.num_places, before.draft_seconds)
+            # What the host does in a step that it holds up is for the steps before and after it, too.
+            usual = not before.is_bound_by_host or (before.is_like(earlier) and before.is_like(measured))
+            if before.seconds is not None and usual:
+                self._learn(before, before.seconds)
+        self._earlier, self._measured = before, measured
 
-    def observe(self, step: StepTime) -> None:
-        """One that `tells`, after the cost was told of it."""
+    def _learn(self, step: StepTime, seconds: float) -> None:
+        # Of one that only makes drafts most is the host's, if it is bound by that.
+        if not step.is_bound_by_host or step.num_drafts or not step.num_places:
+            self._cost.record(step.num_tokens, seconds - step.draft_seconds, step.context)
         if step.num_places:
             self._is_bound, self._latest = step.is_bound_by_host, step
-        step = self._latest or step
-        num_without = step.num_tokens - step.num_drafts
-        if self._latest is None or step.seconds is None or not self._cost.was_measured(num_without):
+        latest = self._latest
+        if latest is None or latest.seconds is None:
             return
-        self._latest = None
-        share = max(0.0, step.seconds / self._cost.seconds_of(num_without, step.context) - 1.0)
-        self._share = share if self._share is None else self._share + _NEWEST * (share - self._share)
+        num_without = latest.num_tokens - latest.num_drafts
+        if self._cost.was_measured(num_without):
+            self._latest = None
+            share = max(0.0, latest.seconds / self._cost.seconds_of(num_without, latest.context) - 1.0)
+            self._share = share if self._share is None else self._share + _NEWEST * (share - self._share)
 
     def must_look(self, num_tokens: int) -> bool:
         """Whether the next step, of so many tokens without drafts, is to have none, to see how long that takes; to be
