@@ -160,8 +160,6 @@ class EagleInPages:
         wanted = work.wanted[draws.items]
         # Those who want most come first: so those who want a draft in a place are the first of them.
         order = np.argsort(-wanted, kind="stable")[: np.count_nonzero(wanted)]
-        if not order.size:
-            return None
         wanted, places = wanted[order], int(wanted[order[0]])
         self._send(draws.firsts[order], draws.counts[order] - 1, wanted)
         size = self._sizes[0](len(order)) if self._sizes is not None else None
@@ -245,9 +243,10 @@ class EagleInPages:
         length = batch.token_ids.shape[1]
         columns_of = torch.where(there, positions + 1, length - 1).clamp_max_(length - 1)
         self._targets[:, :size] = slots.to(torch.int64) * length + columns_of
-        # What is no sibling goes where a slot's last one would be: there are never so many.
-        columns_of = torch.where(there, ahead[:, None], MAX_SIBLINGS - 1)
-        self._beside[:, :size] = slots.to(torch.int64) * MAX_SIBLINGS + columns_of
+        if self._num_choices > 1:
+            # What is no sibling goes where a slot's last one would be: there are never so many.
+            columns_of = torch.where(there, ahead[:, None], MAX_SIBLINGS - 1)
+            self._beside[:, :size] = slots.to(torch.int64) * MAX_SIBLINGS + columns_of
         starts = torch.arange(size + 1, dtype=torch.int32, device=ahead.device)
         query_start, *others = self._columns(self._steps, size)
         torch.minimum(starts, self._counts[:, None], out=query_start)

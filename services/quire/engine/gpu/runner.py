@@ -155,7 +155,7 @@ class GpuRunner:
         wanted += [(0, size, partial(self._run_draw, size, 0, False, False)) for size in self._draw_sizes.all]
         if self._writes_with_draws:
             sizes = {self._draw_sizes(size) or size for size in self._shapes.batch_sizes.all}
-            wanted += [(0, size, partial(self._run_draw, size, 0, False, False, True)) for size in sizes]
+            wanted += [(0, size, partial(self._run_draw, size, 0, False, False, write=True)) for size in sizes]
         if self._max_num_draws > self._max_num_seqs:
             wanted += [(0, 1, self._run_follow_drafts), (0, 1, self._run_count_accepted)]
         if self._layers is not None:
@@ -189,7 +189,10 @@ class GpuRunner:
             self._hidden_states(self._shapes.largest(size))
             self._run_draw(self._max_num_draws, 0, False, False)
             if self._max_num_draws > self._max_num_seqs:
-                self._count_accepted() if self._layers is None else self._keep_siblings()
+                if self._layers is not None:
+                    self._keep_siblings()
+                else:
+                    self._count_accepted()
                 self._batch.follow_drafts()
             if self._drafter is not None:
                 self._drafter.warm_up(size)

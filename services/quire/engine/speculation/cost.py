@@ -61,9 +61,12 @@ class _Measured:
     count: int
     seen_at: int
 
-    def at(self, context: float, price: float) -> float:
-        """Seconds with another context, each token of which costs `price`."""
-        return max(_LEAST * self.seconds, self.seconds + price * (context - self.context))
+
+def _at(seconds: npt.ArrayLike, away: npt.ArrayLike, price: float) -> npt.NDArray[np.float64]:
+    """What took so long with a context that is `away` tokens more, each of which costs `price`."""
+    took = np.asarray(seconds)
+    found: npt.NDArray[np.float64] = np.maximum(_LEAST * took, took + price * np.asarray(away))
+    return found
 
 
 class StepCost:
@@ -93,7 +96,7 @@ class StepCost:
             return
         known.count += 1
         known.seen_at = self._step
-        expected = known.at(context, self.price)
+        expected = float(_at(known.seconds, context - known.context, self.price))
         if known.count <= _FIRST:
             if seconds < expected:
                 known.seconds, known.context = seconds, context
@@ -134,8 +137,8 @@ class StepCost:
         sequences of a batch that ends become fewer all the time. Larger ones than all of them count as the largest:
         they have to be tried to be known.
         """
-        price, (known, took, contexts) = self.price, self._known
-        curve = np.maximum.accumulate(np.maximum(_LEAST * took, took + price * (context - contexts)))
+        known, took, contexts = self._known
+        curve = np.maximum.accumulate(_at(took, context - contexts, self.price))
         slope = curve[0] / known[0]
         if len(known) > 1:
             slope = min(slope, (curve[1] - curve[0]) / (known[1] - known[0]))
