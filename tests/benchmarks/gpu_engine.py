@@ -30,7 +30,7 @@ import quire.kernels.linear
 from quire.cli.bench.engine import BenchEngine
 from quire.cli.bench.meter import Meter
 from quire.cli.bench.prefix import compare_caching
-from quire.cli.bench.workloads import Lengths, Work, Workloads
+from quire.cli.bench.workloads import Job, Lengths, Work, Workloads
 from quire.engine.config import CoreConfig, Device, KVCacheDtype, LoadFormat, Speculation
 from quire.engine.core import EngineCore
 from quire.engine.gpu.runner import GpuRunner
@@ -58,6 +58,12 @@ MODELS = {
         "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0, "hidden_act": "silu",
         "tie_word_embeddings": True, "eos_token_id": 151645,
     },
+    "smollm2-135m": {
+        "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+        "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64, "vocab_size": 49152,
+        "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "rope_theta": 100000.0, "hidden_act": "silu",
+        "tie_word_embeddings": True, "eos_token_id": 2,
+    },
 }  # fmt: skip
 
 # An EAGLE-3 head as those published for models of this size are.
@@ -73,7 +79,7 @@ class Workload:
     warm: Callable[[], Work] | None = None
 
 
-# Both models have more tokens than the prompts are of.
+# Of a model with fewer tokens, prompts are of their remainders.
 PROMPTS = Workloads(100_000)
 fixed, shared_prefix = PROMPTS.fixed, PROMPTS.shared_prefix
 
@@ -103,6 +109,7 @@ def measure(
     each_step: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """The figures of one run. Prompts that were run with another salt are not in the cache."""
+    work = [Job([token % core.vocab_size for token in job.prompt], job.output_len) for job in work]
     with HostWait() as waited:
         run = Meter(core, each_step).run(work, constraint=constraint, salt=salt)
     assert run.output_tokens == sum(job.output_len for job in work)

@@ -20,8 +20,8 @@ NUM_SEQS, NUM_DRAFTS, NUM_TOKENS = 40, 60, 700
 def staged(work: list[Work], grouped: bool) -> StagedStep:
     columns = WorkColumns.of(work)
     draws, num_tokens = Draws.of(columns), int(columns.counts.sum())
-    draws_only = num_tokens == len(draws) and not columns.score.any()
-    return StagedStep(columns, num_tokens, draws, draws_only, grouped, bool(columns.siblings.any()))
+    draws_only = num_tokens == len(draws) and not columns.any_score
+    return StagedStep(columns, num_tokens, draws, draws_only, grouped, columns.any_siblings)
 
 
 @st.composite
@@ -72,7 +72,7 @@ def test_each_step_is_served_by_a_graph_that_holds_it(step: StagedStep, verified
     assert_serves(captured, step)
     prepared = {shape for _, _, shape in shapes.all()}
     many = (captured.limits.max_chunks or 0) > 16
-    assert captured in prepared or (step.work.drafts.any() and (step.grouped or many))
+    assert captured in prepared or (step.work.any_drafts and (step.grouped or many))
 
 
 def test_a_graph_for_few_prompts_has_no_room_for_many() -> None:

@@ -69,7 +69,7 @@ class CpuRunner:
         logits = self._model.forward(self._batch.forward_batch(work), self._cache, taps)
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         draws = Draws.of(work)
-        if work.score.any():
+        if work.any_score:
             prompt_logprobs = self._score(work, logits)
             logits = logits[torch.from_numpy(draws.rows_behind(np.cumsum(_num_logits(work))))]
         step = _CpuStep(partial(self._draw, work, draws, taps, logits, prompt_logprobs))
@@ -114,7 +114,7 @@ class CpuRunner:
             return None
         for admission in plan.admissions:
             self._drafter.admit(admission.slot)
-        if not work.wanted.any():
+        if not work.any_wanted:
             return None
         return HiddenTaps.new(self._drafter.taps, int(work.counts.sum()), self._drafter.target_hidden_size)
 

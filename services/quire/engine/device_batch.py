@@ -33,28 +33,34 @@ class WorkColumns:
     slots: npt.NDArray[np.int64]
     starts: npt.NDArray[np.int64]
     counts: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.int64]  # the position after each item's last token: the next one's
     sample: npt.NDArray[np.bool_]
     score: npt.NDArray[np.bool_]
     drafts: npt.NDArray[np.int64]  # how many
     wanted: npt.NDArray[np.int64]  # how many
     open: npt.NDArray[np.int64]  # how many
     siblings: npt.NDArray[np.int64]  # how many
+    # Whether any item has some of them.
+    any_score: bool
+    any_drafts: bool
+    any_wanted: bool
+    any_open: bool
+    any_siblings: bool
 
     @classmethod
     def of(cls, work: Sequence[Work]) -> WorkColumns:
         """Of the items in their order."""
-        numbers = np.fromiter(chain.from_iterable(work), np.int64, len(work) * len(Work._fields))
-        slots, starts, counts, sample, score, *drafts = numbers.reshape(len(work), -1).T
-        return cls(slots, starts, counts, sample.astype(bool), score.astype(bool), *drafts)
+        width = len(Work._fields)
+        numbers = np.fromiter(chain.from_iterable(work), np.int64, len(work) * width).reshape(len(work), width)
+        slots, starts, counts, sample, score, drafts, wanted, opened, siblings = numbers.T
+        some: npt.NDArray[np.bool_] = np.logical_or.reduce(numbers, axis=0)
+        return cls(
+            slots, starts, counts, starts + counts, sample != 0, score != 0, drafts, wanted, opened, siblings,
+            *some[4:].tolist(),
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.slots)
-
-    @property
-    def ends(self) -> npt.NDArray[np.int64]:
-        """The position after each item's last token: the next one's."""
-        ends: npt.NDArray[np.int64] = self.starts + self.counts
-        return ends
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,17 +78,20 @@ class Draws:
     @classmethod
     def of(cls, work: WorkColumns) -> Draws:
         """Of a step's work, in its order."""
-        items = np.flatnonzero(work.sample)
+        items = work.sample.nonzero()[0]
+        slots, ends = work.slots[items], work.ends[items]
+        if not work.any_drafts:
+            ones, firsts = np.ones(len(items), np.int64), np.arange(len(items))
+            return cls(items, ones, firsts, np.zeros(len(items), np.int64), slots, ends)
         drafts = work.drafts[items]
         counts = 1 + drafts + work.siblings[items]
-        firsts = np.cumsum(counts) - counts
-        behind = np.arange(counts.sum()) - np.repeat(firsts, counts)
+        firsts = counts.cumsum() - counts
+        behind = np.arange(counts.sum()) - firsts.repeat(counts)
         depths = behind
-        if work.siblings.any():
-            trunks = np.repeat(drafts, counts)
+        if work.any_siblings:
+            trunks = drafts.repeat(counts)
             depths = np.where(behind > trunks, behind - trunks, behind)
-        positions = np.repeat(work.ends[items] + 1 - counts, counts) + depths
-        return cls(items, counts, firsts, behind, np.repeat(work.slots[items], counts), positions)
+        return cls(items, counts, firsts, behind, slots.repeat(counts), (ends + 1 - counts).repeat(counts) + depths)
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -95,7 +104,7 @@ class Draws:
     def rows_behind(self, ends: npt.NDArray[np.integer]) -> npt.NDArray[np.int64]:
         """Of each draw, the row of a table that has one for each draw, or more, of each item of the step's work, in
         front of that item's end in `ends`."""
-        rows: npt.NDArray[np.int64] = np.repeat(ends[self.items] - self.counts, self.counts) + self.behind
+        rows: npt.NDArray[np.int64] = (ends[self.items] - self.counts).repeat(self.counts) + self.behind
         return rows
 
     def accepted(self, drawn: npt.NDArray[np.int64], drafted: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
@@ -170,7 +179,7 @@ class DeviceBatch:
         max_context_len = int(context_lens.max())
         wanted = np.repeat(work.score, work.counts)
         wanted[query_start[1:] - 1] |= work.sample
-        if work.drafts.any():
+        if work.any_drafts:
             first = np.where(work.drafts > 0, work.ends - 1 - work.drafts, work.ends)
             wanted |= positions >= np.repeat(first, work.counts)
         return ForwardBatch(

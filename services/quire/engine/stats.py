@@ -21,6 +21,8 @@ _SECONDS = (
     0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75,
     1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0,
 )  # fmt: skip
+# More values than that are counted together sooner than one by one.
+_ONE_BY_ONE = 32
 _TOKENS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0)
 
 
@@ -52,7 +54,9 @@ class Histogram:
 
     def add_all(self, values: Sequence[float]) -> None:
         """Counts a step's values at once."""
-        if not values:
+        if len(values) <= _ONE_BY_ONE:
+            for value in values:
+                self.add(value)
             return
         self.sum += sum(values)
         counts = np.bincount(np.searchsorted(self.bounds, values), minlength=len(self.counts))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,36 +34,52 @@ _MAX_ENDS = MAX_STOP_TOKENS + 128
 MAX_SIBLINGS = 64
 # Changes that fit the buffer for a step's inputs; a prompt that joins brings one for each token.
 _CHANGES = 16384
+# Steps whose memory on the host is not used again yet: that of a core that runs ahead by one, and one more.
+TURNS = 3
+
+
+_Numbers = TypeVar("_Numbers", Tensor, npt.NDArray[np.int32])
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class Columns(Generic[_Numbers]):
     """Views of a step's numbers, in a buffer of the host or of the device; S and N are the batch's."""
 
-    query_start: Tensor  # int32 [S + 1]
-    slots: Tensor  # int32 [S]
-    starts: Tensor  # int32 [S]
-    context_lens: Tensor  # int32 [S]
-    num_open: Tensor  # int32 [S], of drafts that the step before verifies
-    num_drafts: Tensor  # int32 [S], of those that this one does
-    num_siblings: Tensor  # int32 [S], beside them
-    first_draws: Tensor  # int32 [S]
-    logit_rows: Tensor  # int32 [N], of the rows that draw a token
-    drawing_slots: Tensor  # int32 [N], theirs; -1 for padding
-    positions: Tensor  # int32 [N], of the token to be drawn in its sequence
-    draw_items: Tensor  # int32 [N], which of the S sequences draws
+    query_start: _Numbers  # int32 [S + 1]
+    slots: _Numbers  # int32 [S]
+    starts: _Numbers  # int32 [S]
+    context_lens: _Numbers  # int32 [S]
+    num_open: _Numbers  # int32 [S], of drafts that the step before verifies
+    num_drafts: _Numbers  # int32 [S], of those that this one does
+    num_siblings: _Numbers  # int32 [S], beside them
+    first_draws: _Numbers  # int32 [S]
+    logit_rows: _Numbers  # int32 [N], of the rows that draw a token
+    drawing_slots: _Numbers  # int32 [N], theirs; -1 for padding
+    positions: _Numbers  # int32 [N], of the token to be drawn in its sequence
+    draw_items: _Numbers  # int32 [N], which of the S sequences draws
 
     @classmethod
-    def of(cls, buffer: Tensor, num_seqs: int, num_draws: int) -> Columns:
+    def of(cls, buffer: _Numbers, num_seqs: int, num_draws: int) -> Columns[_Numbers]:
         """Of the first `words` words of an int32 buffer."""
         sizes = [num_seqs + 2] + [num_seqs] * 7 + [num_draws] * 4
-        parts = torch.split(buffer[: sum(sizes)], sizes)
+        parts = [buffer[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
         return cls(parts[0][: num_seqs + 1], *parts[1:])
 
     @staticmethod
     def words(num_seqs: int, num_draws: int) -> int:
         """How long the buffer must be: an even number for even sizes."""
         return 8 * num_seqs + 2 + 4 * num_draws
+
+
+class _HostInputs:
+    """A step's numbers and changes on the host, pinned for a GPU; its views are made once."""
+
+    def __init__(self, num_seqs: int, num_draws: int, *, pinned: bool) -> None:
+        words = Columns.words(num_seqs, num_draws)
+        self.buffer = torch.zeros(words + 3 * _CHANGES, dtype=torch.int32, pin_memory=pinned)
+        self.numbers = self.buffer[:words]
+        self.columns = Columns.of(self.buffer.numpy(), num_seqs, num_draws)
+        self.changes = self.buffer.numpy()[words:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +152,11 @@ class GpuBatch:
         self._device = device
         self._words = Columns.words(self.num_seqs, self.num_draws)
         self._inputs = torch.zeros(self._words + 3 * _CHANGES, dtype=torch.int32, device=device)
+        self._numbers = self._inputs[: self._words]
         self.columns = Columns.of(self._inputs, self.num_seqs, self.num_draws)
+        pinned = device.type == "cuda"
+        self._hosts = [_HostInputs(self.num_seqs, self.num_draws, pinned=pinned) for _ in range(TURNS)]
+        self._turn = 0
 
     def clear_inputs(self) -> None:
         """Makes the next step one of padding only."""
@@ -150,22 +172,25 @@ class GpuBatch:
 
         If some of its work has drafts `open`, `follow_drafts` is next.
         """
-        work = WorkColumns.of(plan.work)
+        self._turn = (self._turn + 1) % TURNS
+        host, work = self._hosts[self._turn], WorkColumns.of(plan.work)
+        staged = self._fill(host.columns, work)
+        if not (plan.admissions or plan.grants or plan.drafts):
+            self._numbers.copy_(host.numbers, non_blocking=True)
+            return staged
         places, values = self._changes(plan)
-        words, fits = self._words, len(places) <= _CHANGES
-        buffer = torch.empty(words + 3 * len(places), dtype=torch.int32, pin_memory=self._device.type == "cuda")
-        changes = buffer[words:].numpy()
-        changes[: 2 * len(places)].view(np.int64)[:] = places
-        changes[2 * len(places) :] = values
-        staged = self._fill(Columns.of(buffer, self.num_seqs, self.num_draws), work)
-        if fits:
-            self._inputs[: len(buffer)].copy_(buffer, non_blocking=True)
-            arrived = self._inputs[words : len(buffer)]
+        words, count = self._words, len(places)
+        if count <= _CHANGES:
+            end = words + 3 * count
+            _put_changes(host.changes, places, values)
+            self._inputs[:end].copy_(host.buffer[:end], non_blocking=True)
+            arrived = self._inputs[words:end]
         else:
-            self._inputs[:words].copy_(buffer[:words], non_blocking=True)
-            arrived = buffer[words:].to(self._device, non_blocking=True)
-        if len(places):
-            self.memory.index_copy_(0, arrived[: 2 * len(places)].view(torch.int64), arrived[2 * len(places) :])
+            self._numbers.copy_(host.numbers, non_blocking=True)
+            changes = torch.empty(3 * count, dtype=torch.int32, pin_memory=self._device.type == "cuda")
+            _put_changes(changes.numpy(), places, values)
+            arrived = changes.to(self._device, non_blocking=True)
+        self.memory.index_copy_(0, arrived[: 2 * count].view(torch.int64), arrived[2 * count :])
         return staged
 
     def follow_drafts(self) -> None:
@@ -197,13 +222,12 @@ class GpuBatch:
 
     def _changes(self, plan: StepPlan) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
         """Where in `memory` the plan puts which numbers."""
-        starts: list[int] = []
-        counts: list[int] = []
+        places: list[int] = []
         values: list[int] = []
 
         def put(name: str, slot: int, numbers: Sequence[int], first: int = 0) -> None:
-            starts.append(self._starts[name] + slot * self._widths[name] + first)
-            counts.append(len(numbers))
+            start = self._starts[name] + slot * self._widths[name] + first
+            places.extend(range(start, start + len(numbers)))
             values.extend(numbers)
 
         for admission in plan.admissions:
@@ -218,15 +242,12 @@ class GpuBatch:
         for drafts in plan.drafts:
             put("token_ids", drafts.slot, drafts.token_ids, drafts.position)
             put("siblings", drafts.slot, drafts.siblings)
-        lengths = np.array(counts, dtype=np.int64)
-        offsets = np.arange(len(values)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        return np.repeat(np.array(starts, dtype=np.int64), lengths) + offsets, np.array(values, dtype=np.int32)
+        return np.array(places, dtype=np.int64), np.array(values, dtype=np.int32)
 
-    def _fill(self, columns: Columns, work: WorkColumns) -> StagedStep:
-        count, draws = len(work), Draws.of(work)
-        query_start = columns.query_start.numpy()
+    def _fill(self, columns: Columns[npt.NDArray[np.int32]], work: WorkColumns) -> StagedStep:
+        count, draws, query_start = len(work), Draws.of(work), columns.query_start
         query_start[0] = 0
-        np.cumsum(work.counts, out=query_start[1 : count + 1])
+        work.counts.cumsum(out=query_start[1 : count + 1])
         num_tokens = int(query_start[count])
         query_start[count + 1 :] = num_tokens
         _put(columns.slots, work.slots)
@@ -235,19 +256,21 @@ class GpuBatch:
         _put(columns.num_open, work.open)
         _put(columns.num_drafts, work.drafts)
         _put(columns.num_siblings, work.siblings)
-        columns.first_draws.numpy()[draws.items] = draws.firsts
+        columns.first_draws[draws.items] = draws.firsts
         _put(columns.logit_rows, draws.rows_behind(query_start[1 : count + 1]))
         _put(columns.drawing_slots, draws.slots, -1)
         _put(columns.positions, draws.positions)
-        _put(columns.draw_items, np.repeat(draws.items, draws.counts))
-        draws_only = num_tokens == len(draws) and not work.score.any()
-        return StagedStep(
-            work, num_tokens, draws, draws_only, self._share_prefixes(work), trees=bool(work.siblings.any())
-        )
+        _put(columns.draw_items, draws.items.repeat(draws.counts))
+        draws_only = num_tokens == len(draws) and not work.any_score
+        return StagedStep(work, num_tokens, draws, draws_only, self._share_prefixes(work), trees=work.any_siblings)
 
     def _share_prefixes(self, work: WorkColumns) -> bool:
         pages = self._shared_pages[work.slots]
-        return bool((np.bincount(pages[pages >= 0]) >= MIN_SHARING).any())
+        pages = pages[pages >= 0]
+        if len(pages) < MIN_SHARING:
+            return False
+        pages.sort()
+        return bool((pages[MIN_SHARING - 1 :] == pages[: 1 - MIN_SHARING]).any())
 
 
 def _numbers(admission: Admission) -> dict[str, Sequence[int]]:
@@ -308,7 +331,12 @@ def _padded(numbers: list[int], width: int, fill: int) -> list[int]:
     return numbers + [fill] * (width - len(numbers))
 
 
-def _put(column: Tensor, values: npt.NDArray[np.generic], padding: int = 0) -> None:
-    array = column.numpy()
-    array[: len(values)] = values
-    array[len(values) :] = padding
+def _put_changes(changes: npt.NDArray[np.int32], places: npt.NDArray[np.int64], values: npt.NDArray[np.int32]) -> None:
+    count = len(places)
+    changes[: 2 * count].view(np.int64)[:] = places
+    changes[2 * count : 3 * count] = values
+
+
+def _put(column: npt.NDArray[np.int32], values: npt.NDArray[np.int64], padding: int = 0) -> None:
+    column[: len(values)] = values
+    column[len(values) :] = padding

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import MAX_SIBLINGS, GpuBatch, StagedStep
+from quire.engine.gpu.batch import MAX_SIBLINGS, TURNS, GpuBatch, StagedStep
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.graphs import Graphs, Sizes
 from quire.engine.models.gpu_decoder import GpuStep
@@ -30,6 +30,7 @@ from quire.service.pages import PAGE_SIZE
 
 # Of a sequence in a step: what may be verified, and what may be drafted.
 _MOST = 64
+_PLACES = np.arange(_MOST)
 
 
 @dataclass(slots=True)
@@ -54,7 +55,7 @@ class PendingDrafts:
         return self._read(1) if self.token_ids.shape[1] > 1 else {}
 
     def _read(self, choice: int) -> dict[int, tuple[int, ...]]:
-        columns = self.token_ids[:, choice, : len(self.items)].numpy().T.tolist()
+        columns = self.token_ids.numpy()[:, choice, : len(self.items)].T.tolist()
         return {
             item: tuple(column[:count])
             for item, count, column in zip(self.items.tolist(), self.wanted.tolist(), columns, strict=True)
@@ -107,7 +108,8 @@ class EagleInPages:
         # Where they go among the batch's tokens, and siblings in its table, both flat.
         self._targets, self._beside = torch.zeros(2, _MOST, num_seqs, dtype=torch.int64, device=device)
         on_gpu = device.type == "cuda"
-        self._results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(3)]
+        self._results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(TURNS)]
+        self._sent = [torch.zeros_like(self._wanted, device="cpu", pin_memory=on_gpu) for _ in range(TURNS)]
         self._turn = 0
         self._on_gpu = on_gpu
 
@@ -155,19 +157,20 @@ class EagleInPages:
 
     def _draft(self, staged: StagedStep) -> PendingDrafts | None:
         work, draws = staged.work, staged.draws
-        if not work.wanted.any():
+        if not work.any_wanted:
             return None
         wanted = work.wanted[draws.items]
         # Those who want most come first: so those who want a draft in a place are the first of them.
-        order = np.argsort(-wanted, kind="stable")[: np.count_nonzero(wanted)]
-        wanted, places = wanted[order], int(wanted[order[0]])
+        order = (-wanted).argsort(kind="stable")[: np.count_nonzero(wanted)]
+        wanted = wanted[order]
+        places = int(wanted[0])
+        self._turn = (self._turn + 1) % TURNS
         self._send(draws.firsts[order], draws.counts[order] - 1, wanted)
         size = self._sizes[0](len(order)) if self._sizes is not None else None
         clock, began = time.perf_counter(), self._mark()
         self._run_begin(size or len(order))
         for _ in range(places):
             self._run_pass(size or len(order))
-        self._turn = (self._turn + 1) % len(self._results)
         self._run_end(size or len(order))
         token_ids = self._results[self._turn][:places]
         token_ids.copy_(self._drafts[:places], non_blocking=True)
@@ -188,12 +191,12 @@ class EagleInPages:
     def _send(
         self, firsts: npt.NDArray[np.int64], verified: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
     ) -> None:
-        num_seqs = self._batch.num_seqs
-        buffer = torch.zeros(len(self._wanted), dtype=torch.int32, pin_memory=self._on_gpu)
+        num_seqs, buffer = self._batch.num_seqs, self._sent[self._turn]
         columns = buffer.numpy()
         columns[: len(firsts)] = firsts
         columns[num_seqs : num_seqs + len(firsts)] = verified
-        columns[2 * num_seqs :] = (wanted > np.arange(_MOST)[:, None]).sum(1)
+        # `wanted` falls: its entries above each place.
+        columns[2 * num_seqs :] = len(wanted) - wanted[::-1].searchsorted(_PLACES, side="right")
         self._wanted.copy_(buffer, non_blocking=True)
 
     def _run_write(self, size: int) -> None:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import GpuBatch, StagedStep
+from quire.engine.gpu.batch import TURNS, GpuBatch, StagedStep
 from quire.engine.gpu.eagle_drafter import PendingDrafts
 from quire.engine.gpu.reports import PromptReport, TokenReport
 from quire.engine.logprobs import Found
@@ -20,9 +20,6 @@ from quire.engine.runner import StepMasks
 from quire.kernels.logprobs import Logprobs
 from quire.service.errors import InternalError
 from quire.service.request import TokenLogprobs
-
-# Steps whose memory on the host is not used again yet: that of a core that runs ahead by one, and one more.
-_TURNS = 3
 
 
 @dataclass(slots=True)
@@ -67,7 +64,8 @@ class GpuPendingStep:
         seconds = self.drafts.seconds if self.drafts is not None else 0.0
         siblings = self.drafts.read_siblings() if self.drafts is not None else {}
         kept = self._kept(drawn, accepted) if self.staged.trees else {}
-        counts, repeatable = draws.kept(accepted), self.num_captured == 0
+        counts = draws.kept(accepted) if self.accepted is not None else {}
+        repeatable = self.num_captured == 0
         return StepResult(
             tuple(token_ids.tolist()), logprobs, prompts, counts, drafts, seconds, repeatable, siblings, kept, waited
         )
@@ -94,18 +92,18 @@ class Results:
     def __init__(self, batch: GpuBatch, most: int) -> None:
         self._batch = batch
         pinned, count = batch.accepted.is_cuda, batch.num_draws
-        self._drawn = [torch.zeros(count, dtype=torch.int64, pin_memory=pinned) for _ in range(_TURNS)]
-        self._accepted = [torch.zeros_like(batch.accepted, device="cpu", pin_memory=pinned) for _ in range(_TURNS)]
-        self._found = [_new_found(count, most, pinned=pinned) for _ in range(_TURNS)]
+        self._drawn = [torch.zeros(count, dtype=torch.int64, pin_memory=pinned) for _ in range(TURNS)]
+        self._accepted = [torch.zeros_like(batch.accepted, device="cpu", pin_memory=pinned) for _ in range(TURNS)]
+        self._found = [_new_found(count, most, pinned=pinned) for _ in range(TURNS)]
         self._turn = 0
 
     def send(self, step: GpuPendingStep, drawn: Tensor, reports: Logprobs, stream: torch.cuda.Stream | None) -> None:
         """Sends what `step` drew, int64 [num_draws], and found, in the order of `stream`."""
         draws = step.staged.draws
-        self._turn = (self._turn + 1) % _TURNS
+        self._turn = (self._turn + 1) % TURNS
         step.token_ids = self._drawn[self._turn]
         step.token_ids[: len(draws)].copy_(drawn[: len(draws)], non_blocking=True)
-        if step.staged.work.drafts.any():
+        if step.staged.work.any_drafts:
             step.accepted = self._accepted[self._turn]
             step.accepted.copy_(self._batch.accepted, non_blocking=True)
         num_top = self._batch.sampling.num_logprobs[draws.slots]

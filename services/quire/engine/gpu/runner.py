@@ -121,10 +121,10 @@ class GpuRunner:
         """Starts a step; see quire.engine.runner.Runner."""
         with self._on_stream():
             staged, num_graphs = self._batch.stage(plan), self._num_graphs
-            step = GpuPendingStep(staged, self._draw)
-            if staged.work.open.any():
+            step = GpuPendingStep(staged, self._draw_masked)
+            if staged.work.any_open:
                 self._run_follow_drafts()
-            if staged.work.score.any():
+            if staged.work.any_score:
                 self._forward_and_score(step)
             else:
                 self._forward(staged)
@@ -132,6 +132,11 @@ class GpuRunner:
             if not masked:
                 self._draw(step, None)
         return step
+
+    @torch.inference_mode()
+    def _draw_masked(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
+        with self._on_stream():
+            self._draw(step, masks)
 
     def prepare(self) -> bool:
         """Captures the next graph that steps may want, the smallest first; returns whether there may be another.
@@ -252,24 +257,23 @@ class GpuRunner:
         return hidden
 
     def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
-        with torch.inference_mode(), self._on_stream():
-            staged, count, num_graphs = step.staged, len(step.staged.draws), self._num_graphs
-            written = False
-            if count:
-                num_masks = self._masks.send(staged, masks) if masks is not None and masks.work else 0
-                state, slots = self._batch.sampling, staged.draws.slots
-                adjusted = state.penalizes[slots] | state.biases[slots]
-                adjusted |= state.forbids_ends[slots] | state.forbids_words[slots]
-                reported = state.num_logprobs[slots] >= 0
-                size = self._draw_sizes(count) if self._pads else count
-                # One graph less, of a step that has no drafts to verify in between.
-                written = self._writes_with_draws and staged.draws_only and not staged.work.drafts.any()
-                self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()), written)
-            if staged.work.drafts.any():
-                self._verify(staged)
-            step.drafts = self._draft(staged, written=written)
-            self._results.send(step, self._drawn, self._reports, self._stream)
-            step.num_captured += self._num_graphs - num_graphs
+        staged, count, num_graphs = step.staged, len(step.staged.draws), self._num_graphs
+        written = False
+        if count:
+            num_masks = self._masks.send(staged, masks) if masks is not None and masks.work else 0
+            state, slots = self._batch.sampling, staged.draws.slots
+            adjusted = state.penalizes[slots] | state.biases[slots]
+            adjusted |= state.forbids_ends[slots] | state.forbids_words[slots]
+            reported = state.num_logprobs[slots] >= 0
+            size = self._draw_sizes(count) if self._pads else count
+            # One graph less, of a step that has no drafts to verify in between.
+            written = self._writes_with_draws and staged.draws_only and not staged.work.any_drafts
+            self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()), written)
+        if staged.work.any_drafts:
+            self._verify(staged)
+        step.drafts = self._draft(staged, written=written)
+        self._results.send(step, self._drawn, self._reports, self._stream)
+        step.num_captured += self._num_graphs - num_graphs
         step.drawn = True
 
     @property

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from quire.engine.gpu.batch import StagedStep
 from quire.engine.gpu.graphs import Sizes, batch_sizes, token_sizes
 from quire.kernels.attention_worklist import AttentionLimits
@@ -60,14 +62,14 @@ class StepShapes:
             return None
         if step.draws_only and most <= verified:
             return self._verifications(size, verified, step.grouped, step.trees)
-        few = int((step.work.counts > min(size, verified)).sum()) <= _FEW_CHUNKS
+        few = int(np.count_nonzero(step.work.counts > min(size, verified))) <= _FEW_CHUNKS
         return self._mixed(size, verified, step.grouped, step.trees, few=few)
 
     def exact(self, step: StagedStep) -> StepShape:
         """What serves a step without padding."""
         most = int(step.work.counts.max())
         verified = min(self._verified_in(step), most)
-        num_chunks = int((step.work.counts > verified).sum())
+        num_chunks = int(np.count_nonzero(step.work.counts > verified))
         # All slots, so that kernels that look at all sequences are compiled once.
         limits = AttentionLimits(step.num_tokens, self._max_num_seqs, most, verified, num_chunks)
         return StepShape(limits, len(step.draws), step.grouped, step.trees)
@@ -101,7 +103,7 @@ class StepShapes:
         return mixed + verified
 
     def _verified_in(self, step: StagedStep) -> int:
-        return self._verified[step.trees] if step.work.drafts.any() else 1
+        return self._verified[step.trees] if step.work.any_drafts else 1
 
     def _decodes(self, size: int, grouped: bool) -> StepShape:
         return StepShape(AttentionLimits(size, size, 1), None, grouped)

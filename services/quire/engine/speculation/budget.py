@@ -49,9 +49,11 @@ class Base(NamedTuple):
     def seconds(self, cost: StepCost, extra: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """With `extra` tokens more, and without what the prompts' cost, which is to be paid in any case: as a part of
         what the decodes take it would make drafts look cheap while there are prompts."""
-        whole, decodes = self.num_tokens, self.num_tokens - self.num_prompt
-        without, alone = cost.seconds(np.array((whole, decodes)), self.context)
-        seconds: npt.NDArray[np.float64] = cost.seconds(whole + extra, self.context) - (without - alone)
+        seconds = cost.seconds(self.num_tokens + extra, self.context)
+        if self.num_prompt:
+            whole, decodes = self.num_tokens, self.num_tokens - self.num_prompt
+            without, alone = cost.seconds(np.array((whole, decodes)), self.context)
+            seconds -= without - alone
         return seconds
 
 
@@ -62,15 +64,18 @@ def choose(offers: Sequence[Offer], base: Base, cost: StepCost) -> list[Choice]:
         return nothing
     num_drafts, rates, num_siblings, second_rates = (np.array(column) for column in zip(*offers, strict=True))
     owners, nth = _places(num_drafts)
-    beside, depths = _places(num_siblings)
     # Falls along each offer, so that the best of all never takes one without those before it, nor a sibling without the
     # draft beside it.
-    seconds = rates[beside] ** (depths - 1) * (1.0 - rates[beside]) * second_rates[beside]
-    gains = np.concatenate((rates[owners] ** nth, np.minimum(seconds, rates[beside] ** depths)))
-    order = np.argsort(-gains, kind="stable")
-    expected = base.num_decodes + np.concatenate(([0.0], np.cumsum(gains[order])))
+    gains, beside = rates[owners] ** nth, owners[:0]
+    if num_siblings.any():
+        beside, depths = _places(num_siblings)
+        seconds = rates[beside] ** (depths - 1) * (1.0 - rates[beside]) * second_rates[beside]
+        gains = np.concatenate((gains, np.minimum(seconds, rates[beside] ** depths)))
+    order = (-gains).argsort(kind="stable")
+    expected = np.full(1 + len(order), float(base.num_decodes))
+    expected[1:] += gains[order].cumsum()
     speed = expected / base.seconds(cost, np.arange(len(expected)))
-    best = int(np.argmax(speed))
+    best = int(speed.argmax())
     if speed[best] < _WORTH * speed[0]:
         return nothing
     chosen = order[:best]
@@ -81,8 +86,8 @@ def choose(offers: Sequence[Offer], base: Base, cost: StepCost) -> list[Choice]:
 
 def _places(counts: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """So many places of each offer, all of them in a row: whose each is, and which of its own, from 1."""
-    owners = np.repeat(np.arange(len(counts)), counts)
-    return owners, np.arange(len(owners)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    owners = np.arange(len(counts)).repeat(counts)
+    return owners, np.arange(len(owners)) - (counts.cumsum() - counts).repeat(counts) + 1
 
 
 def choose_places(
@@ -102,19 +107,22 @@ def choose_places(
     """
     if not rates or not most or not cost.knows(base.num_tokens):
         return 0
-    places, chances, seconds = np.arange(most + 1), np.array(rates)[:, None], np.array(second_rates)[:, None]
+    places, chances = np.arange(most + 1), np.array(rates)[:, None]
     right: npt.NDArray[np.float64] = chances ** places[1:]
-    beside = chances ** places[:-1] * (1.0 - chances) * seconds
 
     def speed_of(gains: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
-        expected = base.num_decodes + np.concatenate(([0.0], np.cumsum(gains.sum(0))))
-        seconds: npt.NDArray[np.float64] = base.seconds(cost, rows * places) + places * passes.seconds
-        seconds[1:] = np.maximum(seconds[1:], (1.0 + share) * seconds[0])
-        return expected / seconds
+        expected = np.full(most + 1, float(base.num_decodes))
+        expected[1:] += gains.sum(0).cumsum()
+        took: npt.NDArray[np.float64] = base.seconds(cost, rows * places) + places * passes.seconds
+        if share:
+            took[1:] = np.maximum(took[1:], (1.0 + share) * took[0])
+        return expected / took
 
     # As chains, or with siblings wherever there may be some, if that is faster.
     speed = speed_of(right, len(rates))
-    if seconds.any():
+    if any(second_rates):
+        seconds = np.array(second_rates)[:, None]
+        beside = chances ** places[:-1] * (1.0 - chances) * seconds
         speed = np.maximum(speed, speed_of(right + beside, len(rates) + int(np.count_nonzero(seconds))))
-    best = int(np.argmax(speed))
+    best = int(speed.argmax())
     return best if speed[best] >= _WORTH * speed[0] else 0

@@ -96,13 +96,13 @@ class StepCost:
             return
         known.count += 1
         known.seen_at = self._step
-        expected = float(_at(known.seconds, context - known.context, self.price))
+        away = context - known.context
+        expected = max(_LEAST * known.seconds, known.seconds + self.price * away)
         if known.count <= _FIRST:
             if seconds < expected:
                 known.seconds, known.context = seconds, context
             return
         seconds = min(seconds, _LONGEST * expected)
-        away = context - known.context
         self._squares = _KEPT * self._squares + away * away
         self._products = _KEPT * self._products + away * (seconds - known.seconds)
         for other in self._measured.values():

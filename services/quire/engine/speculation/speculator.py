@@ -177,17 +177,17 @@ class Speculator:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
         takers = []
         for sequence in decodes:
-            prospect = self._prospect(sequence)
             sequence.num_wanted = 0
             # Not where another drafter's are there and better.
             if sequence.drafter is Drafter.EAGLE or not sequence.drafts:
-                takers.append((sequence, prospect))
+                takers.append(sequence)
         if not takers:
             return
-        rates = [prospect.rates[Drafter.EAGLE] for _, prospect in takers]
-        second_rates = [self._second.rate * prospect.branches for _, prospect in takers]
+        prospects = [self._prospects[sequence.key] for sequence in takers]
+        rates = [prospect.rates[Drafter.EAGLE] for prospect in prospects]
+        second_rates = [self._second.rate * prospect.branches for prospect in prospects]
         wanted = self._device.decide(rates, second_rates, base)
-        for sequence, _ in takers:
+        for sequence in takers:
             sequence.num_wanted = wanted
 
     def observe_step(self, measured: StepTime | None) -> None:
