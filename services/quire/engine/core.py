@@ -246,8 +246,9 @@ class EngineCore:
             num_drafts = sum(work.num_verified for work in schedule.plan.work)
             waited = result.waited_seconds if step.ahead else None
             told = StepTime(
-                num_computed, context, seconds if usual else None, num_places, result.draft_seconds, num_drafts, waited
-            )
+                num_computed, context, seconds if usual else None, num_places, result.draft_seconds, num_drafts, waited,
+                masked=bool(step.constrained),
+            )  # fmt: skip
             self._speculator.observe_step(told if result.repeatable else None)
         speculator = self._speculator
         if speculator is not None and not (schedule.drafts or result.drafts or results or speculator.awaits_tokens):

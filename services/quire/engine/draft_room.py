@@ -35,11 +35,11 @@ class DraftRoom:
             # One sequence's second choices are worth less than another's drafts.
             for sequence in drafted:
                 sequence.siblings = ()
-        needed = (
-            pages_for(sequence.reach + min(max(sequence.num_pending, 1), budget)) - len(sequence.block_table)
-            for sequence in running
-        )
-        spare_pages = self._pool.available - sum(max(0, missing) for missing in needed)
+        spare_pages = self._pool.available
+        for sequence in running:
+            num_tokens = sequence.reach + min(max(sequence.num_pending, 1), budget)
+            if num_tokens > (held := len(sequence.block_table)) * PAGE_SIZE:
+                spare_pages -= pages_for(num_tokens) - held
         for sequence in drafted:
             reach, count = sequence.reach, sequence.num_verified
             own_pages = pages_for(reach + 1)

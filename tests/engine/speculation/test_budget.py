@@ -405,6 +405,29 @@ def test_right_drafts_are_used_by_a_device_that_waits_for_the_host(
 
 
 @pytest.mark.parametrize("num_seqs", [1, 8])
+def test_steps_that_wait_for_masks_say_nothing_of_others(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
+    """They may take ten times as long, with drafts many times: after them nobody else would get drafts any more."""
+    head = Head(0.00002, right=True)
+    _, _, _, core = simulate(
+        monkeypatch, lambda tokens: 0.0002, None, num_seqs, num_tokens=700, head=head, host=0.0005, drafting=0.0005
+    )
+    for _ in range(60):
+        core.step()
+    speculator = core._speculator
+    assert speculator is not None
+    for num_places in (0, 0, 0, 0, *([4] * 40)):
+        seconds = 0.02 if num_places else 0.005
+        num_drafts = num_places * num_seqs
+        speculator.observe_step(
+            StepTime(num_seqs + num_drafts, 100, seconds, num_places, 0.0001, num_drafts, 0.0, masked=True)
+        )
+    before = sum(len(sequence.token_ids) for sequence in core.scheduler)
+    for _ in range(20):
+        core.step()
+    assert sum(len(sequence.token_ids) for sequence in core.scheduler) - before >= 18 * num_seqs * 5
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8])
 def test_the_hosts_drafts_come_back_beside_a_device_that_rests(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
     """Where neither was right for long nothing is decided for some steps in a row, while the host's may become so."""
     cost, host = COSTS["a GPU's"], 0.0006

@@ -46,6 +46,21 @@ class SpeculationConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 64]", field=name)
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """Steps with masks, which they may wait for, or those without: what they cost, and what is drafted for them."""
+
+    cost: StepCost
+    watch: StepWatch
+    device: DeviceDrafts
+
+    @classmethod
+    def new(cls, cost: StepCost, passes: PassCost, most: int) -> _Kind:
+        """The device, if it has a drafter, makes up to `most` drafts of a sequence."""
+        watch = StepWatch(cost, passes)
+        return cls(cost, watch, DeviceDrafts(most, cost, passes, watch))
+
+
 class Speculator:
     """Decides on drafts for one engine. `on_device`: its runner has a drafter, too."""
 
@@ -61,10 +76,10 @@ class Speculator:
         self._source = source
         self._on_device = on_device and config.num_tokens > 0
         self._config = config
-        self._cost = StepCost() if cost is None else cost
-        passes = PassCost()
-        self._watch = StepWatch(self._cost, passes)
-        self._device = DeviceDrafts(config.num_tokens if on_device else 0, self._cost, passes, self._watch)
+        passes, most = PassCost(), config.num_tokens if on_device else 0
+        self._plain, self._masked = (_Kind.new(cost or StepCost(), passes, most) for _ in range(2))
+        # That of the next step, and of the one that was read last.
+        self._next = self._last = self._plain
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, Prospect] = {}
         # Keys of sequences of which tokens were offered that are not drawn yet, and of those whose grammar forces some;
@@ -88,7 +103,7 @@ class Speculator:
     @property
     def num_wanted(self) -> int:
         """How many drafts to ask the device for when a prompt is done."""
-        return self._device.num_places
+        return self._next.device.num_places
 
     @property
     def is_resting(self) -> bool:
@@ -130,16 +145,18 @@ class Speculator:
             self._num_resting -= 1
             return
         self._num_resting = 0
-        decodes, num_alone, num_prompt, context = [], 0, 0, 0
+        decodes, num_alone, num_prompt, context, masked = [], 0, 0, 0, False
         for sequence in scheduler.running:
             context += sequence.num_tokens
             if sequence.num_pending > 1:
                 num_prompt += sequence.num_pending
-                sequence.num_wanted = self._device.num_places
+                sequence.num_wanted = self.num_wanted
                 continue
             num_alone += 1
             if sequence.num_pending == 1 and not sequence.may_await_last_token:
                 decodes.append(sequence)
+                masked |= sequence.request.constraint is not None
+        self._next = kind = self._masked if masked else self._plain
         num_tokens = scheduler.size_without_drafts(num_alone, num_prompt)
         base = Base(num_tokens, len(decodes), max(0, num_tokens - num_alone), context)
         known = [sequence for sequence in decodes if not sequence.num_drawn]
@@ -159,7 +176,7 @@ class Speculator:
                 beside = min(self._config.num_siblings, count, len(siblings)) if prospect.branches else 0
                 offers.append(Offer(count, prospect.rates[drafter], beside, self._second.rate))
                 takers.append((sequence, tokens, siblings))
-        chosen = choose(offers, base, self._cost)
+        chosen = choose(offers, base, kind.cost)
         for (sequence, tokens, siblings), choice in zip(takers, chosen, strict=True):
             sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
         if self._on_device:
@@ -168,10 +185,10 @@ class Speculator:
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
             self._num_ahead = 0
-        if self._on_device and self._cost.knows(num_tokens) and not (promised or self._offered):
+        if self._on_device and kind.cost.knows(num_tokens) and not (promised or self._offered):
             # The host's drafts are looked for when the device's lead is over.
             most = _LONGEST_LEAD if self._source is None else self._lead - self._num_ahead
-            self._num_resting = self._device.rest(most)
+            self._num_resting = kind.device.rest(most)
 
     def _want(self, decodes: list[Sequence], base: Base) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
@@ -186,13 +203,18 @@ class Speculator:
         prospects = [self._prospects[sequence.key] for sequence in takers]
         rates = [prospect.rates[Drafter.EAGLE] for prospect in prospects]
         second_rates = [self._second.rate * prospect.branches for prospect in prospects]
-        wanted = self._device.decide(rates, second_rates, base)
+        wanted = self._next.device.decide(rates, second_rates, base)
         for sequence in takers:
             sequence.num_wanted = wanted
 
     def observe_step(self, measured: StepTime | None) -> None:
         """A step was read; None: it compiled or captured something, which held up the one before it, too."""
-        self._watch.observe(measured)
+        kind = self._last if measured is None else self._masked if measured.masked else self._plain
+        if kind is not self._last:
+            # What comes before and after a step tells only with its like what it took.
+            self._last.watch.observe(None)
+            self._last = kind
+        kind.watch.observe(measured)
 
     def observe_siblings(self, num_verified: int, kept: bool) -> None:
         """A step verified so many siblings of a sequence's drafts, and `kept` one of them or none."""
@@ -226,8 +248,14 @@ class Speculator:
         if drafted:
             self._offer(prospect, Drafter.EAGLE, drafted)
             prospect.siblings = siblings
-        for keys, offered in ((self._offered, prospect.offers), (self._forced, Drafter.FORCED in prospect.offers)):
-            (keys.add if offered else keys.discard)(sequence.key)
+        if prospect.offers:
+            self._offered.add(sequence.key)
+        else:
+            self._offered.discard(sequence.key)
+        if Drafter.FORCED in prospect.offers:
+            self._forced.add(sequence.key)
+        else:
+            self._forced.discard(sequence.key)
 
     def _offer(self, prospect: Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
         prospect.offers[drafter] = token_ids

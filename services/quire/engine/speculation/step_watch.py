@@ -16,14 +16,16 @@ from quire.engine.speculation.cost import PassCost, StepCost
 _WAITED = 0.1
 # So many steps in a row are run without drafts, the first and last of which say nothing, after so many with.
 _WITHOUT, _WITH = 6, 400
-# Weight of the newest step in what looking for drafts costs.
-_NEWEST = 0.1
+# Weight of the newest step in what looking for drafts costs. Of the first ones the least counts, since they may include
+# what is done once, and a later one for so many times what was usual at most.
+_NEWEST, _FIRST, _LONGEST = 0.1, 3, 2.0
 
 
 class StepTime(NamedTuple):
     """A step computed so many tokens, `num_drafts` of them drafts and siblings, of sequences with `context` tokens in
     all, in so long, None if that says nothing, of which the device spent `draft_seconds` on drafts for so many places,
-    and the host waited for the device for `waited`, None if they take turns."""
+    and the host waited for the device for `waited`, None if they take turns. `masked`: some tokens' choice was bound by
+    grammars."""
 
     num_tokens: int
     context: int
@@ -32,6 +34,7 @@ class StepTime(NamedTuple):
     draft_seconds: float
     num_drafts: int = 0
     waited: float | None = None
+    masked: bool = False
 
     @property
     def is_bound_by_host(self) -> bool:
@@ -58,6 +61,7 @@ class StepWatch:
         self._is_bound = False
         self._num_without = self._num_with = 0  # steps to come without drafts, and those with some since the last ones
         self._share: float | None = None
+        self._num_shares = 0
         # The last step with drafts, until it is known what one without takes.
         self._latest: StepTime | None = None
 
@@ -91,7 +95,13 @@ class StepWatch:
         if self._cost.was_measured(num_without):
             self._latest = None
             share = max(0.0, latest.seconds / self._cost.seconds_of(num_without, latest.context) - 1.0)
-            self._share = share if self._share is None else self._share + _NEWEST * (share - self._share)
+            self._num_shares += 1
+            if self._share is None or self._num_shares <= _FIRST:
+                self._share = share if self._share is None else min(share, self._share)
+            else:
+                # A pause of the machine says nothing.
+                share = min(share, _LONGEST * (1.0 + self._share) - 1.0)
+                self._share += _NEWEST * (share - self._share)
 
     def must_look(self, num_tokens: int) -> bool:
         """Whether the next step, of so many tokens without drafts, is to have none, to see how long that takes; to be
