@@ -17,6 +17,8 @@ from quire.kernels.attention_worklist import AttentionLimits
 
 # Larger steps take longer to run than to launch kernel by kernel, and are rarely of a size seen before.
 _LARGEST_GRAPH = 2048
+# Rows of the smallest passes that verify drafts: small models have kernels of their own for so few.
+_FEW_ROWS = (2, 4, 8)
 # Sequences with prompts. Attention launches a program for each KV head of each that there may be.
 _FEW_CHUNKS = 16
 
@@ -49,6 +51,9 @@ class StepShapes:
     ) -> None:
         self.batch_sizes: Sizes = batch_sizes(max_num_seqs)
         self.token_sizes: Sizes = token_sizes(min(max_num_batched_tokens, _LARGEST_GRAPH))
+        # Of steps that only draw: a few drafts of one sequence are not worth a pass for many rows.
+        most = self.token_sizes(max_num_draws) or self.token_sizes.all[-1]
+        self._verification_sizes = Sizes([size for size in (*_FEW_ROWS, *self.token_sizes.all) if size <= most])
         self._max_num_seqs, self._max_num_draws = max_num_seqs, max_num_draws
         self._verified, self._siblings = verified, siblings
 
@@ -57,11 +62,11 @@ class StepShapes:
         most, verified = int(step.work.counts.max()), self._verified_in(step)
         if step.draws_only and most == 1 and (size := self.batch_sizes(len(step.work))) is not None:
             return self._decodes(size, step.grouped)
+        if step.draws_only and most <= verified and (size := self._verification_sizes(step.num_tokens)) is not None:
+            return self._verifications(size, verified, step.grouped, step.trees)
         size = self.token_sizes(step.num_tokens)
         if size is None:
             return None
-        if step.draws_only and most <= verified:
-            return self._verifications(size, verified, step.grouped, step.trees)
         few = int(np.count_nonzero(step.work.counts > min(size, verified))) <= _FEW_CHUNKS
         return self._mixed(size, verified, step.grouped, step.trees, few=few)
 
@@ -98,9 +103,8 @@ class StepShapes:
         mixed = [(2, size, self._mixed(size, count, False, trees)) for size in tokens]
         if count == 1:
             return mixed
-        most = self.token_sizes(self._max_num_draws) or tokens[-1]
-        verified = [(1, size, self._verifications(size, count, False, trees)) for size in tokens if size <= most]
-        return mixed + verified
+        sizes = self._verification_sizes.all
+        return mixed + [(1, size, self._verifications(size, count, False, trees)) for size in sizes]
 
     def _verified_in(self, step: StagedStep) -> int:
         return self._verified[step.trees] if step.work.any_drafts else 1

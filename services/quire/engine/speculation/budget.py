@@ -16,8 +16,9 @@ import numpy.typing as npt
 
 from quire.engine.speculation.cost import PassCost, StepCost
 
-# Drafts must be expected to win so much: less is within what can be measured.
-_WORTH = 1.01
+# Drafts must be expected to win so much: less is within what can be measured. To make them for a batch must win more:
+# requests whose drafts are right end sooner, and leave the others in smaller batches.
+_WORTH, _WORTH_IN_BATCHES = 1.01, 1.05
 
 
 class Offer(NamedTuple):
@@ -125,4 +126,5 @@ def choose_places(
         beside = chances ** places[:-1] * (1.0 - chances) * seconds
         speed = np.maximum(speed, speed_of(right + beside, len(rates) + int(np.count_nonzero(seconds))))
     best = int(speed.argmax())
-    return best if speed[best] >= _WORTH * speed[0] else 0
+    worth = _WORTH_IN_BATCHES - (_WORTH_IN_BATCHES - _WORTH) / max(1, base.num_decodes)
+    return best if speed[best] >= worth * speed[0] else 0
