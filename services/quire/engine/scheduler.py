@@ -221,7 +221,9 @@ class Scheduler:
         sequence.num_drawn += num_drafts
         if sequence.state is SequenceState.RUNNING:  # else preempted since
             sequence.num_computed += num_drafts
-            self._shrink(sequence)
+            # The drafter of a next step would want them again, and who is short of pages takes them back.
+            if self._num_waiting or not self.config.drafter_in_pages:
+                self._shrink(sequence)
 
     def retract(self, sequence: Sequence, num_verified: int) -> None:
         """Takes back what the step that was scheduled last, which verifies `num_verified` drafts, draws for a sequence:
@@ -244,8 +246,9 @@ class Scheduler:
         drafter's that has no page: that is known when they are."""
         if sequence.may_await_last_token or self._is_held(sequence):
             return True
-        num_slots = len(sequence.block_table) * PAGE_SIZE
-        return self.config.drafter_in_pages and sequence.num_open > 0 and sequence.reach >= num_slots
+        if not (sequence.num_open and self.config.drafter_in_pages):
+            return False
+        return sequence.reach >= len(sequence.block_table) * PAGE_SIZE
 
     def _book(self, schedule: Schedule) -> None:
         """Takes a step as done: later ones may use its pages, which are written before they run."""

@@ -148,12 +148,13 @@ class Speculator:
         decodes, num_alone, num_prompt, context, masked = [], 0, 0, 0, False
         for sequence in scheduler.running:
             context += sequence.num_tokens
-            if sequence.num_pending > 1:
-                num_prompt += sequence.num_pending
+            num_pending = sequence.num_pending
+            if num_pending > 1:
+                num_prompt += num_pending
                 sequence.num_wanted = self.num_wanted
                 continue
             num_alone += 1
-            if sequence.num_pending == 1 and not sequence.may_await_last_token:
+            if num_pending == 1 and not sequence.may_await_last_token:
                 decodes.append(sequence)
                 masked |= sequence.request.constraint is not None
         self._next = kind = self._masked if masked else self._plain
