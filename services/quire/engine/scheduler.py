@@ -221,9 +221,8 @@ class Scheduler:
         sequence.num_drawn += num_drafts
         if sequence.state is SequenceState.RUNNING:  # else preempted since
             sequence.num_computed += num_drafts
-            # The drafter of a next step would want them again, and who is short of pages takes them back.
-            if self._num_waiting or not self.config.drafter_in_pages:
-                self._shrink(sequence)
+            # What the drafter will want again stays where nobody waits; who is short of pages takes it back.
+            self._shrink(sequence, 0 if self._num_waiting else sequence.num_wanted)
 
     def retract(self, sequence: Sequence, num_verified: int) -> None:
         """Takes back what the step that was scheduled last, which verifies `num_verified` drafts, draws for a sequence:
@@ -234,9 +233,10 @@ class Scheduler:
             self._shrink(sequence)
             sequence.num_computed -= 1
 
-    def _shrink(self, sequence: Sequence) -> None:
-        # A drafter has written the slot of the next token.
-        self._drafts.keep(sequence, pages_for(sequence.reach + self.config.drafter_in_pages))
+    def _shrink(self, sequence: Sequence, num_wanted: int = 0) -> None:
+        # A drafter has written the slot of the next token, and may want as many more.
+        ahead = max(1, num_wanted) if self.config.drafter_in_pages else 0
+        self._drafts.keep(sequence, pages_for(sequence.reach + ahead))
 
     def _is_held(self, sequence: Sequence) -> bool:
         return self.hold_constrained and sequence.request.constraint is not None
