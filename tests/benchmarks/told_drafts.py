@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from quire.engine.core import EngineCore
-from quire.engine.gpu.batch import StagedStep
 from quire.engine.gpu.pending import GpuPendingStep
 from quire.engine.gpu.runner import GpuRunner
+from quire.engine.gpu.staged_step import StagedStep
 from quire.engine.plan import StepPlan, StepResult
 from quire.engine.runner import StepMasks
 from quire.engine.speculation.speculator import SpeculationConfig, Speculator

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 triton_testing.need_triton()
 
 from quire.engine.device_batch import Draws, WorkColumns  # noqa: E402
-from quire.engine.gpu.batch import StagedStep  # noqa: E402
+from quire.engine.gpu.staged_step import StagedStep  # noqa: E402
 from quire.engine.gpu.step_shapes import StepShape, StepShapes  # noqa: E402
 from quire.engine.plan import Work  # noqa: E402
 from quire.kernels.attention_worklist import AttentionLimits  # noqa: E402

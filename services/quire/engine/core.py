@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from quire.engine.masking import Masking
-from quire.engine.masks import MaskSource
+from quire.engine.masks import DraftResult, MaskSource
+from quire.engine.plan import StepResult
 from quire.engine.runner import PendingStep, Runner, StepMasks
 from quire.engine.schedule import Schedule
 from quire.engine.scheduler import Scheduler
@@ -237,22 +238,11 @@ class EngineCore:
                 self._updates.append(Update(sequence.key, started=Started(cached_tokens)))
         errors = step.masks.batch.errors if step.masks is not None else {}
         results = step.masks.batch.results if step.masks is not None else {}
-        if self._speculator is not None and schedule.plan.work and not self._speculator.is_resting:
-            num_computed = sum(work.num_tokens for work in schedule.plan.work)
-            context = num_computed + sum(work.start for work in schedule.plan.work)
-            num_places = max(work.num_wanted for work in schedule.plan.work)
-            # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
-            usual = bool(schedule.drafts) or step.ahead or not self._run_ahead
-            num_drafts = sum(work.num_verified for work in schedule.plan.work)
-            waited = result.waited_seconds if step.ahead else None
-            told = StepTime(
-                num_computed, context, seconds if usual else None, num_places, result.draft_seconds, num_drafts, waited,
-                masked=bool(step.constrained),
-            )  # fmt: skip
-            self._speculator.observe_step(told if result.repeatable else None)
+        self._tell_time(step, result, seconds)
         speculator = self._speculator
-        if speculator is not None and not (schedule.drafts or result.drafts or results or speculator.awaits_tokens):
-            speculator = None
+        observes = speculator is not None and bool(
+            schedule.drafts or result.drafts or results or speculator.awaits_tokens
+        )
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:
@@ -267,32 +257,63 @@ class EngineCore:
                 between.append(now - sequence.last_token_at)
             sequence.last_token_at = now
             tokens: tuple[int, ...] = (result.token_ids[index],)
-            if speculator is not None:
-                grammar, verified = results.get(sequence.key), schedule.drafts.get(sequence)
-                if verified is not None:
-                    kept = verified.token_ids[: result.accepted[index]]
-                    if work.num_siblings:
-                        drafted, kept = kept, result.kept[index]
-                        speculator.observe_siblings(work.num_siblings, kept != drafted)
-                    tokens = (*kept, *tokens)
-                    if grammar is not None and len(tokens) > grammar.num_drafts + 1:
-                        # Behind what the grammar allows nothing was masked.
-                        tokens = tokens[: grammar.num_drafts + 1]
-                        self._void(following, sequence)
-                    self.scheduler.accept(sequence, len(tokens) - 1, work.num_drafts)
-                drafts, forced = result.drafts.get(index), grammar.forced if grammar is not None else None
-                unread = following.schedule.drafts.get(sequence) if following is not None else None
-                if unread is not None and drafts:
-                    unread.token_ids = drafts[: len(unread.token_ids)]
-                drafter = verified.drafter if verified is not None else None
-                siblings = result.siblings.get(index, ())
-                speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts, siblings)
+            if observes:
+                tokens = self._take_drafts(step, result, index, results.get(sequence.key), following)
             error = errors.get(sequence.key)
             logprobs = result.logprobs.get(index, ())
             num_tokens += self._commit_tokens(sequence, tokens, logprobs, error, work.num_verified)
         self.stats.record_tokens(until_first, between, num_tokens)
         if not self.scheduler.num_running:
             self._last_commit = 0.0
+
+    def _tell_time(self, step: _Step, result: StepResult, seconds: float) -> None:
+        """Tells the speculator what a step took."""
+        speculator, work = self._speculator, step.schedule.plan.work
+        if speculator is None or not work or speculator.is_resting:
+            return
+        num_computed = sum(one.num_tokens for one in work)
+        # A device that waited for the host, and then had no drafts to verify, did what neither step usually does.
+        usual = bool(step.schedule.drafts) or step.ahead or not self._run_ahead
+        told = StepTime(
+            num_computed,
+            num_computed + sum(one.start for one in work),
+            seconds if usual else None,
+            max(one.num_wanted for one in work),
+            result.draft_seconds,
+            sum(one.num_verified for one in work),
+            result.waited_seconds if step.ahead else None,
+            masked=bool(step.constrained),
+        )
+        speculator.observe_step(told if result.repeatable else None)
+
+    def _take_drafts(
+        self, step: _Step, result: StepResult, index: int, grammar: DraftResult | None, following: _Step | None
+    ) -> tuple[int, ...]:
+        """What work `index` of a step drew: drafts that are right, and the token after them. Tells the speculator."""
+        speculator, sequence, work = self._speculator, step.schedule.sequences[index], step.schedule.plan.work[index]
+        tokens: tuple[int, ...] = (result.token_ids[index],)
+        if speculator is None:
+            return tokens
+        verified, drafts = step.schedule.drafts.get(sequence), result.drafts.get(index)
+        if verified is not None:
+            kept = verified.token_ids[: result.accepted[index]]
+            if work.num_siblings:
+                drafted, kept = kept, result.kept[index]
+                speculator.observe_siblings(work.num_siblings, kept != drafted)
+            tokens = (*kept, *tokens)
+            if grammar is not None and len(tokens) > grammar.num_drafts + 1:
+                # Behind what the grammar allows nothing was masked.
+                tokens = tokens[: grammar.num_drafts + 1]
+                self._void(following, sequence)
+            self.scheduler.accept(sequence, len(tokens) - 1, work.num_drafts)
+        unread = following.schedule.drafts.get(sequence) if following is not None else None
+        if unread is not None and drafts:
+            unread.token_ids = drafts[: len(unread.token_ids)]
+        forced = grammar.forced if grammar is not None else None
+        drafter = verified.drafter if verified is not None else None
+        siblings = result.siblings.get(index, ())
+        speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts, siblings)
+        return tokens
 
     def _void(self, step: _Step | None, sequence: Sequence) -> None:
         """What `step`, if it was launched, draws for a sequence is void: the device counts drafts that are none."""

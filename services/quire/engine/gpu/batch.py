@@ -7,16 +7,14 @@ input. Everything else that a step needs is a few numbers per sequence. They and
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.device_batch import Draws, WorkColumns
+from quire.engine.device_batch import WorkColumns
+from quire.engine.gpu.staged_step import MAX_CHANGES, TURNS, Columns, HostInputs, StagedStep, put_changes
 from quire.engine.models.gpu_decoder import MIN_SHARED_PAGES, MIN_SHARING
 from quire.engine.plan import Admission, StepPlan
 from quire.engine.sampling_state import NO_TOKEN, SamplingState
@@ -32,66 +30,6 @@ from quire.service.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_
 _MAX_ENDS = MAX_STOP_TOKENS + 128
 # Second choices beside a sequence's drafts.
 MAX_SIBLINGS = 64
-# Changes that fit the buffer for a step's inputs; a prompt that joins brings one for each token.
-_CHANGES = 16384
-# Steps whose memory on the host is not used again yet: that of a core that runs ahead by one, and one more.
-TURNS = 3
-
-
-_Numbers = TypeVar("_Numbers", Tensor, npt.NDArray[np.int32])
-
-
-@dataclass(frozen=True, slots=True)
-class Columns(Generic[_Numbers]):
-    """Views of a step's numbers, in a buffer of the host or of the device; S and N are the batch's."""
-
-    query_start: _Numbers  # int32 [S + 1]
-    slots: _Numbers  # int32 [S]
-    starts: _Numbers  # int32 [S]
-    context_lens: _Numbers  # int32 [S]
-    num_open: _Numbers  # int32 [S], of drafts that the step before verifies
-    num_drafts: _Numbers  # int32 [S], of those that this one does
-    num_siblings: _Numbers  # int32 [S], beside them
-    first_draws: _Numbers  # int32 [S]
-    logit_rows: _Numbers  # int32 [N], of the rows that draw a token
-    drawing_slots: _Numbers  # int32 [N], theirs; -1 for padding
-    positions: _Numbers  # int32 [N], of the token to be drawn in its sequence
-    draw_items: _Numbers  # int32 [N], which of the S sequences draws
-
-    @classmethod
-    def of(cls, buffer: _Numbers, num_seqs: int, num_draws: int) -> Columns[_Numbers]:
-        """Of the first `words` words of an int32 buffer."""
-        sizes = [num_seqs + 2] + [num_seqs] * 7 + [num_draws] * 4
-        parts = [buffer[end - size : end] for size, end in zip(sizes, accumulate(sizes), strict=True)]
-        return cls(parts[0][: num_seqs + 1], *parts[1:])
-
-    @staticmethod
-    def words(num_seqs: int, num_draws: int) -> int:
-        """How long the buffer must be: an even number for even sizes."""
-        return 8 * num_seqs + 2 + 4 * num_draws
-
-
-class _HostInputs:
-    """A step's numbers and changes on the host, pinned for a GPU; its views are made once."""
-
-    def __init__(self, num_seqs: int, num_draws: int, *, pinned: bool) -> None:
-        words = Columns.words(num_seqs, num_draws)
-        self.buffer = torch.zeros(words + 3 * _CHANGES, dtype=torch.int32, pin_memory=pinned)
-        self.numbers = self.buffer[:words]
-        self.columns = Columns.of(self.buffer.numpy(), num_seqs, num_draws)
-        self.changes = self.buffer.numpy()[words:]
-
-
-@dataclass(frozen=True, slots=True)
-class StagedStep:
-    """What the host knows of a step whose inputs are on their way."""
-
-    work: WorkColumns
-    num_tokens: int
-    draws: Draws
-    draws_only: bool  # every row draws a token: decodes and verifications, no prompts
-    grouped: bool  # some sequences share a long prefix
-    trees: bool  # some drafts have siblings
 
 
 class GpuBatch:
@@ -151,11 +89,11 @@ class GpuBatch:
         )
         self._device = device
         self._words = Columns.words(self.num_seqs, self.num_draws)
-        self._inputs = torch.zeros(self._words + 3 * _CHANGES, dtype=torch.int32, device=device)
+        self._inputs = torch.zeros(self._words + 3 * MAX_CHANGES, dtype=torch.int32, device=device)
         self._numbers = self._inputs[: self._words]
         self.columns = Columns.of(self._inputs, self.num_seqs, self.num_draws)
         pinned = device.type == "cuda"
-        self._hosts = [_HostInputs(self.num_seqs, self.num_draws, pinned=pinned) for _ in range(TURNS)]
+        self._hosts = [HostInputs(self.num_seqs, self.num_draws, pinned=pinned) for _ in range(TURNS)]
         self._turn = 0
 
     def clear_inputs(self) -> None:
@@ -174,21 +112,21 @@ class GpuBatch:
         """
         self._turn = (self._turn + 1) % TURNS
         host, work = self._hosts[self._turn], WorkColumns.of(plan.work)
-        staged = self._fill(host.columns, work)
+        staged = host.fill(work, grouped=self._share_prefixes(work))
         if not (plan.admissions or plan.grants or plan.drafts):
             self._numbers.copy_(host.numbers, non_blocking=True)
             return staged
         places, values = self._changes(plan)
         words, count = self._words, len(places)
-        if count <= _CHANGES:
+        if count <= MAX_CHANGES:
             end = words + 3 * count
-            _put_changes(host.changes, places, values)
+            put_changes(host.changes, places, values)
             self._inputs[:end].copy_(host.buffer[:end], non_blocking=True)
             arrived = self._inputs[words:end]
         else:
             self._numbers.copy_(host.numbers, non_blocking=True)
             changes = torch.empty(3 * count, dtype=torch.int32, pin_memory=self._device.type == "cuda")
-            _put_changes(changes.numpy(), places, values)
+            put_changes(changes.numpy(), places, values)
             arrived = changes.to(self._device, non_blocking=True)
         self.memory.index_copy_(0, arrived[: 2 * count].view(torch.int64), arrived[2 * count :])
         return staged
@@ -243,26 +181,6 @@ class GpuBatch:
             put("token_ids", drafts.slot, drafts.token_ids, drafts.position)
             put("siblings", drafts.slot, drafts.siblings)
         return np.array(places, dtype=np.int64), np.array(values, dtype=np.int32)
-
-    def _fill(self, columns: Columns[npt.NDArray[np.int32]], work: WorkColumns) -> StagedStep:
-        count, draws, query_start = len(work), Draws.of(work), columns.query_start
-        query_start[0] = 0
-        work.counts.cumsum(out=query_start[1 : count + 1])
-        num_tokens = int(query_start[count])
-        query_start[count + 1 :] = num_tokens
-        _put(columns.slots, work.slots)
-        _put(columns.starts, work.starts)
-        _put(columns.context_lens, work.ends)
-        _put(columns.num_open, work.open)
-        _put(columns.num_drafts, work.drafts)
-        _put(columns.num_siblings, work.siblings)
-        columns.first_draws[draws.items] = draws.firsts
-        _put(columns.logit_rows, draws.rows_behind(query_start[1 : count + 1]))
-        _put(columns.drawing_slots, draws.slots, -1)
-        _put(columns.positions, draws.positions)
-        _put(columns.draw_items, draws.items.repeat(draws.counts))
-        draws_only = num_tokens == len(draws) and not work.any_score
-        return StagedStep(work, num_tokens, draws, draws_only, self._share_prefixes(work), trees=work.any_siblings)
 
     def _share_prefixes(self, work: WorkColumns) -> bool:
         pages = self._shared_pages[work.slots]
@@ -329,14 +247,3 @@ def _padded(numbers: list[int], width: int, fill: int) -> list[int]:
     if len(numbers) > width:
         raise InternalError(f"a slot holds {width} numbers of a kind, and {len(numbers)} were admitted")
     return numbers + [fill] * (width - len(numbers))
-
-
-def _put_changes(changes: npt.NDArray[np.int32], places: npt.NDArray[np.int64], values: npt.NDArray[np.int32]) -> None:
-    count = len(places)
-    changes[: 2 * count].view(np.int64)[:] = places
-    changes[2 * count : 3 * count] = values
-
-
-def _put(column: npt.NDArray[np.int32], values: npt.NDArray[np.int64], padding: int = 0) -> None:
-    column[: len(values)] = values
-    column[len(values) :] = padding

@@ -19,9 +19,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import MAX_SIBLINGS, TURNS, GpuBatch, StagedStep
+from quire.engine.gpu.batch import MAX_SIBLINGS, GpuBatch
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.graphs import Graphs, Sizes
+from quire.engine.gpu.staged_step import TURNS, StagedStep
 from quire.engine.models.gpu_decoder import GpuStep
 from quire.engine.models.model import HiddenTaps
 from quire.kernels.attention_worklist import AttentionLimits

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import StagedStep
 from quire.engine.gpu.graphs import Sizes
+from quire.engine.gpu.staged_step import StagedStep
 from quire.engine.runner import StepMasks
 from quire.kernels.token_mask import apply_token_mask_triton
 

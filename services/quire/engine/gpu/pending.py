@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import TURNS, GpuBatch, StagedStep
+from quire.engine.gpu.batch import GpuBatch
 from quire.engine.gpu.eagle_drafter import PendingDrafts
 from quire.engine.gpu.reports import PromptReport, TokenReport
+from quire.engine.gpu.staged_step import TURNS, StagedStep
 from quire.engine.logprobs import Found
 from quire.engine.plan import StepResult
 from quire.engine.runner import StepMasks

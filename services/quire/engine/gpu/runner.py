@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from quire.engine.config import MAX_VERIFIED_ROWS
-from quire.engine.gpu.batch import GpuBatch, StagedStep
+from quire.engine.gpu.batch import GpuBatch
 from quire.engine.gpu.drawing import adjust, draw_tokens, report_tokens
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.eagle_drafter import EagleInPages, PendingDrafts
@@ -32,6 +32,7 @@ from quire.engine.gpu.graphs import Graphs, batch_sizes
 from quire.engine.gpu.mask_rows import MaskRows
 from quire.engine.gpu.pending import GpuPendingStep, Results
 from quire.engine.gpu.reports import PromptReport
+from quire.engine.gpu.staged_step import StagedStep
 from quire.engine.gpu.step_shapes import StepShape, StepShapes
 from quire.engine.models.gpu_decoder import GpuDecoder, GpuStep
 from quire.engine.plan import StepPlan

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from quire.engine.gpu.batch import StagedStep
 from quire.engine.gpu.graphs import Sizes, batch_sizes, token_sizes
+from quire.engine.gpu.staged_step import StagedStep
 from quire.kernels.attention_worklist import AttentionLimits
 
 # Larger steps take longer to run than to launch kernel by kernel, and are rarely of a size seen before.

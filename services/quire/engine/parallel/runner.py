@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import GpuBatch, StagedStep
+from quire.engine.gpu.batch import GpuBatch
 from quire.engine.gpu.eagle_drafter import PendingDrafts
 from quire.engine.gpu.runner import GpuRunner
+from quire.engine.gpu.staged_step import StagedStep
 from quire.engine.parallel.group import Group
 from quire.service.errors import InternalError
 

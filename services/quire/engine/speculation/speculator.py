@@ -17,12 +17,12 @@ from quire.engine.scheduler import Scheduler
 from quire.engine.sequence import UNKNOWN, Sequence
 from quire.engine.speculation.acceptance import Rates, SecondRate
 from quire.engine.speculation.budget import Base, Offer, choose
-from quire.engine.speculation.cost import PassCost, StepCost
-from quire.engine.speculation.device_drafts import DeviceDrafts
+from quire.engine.speculation.cost import StepCost
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
 from quire.engine.speculation.prospect import Prospect
 from quire.engine.speculation.stats import SpeculationStats
-from quire.engine.speculation.step_watch import StepTime, StepWatch
+from quire.engine.speculation.step_kinds import StepKinds
+from quire.engine.speculation.step_watch import StepTime
 from quire.service.errors import ConfigError
 from quire.service.request import Request
 
@@ -46,21 +46,6 @@ class SpeculationConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: it must lie in [0, 64]", field=name)
 
 
-@dataclass(frozen=True, slots=True)
-class _Kind:
-    """Steps with masks, which they may wait for, or those without: what they cost, and what is drafted for them."""
-
-    cost: StepCost
-    watch: StepWatch
-    device: DeviceDrafts
-
-    @classmethod
-    def new(cls, cost: StepCost, passes: PassCost, most: int) -> _Kind:
-        """The device, if it has a drafter, makes up to `most` drafts of a sequence."""
-        watch = StepWatch(cost, passes)
-        return cls(cost, watch, DeviceDrafts(most, cost, passes, watch))
-
-
 class Speculator:
     """Decides on drafts for one engine. `on_device`: its runner has a drafter, too."""
 
@@ -76,10 +61,7 @@ class Speculator:
         self._source = source
         self._on_device = on_device and config.num_tokens > 0
         self._config = config
-        passes, most = PassCost(), config.num_tokens if on_device else 0
-        self._plain, self._masked = (_Kind.new(cost or StepCost(), passes, most) for _ in range(2))
-        # That of the next step, and of the one that was read last.
-        self._next = self._last = self._plain
+        self._kinds = StepKinds(config.num_tokens if on_device else 0, cost)
         self._rates, self._second = Rates.of_all(), SecondRate()
         self._prospects: dict[int, Prospect] = {}
         # Keys of sequences of which tokens were offered that are not drawn yet, and of those whose grammar forces some;
@@ -103,7 +85,7 @@ class Speculator:
     @property
     def num_wanted(self) -> int:
         """How many drafts to ask the device for when a prompt is done."""
-        return self._next.device.num_places
+        return self._kinds.next.device.num_places
 
     @property
     def is_resting(self) -> bool:
@@ -157,7 +139,7 @@ class Speculator:
             if num_pending == 1 and not sequence.may_await_last_token:
                 decodes.append(sequence)
                 masked |= sequence.request.constraint is not None
-        self._next = kind = self._masked if masked else self._plain
+        kind = self._kinds.expect(masked=masked)
         num_tokens = scheduler.size_without_drafts(num_alone, num_prompt)
         base = Base(num_tokens, len(decodes), max(0, num_tokens - num_alone), context)
         known = [sequence for sequence in decodes if not sequence.num_drawn]
@@ -204,18 +186,13 @@ class Speculator:
         prospects = [self._prospects[sequence.key] for sequence in takers]
         rates = [prospect.rates[Drafter.EAGLE] for prospect in prospects]
         second_rates = [self._second.rate * prospect.branches for prospect in prospects]
-        wanted = self._next.device.decide(rates, second_rates, base)
+        wanted = self._kinds.next.device.decide(rates, second_rates, base)
         for sequence in takers:
             sequence.num_wanted = wanted
 
     def observe_step(self, measured: StepTime | None) -> None:
         """A step was read; None: it compiled or captured something, which held up the one before it, too."""
-        kind = self._last if measured is None else self._masked if measured.masked else self._plain
-        if kind is not self._last:
-            # What comes before and after a step tells only with its like what it took.
-            self._last.watch.observe(None)
-            self._last = kind
-        kind.watch.observe(measured)
+        self._kinds.observe(measured)
 
     def observe_siblings(self, num_verified: int, kept: bool) -> None:
         """A step verified so many siblings of a sequence's drafts, and `kept` one of them or none."""
