@@ -202,6 +202,37 @@ def test_slow_ones_have_their_turn_last(release: threading.Event) -> None:
     filler.close()
 
 
+def test_nobody_waits_behind_a_slow_mask(release: threading.Event) -> None:
+    """One thread has enough to do with cheap masks; one that is not as cheap as its last would hold up the others."""
+    filler = MaskFiller(4, MaskLimits(row_seconds=DEADLINE, step_seconds=DEADLINE))
+    filled = threading.Event()
+    stuck = MaskRow(0, 0, StuckMatcher(lambda: filled.wait(DEADLINE)), [])
+    last = MaskRow(9, 9, StuckMatcher(filled.set, seconds=1e-6), [])
+    cheap = [MaskRow(n, n, StuckMatcher(at_once, seconds=1e-7), []) for n in range(1, 9)]
+    before = time.monotonic()
+    assert not filler.fill([stuck, *cheap, last], np.zeros((10, 4), np.int32)).errors
+    assert time.monotonic() - before < DEADLINE / 2
+    filler.close()
+
+
+def test_cheap_masks_are_one_threads_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen threads that wait for each other take longer than one; two slow masks are for two."""
+    monkeypatch.setattr("quire.sidecar.grammar.fill._ENOUGH_S", DEADLINE)
+    filler = MaskFiller(16, MaskLimits(row_seconds=DEADLINE, step_seconds=DEADLINE))
+    threads: set[int] = set()
+
+    def note() -> None:
+        threads.add(threading.get_ident())
+
+    cheap = [MaskRow(n, n, StuckMatcher(note, seconds=1e-4), []) for n in range(64)]
+    assert not filler.fill(cheap, np.zeros((64, 4), np.int32)).errors
+    assert len(threads) == 1
+    both = threading.Barrier(2)
+    slow = [MaskRow(n, n, StuckMatcher(lambda: both.wait(DEADLINE), seconds=DEADLINE), []) for n in range(2)]
+    assert not filler.fill(slow, np.zeros((2, 4), np.int32)).errors
+    filler.close()
+
+
 def test_a_bug_ends_its_row_alone() -> None:
     """The thread would die with it, and the step wait for its deadline."""
     filler = MaskFiller(1, MaskLimits())

@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 
 # As many threads for each that is wanted may be busy with what was given up.
 _SPARE = 4
+# Work for a thread, in seconds, and what a sequence's first mask is expected to take. llguidance lets go of the GIL for
+# masks alone, which most often are the least of it: many threads take longer for cheap ones than one does.
+_ENOUGH_S, _UNKNOWN_S = 0.002, 0.0005
 
 
 class MaskRow(NamedTuple):
@@ -74,10 +77,14 @@ class MaskFiller:
         batch = _Batch(sorted(rows, key=lambda row: row.matcher.seconds), bitmask)
         row_seconds, now = self.limits.row_seconds, time.monotonic()
         end = now + self.limits.step_seconds
-        for _ in range(min(self._wanted, len(rows))):
-            self._batches.put(batch)
+        expected = sum(row.matcher.seconds or _UNKNOWN_S for row in rows)
+        most = min(self._wanted, len(rows))
+        num_awake = min(most, 1 + int(expected / _ENOUGH_S))
+        self._wake(batch, num_awake)
         while True:
             seconds = batch.until_overdue(now, end, row_seconds)
+            if num_awake < most:
+                seconds = min(seconds, 2 * expected + _ENOUGH_S)
             is_done = batch.done.wait(seconds)
             # One reading a turn: time that passes between any two of these lines counts as overslept.
             before, now = now, time.monotonic()
@@ -89,11 +96,17 @@ class MaskFiller:
                 batch.begin_again(now)
                 end = max(end + overslept, now + row_seconds)
                 continue
+            # It takes longer than expected: nobody is to wait behind a slow mask.
+            self._wake(batch, most - num_awake)
+            num_awake = most
             num_late = batch.give_up(now, end, row_seconds)
             self._replace(num_late)
-            for _ in range(num_late):
-                self._batches.put(batch)
+            self._wake(batch, num_late)
         return batch.filled()
+
+    def _wake(self, batch: _Batch, num_threads: int) -> None:
+        for _ in range(num_threads):
+            self._batches.put(batch)
 
     def close(self) -> None:
         """Ends the threads, those that are given up when they are done."""
