@@ -202,7 +202,7 @@ def test_slow_ones_have_their_turn_last(release: threading.Event) -> None:
     filler.close()
 
 
-def test_nobody_waits_behind_a_slow_mask(release: threading.Event) -> None:
+def test_nobody_waits_behind_a_slow_mask() -> None:
     """One thread has enough to do with cheap masks; one that is not as cheap as its last would hold up the others."""
     filler = MaskFiller(4, MaskLimits(row_seconds=DEADLINE, step_seconds=DEADLINE))
     filled = threading.Event()

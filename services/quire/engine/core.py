@@ -240,9 +240,8 @@ class EngineCore:
         results = step.masks.batch.results if step.masks is not None else {}
         self._tell_time(step, result, seconds)
         speculator = self._speculator
-        observes = speculator is not None and bool(
-            schedule.drafts or result.drafts or results or speculator.awaits_tokens
-        )
+        if speculator is not None and not (schedule.drafts or result.drafts or results or speculator.awaits_tokens):
+            speculator = None
         until_first, between, num_tokens = [], [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:
@@ -256,9 +255,10 @@ class EngineCore:
             else:
                 between.append(now - sequence.last_token_at)
             sequence.last_token_at = now
-            tokens: tuple[int, ...] = (result.token_ids[index],)
-            if observes:
-                tokens = self._take_drafts(step, result, index, results.get(sequence.key), following)
+            if speculator is None:
+                tokens: tuple[int, ...] = (result.token_ids[index],)
+            else:
+                tokens = self._take_drafts(speculator, step, result, index, results.get(sequence.key), following)
             error = errors.get(sequence.key)
             logprobs = result.logprobs.get(index, ())
             num_tokens += self._commit_tokens(sequence, tokens, logprobs, error, work.num_verified)
@@ -287,13 +287,17 @@ class EngineCore:
         speculator.observe_step(told if result.repeatable else None)
 
     def _take_drafts(
-        self, step: _Step, result: StepResult, index: int, grammar: DraftResult | None, following: _Step | None
+        self,
+        speculator: Speculator,
+        step: _Step,
+        result: StepResult,
+        index: int,
+        grammar: DraftResult | None,
+        following: _Step | None,
     ) -> tuple[int, ...]:
         """What work `index` of a step drew: drafts that are right, and the token after them. Tells the speculator."""
-        speculator, sequence, work = self._speculator, step.schedule.sequences[index], step.schedule.plan.work[index]
+        sequence, work = step.schedule.sequences[index], step.schedule.plan.work[index]
         tokens: tuple[int, ...] = (result.token_ids[index],)
-        if speculator is None:
-            return tokens
         verified, drafts = step.schedule.drafts.get(sequence), result.drafts.get(index)
         if verified is not None:
             kept = verified.token_ids[: result.accepted[index]]

@@ -112,7 +112,7 @@ class EagleInPages:
         self._results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(TURNS)]
         self._sent = [torch.zeros_like(self._wanted, device="cpu", pin_memory=on_gpu) for _ in range(TURNS)]
         # To make an event that takes the time costs more than to record one.
-        self._marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(TURNS * on_gpu)]  # type: ignore[no-untyped-call]
+        self._marks = [_timing_events() for _ in range(TURNS)] if on_gpu else []
         self._turn = 0
         self._on_gpu = on_gpu
 
@@ -295,3 +295,9 @@ class EagleInPages:
         self._tokens[:size].copy_(tokens[0])
         self._drafts[:, :, :size].index_copy_(0, self._place, tokens[None])
         self._place.add_(1)
+
+
+def _timing_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    """Of a beginning and an end."""
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    return began, ended

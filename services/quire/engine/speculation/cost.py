@@ -97,7 +97,7 @@ class StepCost:
         known.count += 1
         known.seen_at = self._step
         away = context - known.context
-        expected = max(_LEAST * known.seconds, known.seconds + self.price * away)
+        expected = float(_at(known.seconds, away, self.price))
         if known.count <= _FIRST:
             if seconds < expected:
                 known.seconds, known.context = seconds, context
