@@ -25,7 +25,7 @@ from quire.kernels.draft_trees import (  # noqa: E402
     move_tokens_triton,
 )
 from quire.kernels.paged_attention_triton import paged_attention_triton, plan_attention_triton  # noqa: E402
-from quire.kernels.step_inputs import StepInputs, prepare_inputs, prepare_inputs_triton  # noqa: E402
+from quire.kernels.step_inputs import StepInputs, StepSource, prepare_inputs, prepare_inputs_triton  # noqa: E402
 
 SLOTS = 40
 PATHS = pytest.mark.parametrize("path", [0, 1], ids=["reference", "triton"])
@@ -145,7 +145,8 @@ def test_leaves_have_rows_of_their_own(path: int) -> None:
     ends = torch.tensor([0, *counts]).cumsum(0).tolist()
     prepare = (prepare_inputs, prepare_inputs_triton)[path]
     tree = DraftTrees(int32(trunks), int32(leaves), siblings.to(DEVICE))
-    prepare(int32(ends), int32(slots), int32(starts), tokens.to(DEVICE), tables.to(DEVICE), PAGE_SIZE, out, tree)
+    given_step = int32(ends), int32(slots), int32(starts), tokens.to(DEVICE), tables.to(DEVICE)
+    prepare(StepSource(*given_step, PAGE_SIZE), out, tree)
     found = zip(out.token_ids.tolist(), out.positions.tolist(), out.slot_mapping.tolist(), strict=True)
     assert list(found) == expected
 

@@ -71,7 +71,8 @@ def test_products_equal_their_definition(
     inputs, norm = x, None
     if normed:
         stream = torch.randn(rows, size, device=DEVICE).to(dtype)
-        norm = NormInput(stream.clone(), torch.rand(size, device=DEVICE) + 0.5, EPS)
+        kept = poison(rows, 2 * size, dtype=dtype)[:, size:]
+        norm = NormInput(stream.clone(), torch.rand(size, device=DEVICE) + 0.5, EPS, kept)
         expected = stream.clone()
         inputs = add_rms_norm(expected, x, norm.weight, EPS, dtype)
     out, summed = linear_resident(x, weight, tile, bias, norm, gated, dependent)
@@ -82,7 +83,8 @@ def test_products_equal_their_definition(
     assert_close(out, exact, product(inputs, weight, bias, gated), slack)
     assert (summed is None) == (norm is None)
     if norm is not None and summed is not None:
-        assert torch.equal(summed, expected)
+        assert norm.kept is not None
+        assert torch.equal(summed, expected) and torch.equal(norm.kept, expected)
         assert torch.equal(norm.residual, stream)
 
 
@@ -130,6 +132,8 @@ def test_what_a_product_cannot_have_is_refused() -> None:
     x, weight = torch.zeros(2, 64, device=DEVICE), torch.zeros(32, 64, device=DEVICE)
     with pytest.raises(ValueError, match=r"residual must be contiguous, \[2, 64\]"):
         linear_resident(x, weight, ResidentTile(4), norm=NormInput(x[:1], weight[0], EPS))
+    with pytest.raises(ValueError, match=r"what is kept must be \[2, 64\]"):
+        linear_resident(x, weight, ResidentTile(4), norm=NormInput(x, weight[0], EPS, x[:1]))
     with pytest.raises(ValueError, match=r"\[N, 60\]"):
         linear_resident(x[:, :60], weight, ResidentTile(4))
     with pytest.raises(ValueError, match="power of two"):

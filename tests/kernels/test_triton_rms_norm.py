@@ -6,7 +6,7 @@ import pytest
 import torch
 import triton_testing
 from torch import Tensor
-from triton_testing import DEVICE, FLOAT_TYPES, assert_close
+from triton_testing import DEVICE, FLOAT_TYPES, assert_close, poison
 
 triton_testing.need_triton()
 
@@ -43,8 +43,10 @@ def test_residual_is_added_first_and_kept(
     x = torch.randn(rows, size, device=DEVICE, dtype=dtype)
     weight = torch.randn(size, device=DEVICE)
     total = (residual.float() + x.float()).to(residual_dtype)
-    out = add_rms_norm_triton(residual, x, weight, EPS, dtype)
-    assert torch.equal(residual, total)
+    kept = poison(rows, 3 * size, dtype=residual_dtype)
+    out = add_rms_norm_triton(residual, x, weight, EPS, dtype, kept[:, size : 2 * size])
+    assert torch.equal(residual, total) and torch.equal(kept[:, size : 2 * size], total)
+    assert kept[:, :size].isnan().all() and kept[:, 2 * size :].isnan().all()
     if rows:
         exact = normalized(total.double(), weight.double())
         assert_close(out, exact, normalized(total.float(), weight).to(dtype))
@@ -67,3 +69,5 @@ def test_a_layout_that_the_kernel_cannot_read_is_refused() -> None:
         rms_norm_triton(x, weight, EPS, torch.float32)
     with pytest.raises(ValueError, match="residual must be contiguous"):
         add_rms_norm_triton(x, x, weight, EPS, torch.float32)
+    with pytest.raises(ValueError, match=r"what is kept must be \[8, 8\]"):
+        add_rms_norm_triton(x.t(), x.t(), weight, EPS, torch.float32, x[:4])

@@ -96,7 +96,7 @@ def normed_linear(
         out, residual = linear_resident(x, weight, tile, bias, norm, gated, dependent)
         if residual is not None:
             return out, residual
-    normed = add_rms_norm(norm.residual, x, norm.weight, norm.eps, x.dtype)
+    normed = add_rms_norm(norm.residual, x, norm.weight, norm.eps, x.dtype, norm.kept)
     if gated:
         return linear_silu_and_mul(normed, weight, space, dependent), norm.residual
     return linear(normed, weight, bias, space, dependent), norm.residual

@@ -27,6 +27,7 @@ from quire.kernels._triton import (
 )
 from quire.kernels.linear_parts import check_operands
 from quire.kernels.linear_tiles import ResidentTile
+from quire.kernels.rms_norm import check_kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class NormInput:
     residual: Tensor  # [M, K], contiguous
     weight: Tensor  # float32 [K]
     eps: float
+    kept: Tensor | None = None  # [M, K], rows may be strided: filled with the residual stream with x in it
 
 
 def linear_resident(
@@ -58,11 +60,13 @@ def linear_resident(
     if norm is not None:
         if norm.residual.shape != x.shape or not norm.residual.is_contiguous():
             raise ValueError(f"residual must be contiguous, {list(x.shape)}: it is {list(norm.residual.shape)}")
+        check_kept(norm.kept, norm.residual)
         residual = torch.empty_like(norm.residual)
     out = torch.empty((num_rows, columns), dtype=dtype or x.dtype, device=x.device)
     if num_rows == 0:
         return out, residual
     dependent = dependent and may_overlap(x.device)
+    kept = None if norm is None else norm.kept
     _resident_kernel[(ceil_div(columns, tile.columns),)](
         x,
         weight,
@@ -71,8 +75,10 @@ def linear_resident(
         x if norm is None else norm.residual,
         x if residual is None else residual,
         weight if norm is None else norm.weight,
+        x if kept is None else kept,
         columns,
         x.stride(0),
+        0 if kept is None else kept.stride(0),
         0.0 if norm is None else norm.eps,
         SIZE=size,
         BLOCK=next_power_of_2(size),
@@ -81,6 +87,7 @@ def linear_resident(
         GATED=gated,
         BIAS=bias is not None,
         NORM=norm is not None,
+        KEEP=kept is not None,
         EVEN=columns % tile.columns == 0,
         DEPENDENT=dependent,
         num_warps=tile.warps,
@@ -98,8 +105,10 @@ def _resident_kernel(
     residual_ptr: tl.tensor,
     sum_ptr: tl.tensor,
     norm_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
     columns: tl.tensor,
     x_stride: tl.tensor,
+    kept_stride: tl.tensor,
     eps: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -108,6 +117,7 @@ def _resident_kernel(
     GATED: tl.constexpr,
     BIAS: tl.constexpr,
     NORM: tl.constexpr,
+    KEEP: tl.constexpr,
     EVEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
@@ -138,6 +148,8 @@ def _resident_kernel(
             total = total.to(residual_ptr.dtype.element_ty)
             if tl.program_id(0) == 0:
                 tl.store(sum_ptr + place, total, mask=inside)
+                if KEEP:
+                    tl.store(kept_ptr + row * kept_stride + depth, total, mask=inside)
             x = total.to(tl.float32)
             # Rounded as the norm's own kernel does, so that both give the same.
             x = (x * tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps) * factor).to(x_ptr.dtype.element_ty).to(tl.float32)

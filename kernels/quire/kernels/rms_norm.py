@@ -41,15 +41,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tenso
     return torch.mul(x * scale, weight, out=torch.empty_like(x, dtype=dtype))
 
 
-def add_rms_norm(residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def add_rms_norm(
+    residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, kept: Tensor | None = None
+) -> Tensor:
     """residual += x, then `rms_norm` of it.
 
     residual float32 [T, H], changed in place; x of any float type [T, H]. On a GPU all may be of any float type: the
-    sum is rounded to the residual's before it is normalized.
+    sum is rounded to the residual's before it is normalized. `kept` [T, H] of the residual's type, whose rows may be
+    strided, is filled with the sum.
     """
     if residual.is_cuda:
-        return add_rms_norm_triton(residual, x, weight, eps, dtype)
-    return rms_norm(residual.add_(x), weight, eps, dtype)
+        return add_rms_norm_triton(residual, x, weight, eps, dtype, kept)
+    residual.add_(x)
+    if kept is not None:
+        kept.copy_(residual)
+    return rms_norm(residual, weight, eps, dtype)
 
 
 @jit
@@ -58,11 +64,14 @@ def _rms_norm_kernel(
     residual_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     out_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
     x_stride: tl.tensor,
+    kept_stride: tl.tensor,
     eps: tl.tensor,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
+    KEEP: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
     """One row a program. Residual and out are contiguous; x's rows are `x_stride` apart."""
@@ -79,6 +88,8 @@ def _rms_norm_kernel(
         residual = residual_ptr + row * SIZE + column
         total = (tl.load(residual, mask=inside, other=0.0).to(tl.float32) + x).to(residual_ptr.dtype.element_ty)
         tl.store(residual, total, mask=inside)
+        if KEEP:
+            tl.store(kept_ptr + row * kept_stride + column, total, mask=inside)
         x = total.to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
     tl.store(out_ptr + row * SIZE + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
@@ -86,17 +97,31 @@ def _rms_norm_kernel(
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """`rms_norm`; x's rows may be strided."""
-    return _launch(x, None, weight, eps, dtype)
+    return _launch(x, None, weight, eps, dtype, None)
 
 
-def add_rms_norm_triton(residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def add_rms_norm_triton(
+    residual: Tensor, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype, kept: Tensor | None = None
+) -> Tensor:
     """`add_rms_norm`; residual must be contiguous, x's rows may be strided."""
     if not residual.is_contiguous():
         raise ValueError(f"residual must be contiguous, and its strides are {residual.stride()}")
-    return _launch(x, residual, weight, eps, dtype)
+    check_kept(kept, residual)
+    return _launch(x, residual, weight, eps, dtype, kept)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def check_kept(kept: Tensor | None, residual: Tensor) -> None:
+    """Raises ValueError where a kernel that fills `kept` with the residual would write somewhere else."""
+    if kept is not None and (kept.shape != residual.shape or kept.stride(1) != 1):
+        raise ValueError(
+            f"what is kept must be {list(residual.shape)}, its rows contiguous: it is {list(kept.shape)}, of strides "
+            f"{kept.stride()}"
+        )
+
+
+def _launch(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype, kept: Tensor | None
+) -> Tensor:
     rows, size = x.shape
     if x.stride(1) != 1:
         raise ValueError(f"x must be contiguous along its last dimension, and its strides are {x.stride()}")
@@ -107,11 +132,14 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, dtyp
         out if residual is None else residual,
         weight,
         out,
+        out if kept is None else kept,
         x.stride(0),
+        0 if kept is None else kept.stride(0),
         eps,
         SIZE=size,
         BLOCK=block,
         ADD=residual is not None,
+        KEEP=kept is not None,
         DEPENDENT=overlaps,
         # 16 elements a thread: few enough warps that their sum is quick, enough loads in flight to fill the memory.
         num_warps=min(16, max(1, block // 512)),

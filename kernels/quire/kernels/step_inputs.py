@@ -30,30 +30,35 @@ class StepInputs:
         return StepInputs(self.token_ids[:count], self.positions[:count], self.slot_mapping[:count])
 
 
-def prepare_inputs(
-    query_start: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    token_ids: Tensor,
-    block_tables: Tensor,
-    page_size: int,
-    out: StepInputs,
-    trees: DraftTrees | None = None,
-) -> None:
-    """Fills `out` for S sequences, of which sequence i computes rows query_start[i] to query_start[i + 1] - 1.
+@dataclass(frozen=True, slots=True)
+class StepSource:
+    """Of S sequences, of which sequence i computes rows query_start[i] to query_start[i + 1] - 1."""
 
-    query_start int32 [S + 1], nondecreasing: padding sequences have no rows; slots int32 [S]: rows of the tables;
-    starts int32 [S]: positions of their first tokens; token_ids int32 [slots, any], block_tables int32 [slots, P]. With
-    `trees` the last rows of a sequence are its leaves, whose tokens those name.
+    query_start: Tensor  # int32 [S + 1], nondecreasing: padding sequences have no rows
+    slots: Tensor  # int32 [S], rows of the tables
+    starts: Tensor  # int32 [S], positions of their first tokens
+    token_ids: Tensor  # int32 [slots, any]
+    block_tables: Tensor  # int32 [slots, P]
+    page_size: int
+
+    def __post_init__(self) -> None:
+        if self.token_ids.stride(1) != 1 or self.block_tables.stride(1) != 1:
+            raise ValueError(
+                f"a slot's tokens and pages must be contiguous, and the strides are {self.token_ids.stride()} and "
+                f"{self.block_tables.stride()}"
+            )
+
+
+def prepare_inputs(source: StepSource, out: StepInputs, trees: DraftTrees | None = None, ahead: int = 0) -> None:
+    """Fills `out` for the sequences of `source`, whose rows are of the tokens `ahead` positions later.
+
+    With `trees` the last rows of a sequence are its leaves, whose tokens those name.
     """
-    if token_ids.stride(1) != 1 or block_tables.stride(1) != 1:
-        raise ValueError(
-            f"a slot's tokens and pages must be contiguous, and the strides are {token_ids.stride()} and "
-            f"{block_tables.stride()}"
-        )
-    if query_start.is_cuda:
-        prepare_inputs_triton(query_start, slots, starts, token_ids, block_tables, page_size, out, trees)
+    if source.query_start.is_cuda:
+        prepare_inputs_triton(source, out, trees, ahead)
         return
+    query_start, slots, starts = source.query_start, source.slots, source.starts + ahead
+    token_ids, block_tables, page_size = source.token_ids, source.block_tables, source.page_size
     row = torch.arange(len(out.token_ids), dtype=torch.int32, device=query_start.device)
     sequence = torch.searchsorted(query_start[1:].contiguous(), row, right=True).clamp_max_(len(slots) - 1)
     there = row < query_start[-1]
@@ -69,6 +74,36 @@ def prepare_inputs(
     out.token_ids.copy_(torch.where(there, tokens, 0))
     out.positions.copy_(depth)
     out.slot_mapping.copy_(torch.where(there, pages * page_size + position % page_size, -1))
+
+
+@jit
+def find_rows(
+    row: tl.tensor,
+    query_start_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    starts_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    tables_stride: tl.tensor,
+    num_seqs: tl.tensor,
+    ahead: tl.tensor,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_SEQS: tl.constexpr,
+) -> tl.tensor:
+    """Of each row its sequence, whether it has one, that one's slot, the row's position and its place in the pool.
+
+    A program looks at all sequences, which are few, to find those of its rows.
+    """
+    seq = tl.arange(0, BLOCK_SEQS)
+    ends = tl.load(query_start_ptr + 1 + seq, mask=seq < num_seqs, other=2147483647)
+    before = tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
+    index = tl.minimum(before, num_seqs - 1)
+    there = row < tl.load(query_start_ptr + num_seqs)
+    slot = tl.load(slots_ptr + index).to(tl.int64)
+    position = tl.load(starts_ptr + index) + ahead + row - tl.load(query_start_ptr + index)
+    position = tl.where(there, position, 0)
+    page = tl.load(tables_ptr + slot * tables_stride + position // PAGE_SIZE, mask=there, other=0).to(tl.int64)
+    place = tl.where(there, page * PAGE_SIZE + position % PAGE_SIZE, -1)
+    return index, there, slot, position, place
 
 
 @jit
@@ -89,25 +124,19 @@ def _prepare_kernel(
     siblings_stride: tl.tensor,
     num_rows: tl.tensor,
     num_seqs: tl.tensor,
+    ahead: tl.tensor,
     TREE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_SEQS: tl.constexpr,
 ) -> None:
-    """Some rows a program; each looks at all sequences, which are few, to find its own."""
+    """Some rows a program."""
     row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    seq = tl.arange(0, BLOCK_SEQS)
-    ends = tl.load(query_start_ptr + 1 + seq, mask=seq < num_seqs, other=2147483647)
-    before = tl.sum((ends[None, :] <= row[:, None]).to(tl.int32), 1)
-    index = tl.minimum(before, num_seqs - 1)
     inside = row < num_rows
-    there = row < tl.load(query_start_ptr + num_seqs)
-    slot = tl.load(slots_ptr + index).to(tl.int64)
-    position = tl.load(starts_ptr + index) + row - tl.load(query_start_ptr + index)
-    position = tl.where(there, position, 0)
+    index, there, slot, position, place = find_rows(
+        row, query_start_ptr, slots_ptr, starts_ptr, tables_ptr, tables_stride, num_seqs, ahead, PAGE_SIZE, BLOCK_SEQS
+    )
     token = tl.load(tokens_ptr + slot * tokens_stride + position, mask=there, other=0)
-    page = tl.load(tables_ptr + slot * tables_stride + position // PAGE_SIZE, mask=there, other=0).to(tl.int64)
-    place = tl.where(there, page * PAGE_SIZE + position % PAGE_SIZE, -1)
     if TREE:
         leaf = row - tl.load(query_start_ptr + 1 + index) + tl.load(num_siblings_ptr + index)
         is_leaf = there & (leaf >= 0)
@@ -118,37 +147,29 @@ def _prepare_kernel(
     tl.store(slot_mapping_ptr + row, place, mask=inside)
 
 
-def prepare_inputs_triton(
-    query_start: Tensor,
-    slots: Tensor,
-    starts: Tensor,
-    token_ids: Tensor,
-    block_tables: Tensor,
-    page_size: int,
-    out: StepInputs,
-    trees: DraftTrees | None = None,
-) -> None:
+def prepare_inputs_triton(source: StepSource, out: StepInputs, trees: DraftTrees | None = None, ahead: int = 0) -> None:
     """`prepare_inputs` in one launch."""
-    num_rows, num_seqs = len(out.token_ids), len(slots)
+    num_rows, num_seqs, slots = len(out.token_ids), len(source.slots), source.slots
     _prepare_kernel[(ceil_div(num_rows, _BLOCK_ROWS),)](
-        query_start,
+        source.query_start,
         slots,
-        starts,
-        token_ids,
-        block_tables,
+        source.starts,
+        source.token_ids,
+        source.block_tables,
         out.token_ids,
         out.positions,
         out.slot_mapping,
         slots if trees is None else trees.num_drafts,
         slots if trees is None else trees.num_siblings,
         slots if trees is None else trees.siblings,
-        token_ids.stride(0),
-        block_tables.stride(0),
+        source.token_ids.stride(0),
+        source.block_tables.stride(0),
         0 if trees is None else trees.siblings.stride(0),
         num_rows,
         num_seqs,
+        ahead,
         TREE=trees is not None,
-        PAGE_SIZE=page_size,
+        PAGE_SIZE=source.page_size,
         BLOCK_ROWS=_BLOCK_ROWS,
         BLOCK_SEQS=next_power_of_2(num_seqs),
         num_warps=4,

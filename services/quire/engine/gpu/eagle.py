@@ -25,7 +25,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from quire.engine.models.decoder import rotary_frequencies_table
@@ -37,12 +36,12 @@ from quire.engine.speculation.eagle.config import EagleKind
 from quire.engine.speculation.eagle.dummy import dummy_eagle
 from quire.engine.speculation.eagle.parts import EagleParts, load_parts
 from quire.kernels.attention_worklist import AttentionShape, list_work
+from quire.kernels.eagle_inputs import EagleNorms, eagle_inputs, found_eagle_inputs
 from quire.kernels.linear import NormInput, linear
 from quire.kernels.paged_attention_triton import TritonAttentionPlan
 from quire.kernels.rms_norm import add_rms_norm, rms_norm
 from quire.kernels.rotary_and_write import rotary_and_write
-from quire.kernels.step_inputs import StepInputs
-from quire.kernels.two_largest import two_largest
+from quire.kernels.step_inputs import StepInputs, StepSource
 from quire.service.errors import InternalError, ModelError
 from quire.service.pages import PAGE_SIZE
 
@@ -90,7 +89,10 @@ class GpuEagle:
         bias = None if qkv.bias is None else qkv.bias[queries:]
         self._key_values = GpuLinear(qkv.weight[queries:], bias, qkv.space)
         self._rotary = rotary_frequencies_table(layer, None).to(self.device)
-        self._target_ids = None if parts.target_ids is None else parts.target_ids.to(self.device)
+        self._norms = None
+        if parts.hidden_norm is not None:
+            self._norms = EagleNorms(parts.layer.input_norm, parts.hidden_norm, self._eps)
+        self.target_ids = None if parts.target_ids is None else parts.target_ids.to(self.device)
 
     def new_kv_cache(self, num_pages: int) -> GpuKVCache:
         """Its keys and values in as many pages as the model has, and one for what is written nowhere.
@@ -109,12 +111,48 @@ class GpuEagle:
         return GpuKVCache((keys,), (values,))
 
     def new_taps(self, num_tokens: int) -> HiddenTaps:
-        """For a step of the model."""
+        """For steps of the model of up to so many tokens."""
         config = self.config
         return HiddenTaps.new(config.taps, num_tokens, config.target_hidden_size, self.dtype, self.device)
 
-    def fuse(self, tapped: Tensor) -> Tensor:
-        """The model's states [T, fused_size] to what `write` and `forward` take, [T, hidden_size] of the same type."""
+    def write(self, source: StepSource, rows: StepInputs, tapped: Tensor, fused: Tensor, cache: GpuKVCache) -> None:
+        """Writes the keys and values of the tokens one position after each of a step's T rows, which are `source`'s,
+        into their slots; fills `rows` with these tokens.
+
+        tapped [T, fused_size]: the model's states of the step's rows. `fused` [T, hidden_size] is filled with what
+        `forward` takes of them. This needs no attention, as keys and values depend on no other layer.
+        """
+        inputs = found_eagle_inputs(source, rows, self._parts.embedding, self._fuse(tapped), self._norms, fused)
+        if self._norms is None:
+            inputs = self._parts.fc(inputs)
+        key_values = self._key_values(inputs).view(len(tapped), -1, self._shape.head_size)
+        (keys,), (values,) = cache.keys, cache.values
+        rotary_and_write(key_values, rows.positions, self._rotary, rows.slot_mapping, keys, values, self._head_norm)
+
+    def forward(self, step: GpuStep, hidden: Tensor, cache: GpuKVCache, skipped: Tensor) -> Tensor:
+        """One token of each of S sequences: float32 [S, draft_vocab_size], the logits of those that may follow.
+        Writes the tokens' keys and values into `cache`.
+
+        hidden [S, hidden_size]: fused states of the model, or what this left there for the tokens before; it is left
+        with those of these. skipped int32 [S]: ones, so many first positions having no keys.
+        """
+        layer, residual = self._parts.layer, torch.empty_like(hidden)
+        keep_normed = self.config.norm_before_residual and self._norms is not None
+        inputs = eagle_inputs(step.token_ids, self._parts.embedding, hidden, self._norms, residual, keep_normed)
+        if self._norms is None:
+            inputs = residual = self._parts.fc(inputs)
+        lists = list_work(
+            step.query_start, step.context_lens, self._shape, step.limits, step.table_rows, None, prefix_lens=skipped
+        )
+        plan = TritonAttentionPlan(self._shape, step.block_tables, lists)
+        (keys,), (values,) = cache.keys, cache.values
+        qkv = layer.attention.qkv(inputs)
+        attended = attend(layer.attention, self._head_norm, qkv, step, plan, self._rotary, keys, values)
+        gated, residual = self._gate_up.normed(attended, NormInput(residual, layer.mlp_norm, self._eps), True)
+        return self._logits(residual, layer.mlp.down(gated), hidden)
+
+    def _fuse(self, tapped: Tensor) -> Tensor:
+        """[T, fused_size] → [T, hidden_size] of the same type."""
         parts = self._parts
         if parts.norm is None:
             return tapped
@@ -122,63 +160,13 @@ class GpuEagle:
             tapped = rms_norm(tapped, parts.fc_norm, self._eps, self.dtype)
         return parts.fc(tapped)
 
-    def write(self, rows: StepInputs, hidden: Tensor, cache: GpuKVCache) -> None:
-        """Writes the keys and values of T tokens, which `rows` names, into their slots.
-
-        hidden [T, hidden_size]: the fused states of the tokens before them. This needs no attention, as they depend on
-        no other layer.
-        """
-        _, inputs = self._inputs(rows.token_ids, hidden)
-        key_values = self._key_values(inputs).view(len(hidden), -1, self._shape.head_size)
-        (keys,), (values,) = cache.keys, cache.values
-        rotary_and_write(key_values, rows.positions, self._rotary, rows.slot_mapping, keys, values, self._head_norm)
-
-    def forward(self, step: GpuStep, hidden: Tensor, cache: GpuKVCache, num_choices: int = 1) -> tuple[Tensor, Tensor]:
-        """One token of each of S sequences: its own hidden states, [S, hidden_size], and the one or two tokens that are
-        most likely to follow, best first, int64 [num_choices, S], of the model's vocabulary. Writes the tokens' keys
-        and values into `cache`.
-
-        hidden [S, hidden_size]: fused states of the model, or what this returned for the tokens before.
-        """
-        layer = self._parts.layer
-        residual, inputs = self._inputs(step.token_ids, hidden)
-        plan = self._plan(step)
-        (keys,), (values,) = cache.keys, cache.values
-        qkv = layer.attention.qkv(inputs)
-        attended = attend(layer.attention, self._head_norm, qkv, step, plan, self._rotary, keys, values)
-        gated, residual = self._gate_up.normed(attended, NormInput(residual, layer.mlp_norm, self._eps), True)
-        return residual, self._most_likely(residual, layer.mlp.down(gated), num_choices)
-
-    def _inputs(self, token_ids: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual stream, a tensor of its own, and what goes into attention."""
-        parts, eps, dtype = self._parts, self._eps, self.dtype
-        embedded = F.embedding(token_ids, parts.embedding)
-        if parts.hidden_norm is None:
-            inputs = parts.fc(torch.cat((embedded, hidden), 1))
-            return inputs.clone(), inputs
-        normed = rms_norm(hidden, parts.hidden_norm, eps, dtype)
-        inputs = torch.cat((rms_norm(embedded, parts.layer.input_norm, eps, dtype), normed), 1)
-        return normed if self.config.norm_before_residual else hidden.clone(), inputs
-
-    def _plan(self, step: GpuStep) -> TritonAttentionPlan:
-        first = torch.ones_like(step.context_lens)
-        lists = list_work(
-            step.query_start, step.context_lens, self._shape, step.limits, step.table_rows, None, prefix_lens=first
-        )
-        return TritonAttentionPlan(self._shape, step.block_tables, lists)
-
-    def _most_likely(self, residual: Tensor, hidden: Tensor, num_choices: int) -> Tensor:
-        """Adds `hidden` to the residual stream first."""
+    def _logits(self, residual: Tensor, hidden: Tensor, kept: Tensor) -> Tensor:
+        """Of the residual stream with `hidden` in it, which `kept` is filled with."""
         parts, whole_head = self._parts, self._target.whole_head
         if parts.norm is None and whole_head is not None:
-            logits = last_product(residual.add_(hidden), whole_head)
-        elif parts.norm is None or parts.head is None:
+            return last_product(kept.copy_(residual.add_(hidden)), whole_head)
+        if parts.norm is None or parts.head is None:
             raise InternalError("a head was loaded without its last product")
-        else:
-            head = on_gpu(parts.head)
-            normed = add_rms_norm(residual, hidden, parts.norm, self._eps, self.dtype)
-            logits = linear(normed, head.weight, None, head.space, dependent=True, dtype=torch.float32)
-        if num_choices == 2:
-            return two_largest(logits, self._target_ids)
-        best = logits.argmax(-1)
-        return (best if self._target_ids is None else self._target_ids.index_select(0, best))[None]
+        head = on_gpu(parts.head)
+        normed = add_rms_norm(residual, hidden, parts.norm, self._eps, self.dtype, kept)
+        return linear(normed, head.weight, None, head.space, dependent=True, dtype=torch.float32)

@@ -26,7 +26,9 @@ from quire.engine.gpu.staged_step import TURNS, StagedStep
 from quire.engine.models.gpu_decoder import GpuStep
 from quire.engine.models.model import HiddenTaps
 from quire.kernels.attention_worklist import AttentionLimits
-from quire.kernels.step_inputs import StepInputs, prepare_inputs
+from quire.kernels.draft_passes import DraftingSeqs, DraftPlaces, begin_drafts, begin_pass, step_of
+from quire.kernels.draft_tokens import DraftTokens, end_pass
+from quire.kernels.step_inputs import StepInputs, StepSource
 from quire.service.pages import PAGE_SIZE
 
 # Of a sequence in a step: what may be verified, and what may be drafted.
@@ -83,7 +85,7 @@ class EagleInPages:
         """`sizes`: of batches and of steps with prompts, to which rows are padded; None: they are not. `num_choices`:
         in each place, 1 or 2."""
         self._head, self._batch, self._drawn, self._graphs = head, batch, drawn, graphs
-        self._sizes, self._num_choices = sizes, num_choices
+        self._sizes = sizes
         self._nowhere = num_pages * PAGE_SIZE
         self._cache = head.new_kv_cache(num_pages)
         device, num_rows, num_seqs = head.device, len(inputs.token_ids), batch.num_seqs
@@ -93,21 +95,28 @@ class EagleInPages:
             torch.zeros_like(inputs.positions),
             torch.zeros_like(inputs.slot_mapping),
         )
+        self._taps = head.new_taps(num_rows)
         self._fused = torch.zeros(num_rows, hidden_size, dtype=head.dtype, device=device)
         # Each drafting sequence's first draw and number of drafts that were verified, and how many want a draft in each
-        # place.
+        # pass.
         self._wanted = torch.zeros(2 * num_seqs + _MOST, dtype=torch.int32, device=device)
         self._firsts, self._verified, self._counts = torch.split(self._wanted, [num_seqs, num_seqs, _MOST])
-        # Where the next pass is, what it begins with, and what it is to do.
-        self._place = torch.zeros(1, dtype=torch.int64, device=device)
-        self._hidden = torch.zeros(num_seqs, hidden_size, dtype=head.dtype, device=device)
-        self._tokens = torch.zeros(num_seqs, dtype=torch.int64, device=device)
-        self._slots = torch.zeros(num_seqs, dtype=torch.int32, device=device)
-        self._steps = torch.zeros(_MOST, 4 * (num_seqs + 4), dtype=torch.int32, device=device)
+        targets, beside = torch.zeros(2, _MOST, num_seqs, dtype=torch.int64, device=device)
+        self._places = DraftPlaces(
+            hidden=torch.zeros(num_seqs, hidden_size, dtype=head.dtype, device=device),
+            token_ids=torch.zeros(num_seqs, dtype=torch.int64, device=device),
+            slots=torch.zeros(num_seqs, dtype=torch.int32, device=device),
+            steps=torch.zeros(_MOST, 4 * (num_seqs + 4), dtype=torch.int32, device=device),
+            targets=targets,
+            beside=beside,
+            next_pass=torch.zeros(1, dtype=torch.int64, device=device),
+        )
+        self._step = torch.zeros_like(self._places.steps[0])
+        self._skipped = torch.ones(num_seqs, dtype=torch.int32, device=device)
         shape = (_MOST, num_choices, num_seqs)
-        self._drafts = torch.zeros(shape, dtype=torch.int64, device=device)
-        # Where they go among the batch's tokens, and siblings in its table, both flat.
-        self._targets, self._beside = torch.zeros(2, _MOST, num_seqs, dtype=torch.int64, device=device)
+        self._drafts = DraftTokens(
+            torch.zeros(shape, dtype=torch.int64, device=device), batch.token_ids.view(-1), batch.siblings.view(-1)
+        )
         on_gpu = device.type == "cuda"
         self._results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(TURNS)]
         self._sent = [torch.zeros_like(self._wanted, device="cpu", pin_memory=on_gpu) for _ in range(TURNS)]
@@ -116,18 +125,15 @@ class EagleInPages:
         self._turn = 0
         self._on_gpu = on_gpu
 
-    def new_taps(self, num_tokens: int) -> HiddenTaps:
-        """What the model's forward pass is to keep."""
-        return self._head.new_taps(num_tokens)
-
-    def take(self, taps: HiddenTaps) -> None:
-        """Keeps what the head needs of the step's rows."""
-        self._fused[: len(taps.hidden)].copy_(self._head.fuse(taps.hidden))
+    def taps(self, num_tokens: int) -> HiddenTaps:
+        """What the model's forward pass is to fill."""
+        return HiddenTaps(self._taps.layers, self._taps.hidden[:num_tokens])
 
     def move(self, sources: Tensor, targets: Tensor) -> None:
         """What was kept of rows `sources` of the step is that of rows `targets`, too; int32 [S], no source is another's
         target."""
-        self._fused.index_copy_(0, targets.to(torch.int64), self._fused.index_select(0, sources))
+        hidden = self._taps.hidden
+        hidden.index_copy_(0, targets.to(torch.int64), hidden.index_select(0, sources))
 
     def graphs(self) -> list[tuple[int, Callable[[], None]]]:
         """What captures each graph that steps may want, with its size."""
@@ -136,7 +142,7 @@ class EagleInPages:
         batches, tokens = self._sizes
         wanted: list[tuple[int, Callable[[], None]]] = []
         wanted += [(size, partial(self._run_write, size)) for size in sorted({*batches.all, *tokens.all})]
-        for run in (self._run_begin, self._run_pass, self._run_end):
+        for run in (self._run_begin, self._run_pass):
             wanted += [(size, partial(run, size)) for size in batches.all]
         return wanted
 
@@ -174,15 +180,14 @@ class EagleInPages:
         self._run_begin(size or len(order))
         for _ in range(places):
             self._run_pass(size or len(order))
-        self._run_end(size or len(order))
         token_ids = self._results[self._turn][:places]
-        token_ids.copy_(self._drafts[:places], non_blocking=True)
+        token_ids.copy_(self._drafts.drafts[:places], non_blocking=True)
         return PendingDrafts(draws.items[order], wanted, token_ids, began, self._mark(1), time.perf_counter() - clock)
 
     def made(self, places: int, count: int) -> tuple[Tensor, Tensor]:
         """The last step's drafts of so many sequences, int64 [places, count], and where they are among the batch's
         tokens; what is no draft lies where nobody reads."""
-        return self._drafts[:places, 0, :count], self._targets[:places, :count]
+        return self._drafts.drafts[:places, 0, :count], self._places.targets[:places, :count]
 
     def _mark(self, which: int) -> torch.cuda.Event | None:
         if not self._on_gpu:
@@ -211,90 +216,59 @@ class EagleInPages:
     def _run_pass(self, size: int) -> None:
         self._graphs.run(("draft", size), partial(self._pass, size))
 
-    def _run_end(self, size: int) -> None:
-        self._graphs.run(("drafts' end", size), partial(self._end, size))
-
     def write(self, num_rows: int) -> None:
         """The keys and values of the step's rows, each a position later: the tokens that came after them."""
         columns, batch = self._batch.columns, self._batch
-        num_seqs, rows = min(num_rows, batch.num_seqs), self._rows.rows(num_rows)
-        prepare_inputs(
+        num_seqs = min(num_rows, batch.num_seqs)
+        source = StepSource(
             columns.query_start[: num_seqs + 1],
             columns.slots[:num_seqs],
-            columns.starts[:num_seqs] + 1,
+            columns.starts[:num_seqs],
             batch.token_ids,
             batch.block_tables,
             PAGE_SIZE,
-            rows,
         )
-        self._head.write(rows, self._fused[:num_rows], self._cache)
+        tapped, fused = self._taps.hidden[:num_rows], self._fused[:num_rows]
+        self._head.write(source, self._rows.rows(num_rows), tapped, fused, self._cache)
 
     def _begin(self, size: int) -> None:
         """Where each sequence stands: its next token, the model's state before it, and the places of all passes."""
         columns, batch = self._batch.columns, self._batch
-        ahead = torch.arange(_MOST, dtype=torch.int32, device=self._place.device)
-        rows = columns.logit_rows
-        first = self._firsts[:size]
-        accepted = batch.accepted[columns.drawing_slots[first].clamp_min(0)]
-        draw = first + torch.where(self._verified[:size] > 0, accepted, 0)
-        self._hidden[:size] = self._fused[rows[draw]]
-        self._tokens[:size] = self._drawn[draw].clamp_min(0)
-        self._slots[:size] = slots = columns.drawing_slots[draw].clamp_min(0)
-        self._place.zero_()
-        there = torch.arange(size, dtype=torch.int32, device=ahead.device) < self._counts[:, None]
-        positions = torch.where(there, columns.positions[draw] + ahead[:, None], 1)
-        pages = batch.block_tables[slots, positions // PAGE_SIZE]
-        places = torch.where(there, pages * PAGE_SIZE + positions % PAGE_SIZE, self._nowhere)
-        # What is no draft goes behind the last token that a slot may have.
-        length = batch.token_ids.shape[1]
-        columns_of = torch.where(there, positions + 1, length - 1).clamp_max_(length - 1)
-        self._targets[:, :size] = slots.to(torch.int64) * length + columns_of
-        if self._num_choices > 1:
-            # What is no sibling goes where a slot's last one would be: there are never so many.
-            columns_of = torch.where(there, ahead[:, None], MAX_SIBLINGS - 1)
-            self._beside[:, :size] = slots.to(torch.int64) * MAX_SIBLINGS + columns_of
-        starts = torch.arange(size + 1, dtype=torch.int32, device=ahead.device)
-        query_start, *others = self._columns(self._steps, size)
-        torch.minimum(starts, self._counts[:, None], out=query_start)
-        for column, values in zip(others, (positions, places, positions + 1), strict=True):
-            column.copy_(values)
-
-    def _end(self, size: int) -> None:
-        """Puts the drafts behind their sequences' tokens, and siblings into the table of them."""
-        drafts, targets = self.made(_MOST, size)
-        self._batch.token_ids.view(-1).index_put_((targets,), drafts.to(torch.int32))
-        if self._num_choices > 1:
-            targets, siblings = self._beside[:, :size], self._drafts[:, 1, :size]
-            self._batch.siblings.view(-1).index_put_((targets,), siblings.to(torch.int32))
-
-    def _columns(self, steps: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Views of int32 [places, any]: query_start [places, size + 1]; positions, slot_mapping and context_lens
-        [places, size]."""
-        width = steps.shape[1] // 4
-        first, *others = torch.split(steps, [width] * 4, 1)
-        positions, places, lengths = (column[:, :size] for column in others)
-        return first[:, : size + 1], positions, places, lengths
+        seqs = DraftingSeqs(
+            firsts=self._firsts[:size],
+            verified=self._verified[:size],
+            counts=self._counts,
+            drawing_slots=columns.drawing_slots,
+            logit_rows=columns.logit_rows,
+            positions=columns.positions,
+            drawn=self._drawn,
+            accepted=batch.accepted,
+            block_tables=batch.block_tables,
+            page_size=PAGE_SIZE,
+            nowhere=self._nowhere,
+            length=batch.token_ids.shape[1],
+            num_siblings=MAX_SIBLINGS,
+        )
+        begin_drafts(seqs, self._fused, self._places.first(size))
 
     def _pass(self, size: int) -> None:
-        """A draft of each sequence that wants one in this place."""
-        columns = self._columns(self._steps.index_select(0, self._place), size)
-        query_start, positions, places, context_lens = (column[0] for column in columns)
-        step = GpuStep(
-            token_ids=self._tokens[:size],
-            positions=positions,
-            slot_mapping=places,
-            query_start=query_start,
-            context_lens=context_lens,
-            table_rows=self._slots[:size],
+        """A draft of each sequence that wants one in this pass."""
+        places = self._places.first(size)
+        begin_pass(places, self._step)
+        step = step_of(self._step, size)
+        given = GpuStep(
+            token_ids=places.token_ids,
+            positions=step.positions,
+            slot_mapping=step.slot_mapping,
+            query_start=step.query_start,
+            context_lens=step.context_lens,
+            table_rows=places.slots,
             block_tables=self._batch.block_tables,
             logit_rows=None,
             limits=AttentionLimits(size, size, 1),
         )
-        hidden, tokens = self._head.forward(step, self._hidden[:size], self._cache, self._num_choices)
-        self._hidden[:size].copy_(hidden)
-        self._tokens[:size].copy_(tokens[0])
-        self._drafts[:, :, :size].index_copy_(0, self._place, tokens[None])
-        self._place.add_(1)
+        logits = self._head.forward(given, places.hidden, self._cache, self._skipped[:size])
+        end_pass(logits, self._head.target_ids, places, self._drafts)
 
 
 def _timing_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:

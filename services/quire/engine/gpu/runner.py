@@ -40,7 +40,7 @@ from quire.engine.runner import DeviceInfo, StepMasks
 from quire.kernels.adjust import new_scratch
 from quire.kernels.draft_trees import PagedLayers, move_tokens
 from quire.kernels.logprobs import new_logprobs
-from quire.kernels.step_inputs import StepInputs, prepare_inputs
+from quire.kernels.step_inputs import StepInputs, StepSource, prepare_inputs
 from quire.service.errors import InternalError
 from quire.service.pages import PAGE_SIZE
 from quire.service.request import MAX_LOGPROBS
@@ -233,10 +233,8 @@ class GpuRunner:
         inputs, num_seqs = self._inputs.rows(limits.max_tokens), limits.max_seqs
         query_start, slots = columns.query_start[: num_seqs + 1], columns.slots[:num_seqs]
         drafts = batch.trees(num_seqs) if shape.trees else None
-        prepare_inputs(
-            query_start, slots, columns.starts[:num_seqs], batch.token_ids, batch.block_tables, PAGE_SIZE, inputs,
-            drafts,
-        )  # fmt: skip
+        starts, token_ids, block_tables = columns.starts[:num_seqs], batch.token_ids, batch.block_tables
+        prepare_inputs(StepSource(query_start, slots, starts, token_ids, block_tables, PAGE_SIZE), inputs, drafts)
         step = GpuStep(
             token_ids=inputs.token_ids,
             positions=inputs.positions,
@@ -244,18 +242,14 @@ class GpuRunner:
             query_start=query_start,
             context_lens=columns.context_lens[:num_seqs],
             table_rows=slots,
-            block_tables=batch.block_tables,
+            block_tables=block_tables,
             logit_rows=None if shape.num_logits is None else columns.logit_rows[: shape.num_logits],
             limits=limits,
             grouped=shape.grouped,
             trees=drafts,
         )
-        if self._drafter is None:
-            return self._model.forward(step, self._cache)
-        taps = self._drafter.new_taps(limits.max_tokens)
-        hidden = self._model.forward(step, self._cache, taps)
-        self._drafter.take(taps)
-        return hidden
+        taps = None if self._drafter is None else self._drafter.taps(limits.max_tokens)
+        return self._model.forward(step, self._cache, taps)
 
     def _draw(self, step: GpuPendingStep, masks: StepMasks | None) -> None:
         staged, count, num_graphs = step.staged, len(step.staged.draws), self._num_graphs

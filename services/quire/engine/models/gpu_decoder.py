@@ -152,11 +152,13 @@ class GpuDecoder:
         residual = F.embedding(step.token_ids, self.embedding)
         hidden = rms_norm(residual, self._layers[0].input_norm, eps, self.dtype)
         for index, layer in enumerate(self._layers):
+            kept = None
             if index:
-                qkv, residual = self._qkvs[index].normed(hidden, NormInput(residual, layer.input_norm, eps))
+                kept = None if taps is None else taps.place(index)
+                qkv, residual = self._qkvs[index].normed(hidden, NormInput(residual, layer.input_norm, eps, kept))
             else:
                 qkv = self._qkvs[index](hidden)
-            if taps is not None:
+            if taps is not None and kept is None:
                 taps.keep(index, residual)
             plan, norm = plans[layer.attention.window], self._head_norms[index]
             keys, values = cache.keys[index], cache.values[index]

@@ -70,10 +70,18 @@ class HiddenTaps:
 
     def keep(self, layer: int, hidden: Tensor) -> None:
         """Copies hidden [T, hidden_size], the input of `layer`, if it is wanted."""
-        size = hidden.shape[1]
         for index, wanted in enumerate(self.layers):
             if wanted == layer:
-                self.hidden[:, index * size : (index + 1) * size] = hidden
+                self._part(index).copy_(hidden)
+
+    def place(self, layer: int) -> Tensor | None:
+        """Where the input of `layer` is to be, for whoever makes it: [T, hidden_size], rows strided. None if it is not
+        wanted, or in two places: then `keep` has it."""
+        return self._part(self.layers.index(layer)) if self.layers.count(layer) == 1 else None
+
+    def _part(self, index: int) -> Tensor:
+        size = self.hidden.shape[1] // len(self.layers)
+        return self.hidden[:, index * size : (index + 1) * size]
 
 
 class Model(Protocol):
