@@ -68,26 +68,28 @@ def vocabularies() -> Iterator[tuple[str, int]]:
     embedded = load_text(locate())
     yield "", embedded.vocab_size
     with tempfile.TemporaryDirectory() as folder:
-        grown(embedded, Path(folder))
+        grown(embedded, Path(folder), LARGE_VOCABULARY)
         yield folder, LARGE_VOCABULARY
 
 
-def grown(text: TextModel, folder: Path) -> None:
-    """Writes a model's text side with LARGE_VOCABULARY tokens to `folder`."""
+def grown(text: TextModel, folder: Path, vocab_size: int) -> None:
+    """Writes a model's text side with so many tokens to `folder`."""
     tokenizer = json.loads(text.tokenizer.to_str())
     vocabulary, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
     special = {token["content"] for token in tokenizer["added_tokens"]}
-    # Common tokens have small numbers, and longer ones are made of them.
+    # Common tokens have small numbers. The longer ones that are made of them are as long as a real vocabulary's: how
+    # many nodes a trie of them has is what a mask's time depends on.
     tokens = [token for token in vocabulary if token not in special][:8_000]
+    endings = [token for token in tokens if len(token) <= 3 and token.isalpha() and token.isascii()]
     rng = random.Random(0)
-    while len(vocabulary) < LARGE_VOCABULARY:
-        first, second = rng.choice(tokens), rng.choice(tokens)
+    while len(vocabulary) < vocab_size:
+        first, second = rng.choice(tokens), rng.choice(endings)
         if first + second not in vocabulary:
             vocabulary[first + second] = len(vocabulary)
             merges.append([first, second])
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     config = {
-        "vocab_size": LARGE_VOCABULARY,
+        "vocab_size": vocab_size,
         "max_position_embeddings": text.max_model_len,
         "eos_token_id": text.eos_token_ids[0],
     }

@@ -17,6 +17,7 @@ from quire.service.checkpoint import TextModel
 from quire.service.errors import ErrorCode, InvalidRequestError, OverloadedError, QuireError
 from quire.service.request import ConstraintKind
 from quire.sidecar.config import MaskLimits
+from quire.sidecar.grammar.compiled import Lexer
 from quire.sidecar.grammar.fill import MaskFiller, MaskRow
 from quire.sidecar.grammar.matcher import RowResult, SequenceMatcher
 
@@ -92,6 +93,7 @@ class StuckMatcher(SequenceMatcher):
         self.error: QuireError | None = None
         self.seconds = seconds
         self.until = until
+        self.lexer = Lexer(lambda: pytest.fail("it has no grammar"))
 
     @property
     def kind(self) -> ConstraintKind:

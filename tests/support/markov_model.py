@@ -13,7 +13,7 @@ from triton_testing import DEVICE
 
 from quire.engine.models.gpu_decoder import GpuKVCache, GpuStep
 from quire.engine.models.model import HiddenTaps
-from quire.kernels.step_inputs import StepInputs
+from quire.kernels.step_inputs import StepInputs, StepSource
 from quire.service.pages import PAGE_SIZE
 
 
@@ -56,6 +56,7 @@ class MarkovHead:
     def __init__(self, model: MarkovModel, table: Tensor) -> None:
         self._model, self._table = model, table.to(DEVICE)
         self.device, self.dtype, self.config = model.device, model.dtype, SimpleNamespace(hidden_size=2)
+        self.target_ids = None
 
     def new_kv_cache(self, num_pages: int) -> GpuKVCache:
         return self._model.new_kv_cache(num_pages + 1)
@@ -63,13 +64,11 @@ class MarkovHead:
     def new_taps(self, num_tokens: int) -> HiddenTaps:
         return HiddenTaps.new((0,), num_tokens, 2, self.dtype, self.device)
 
-    def fuse(self, tapped: Tensor) -> Tensor:
-        return tapped
+    def write(self, source: StepSource, rows: StepInputs, tapped: Tensor, fused: Tensor, cache: GpuKVCache) -> None:
+        """It remembers nothing in its pages."""
+        fused.copy_(tapped)
 
-    def write(self, rows: StepInputs, hidden: Tensor, cache: GpuKVCache) -> None:
-        """It remembers nothing."""
-
-    def forward(self, step: GpuStep, hidden: Tensor, cache: GpuKVCache, num_choices: int = 1) -> tuple[Tensor, Tensor]:
-        state = torch.stack((hidden[:, 1], step.token_ids.float()), 1)
-        before, token = state.nan_to_num().to(torch.int64).unbind(1)
-        return state, self._table[before, token].topk(num_choices).indices.T
+    def forward(self, step: GpuStep, hidden: Tensor, cache: GpuKVCache, skipped: Tensor) -> Tensor:
+        hidden.copy_(torch.stack((hidden[:, 1], step.token_ids.float()), 1))
+        before, token = hidden.nan_to_num().to(torch.int64).unbind(1)
+        return self._table[before, token]

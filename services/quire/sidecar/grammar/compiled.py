@@ -1,22 +1,64 @@
-"""A compiled grammar, and the lexer that all sequences in it share."""
+"""A compiled grammar, and the lexers that its sequences share."""
 
 from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from weakref import WeakSet
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer
 
 from quire.service.request import Constraint
 from quire.sidecar.grammar.compile import compile_constraint
+from quire.sidecar.grammar.cores import num_cores
+
+# So many sequences share a lexer before there is another one, if it takes no longer than this to make, in seconds.
+_SEQUENCES_A_LEXER, _QUICK_S = 4, 0.02
+
+
+class Lexer:
+    """One lexer and the `sequences` in it. Methods may be called from any thread.
+
+    llguidance's lexer is built while it is used, is shared by all copies of a matcher, and stops for all of them when
+    it has grown to its limit. So it is renewed then: sequences go on with a new lexer, by replay.
+    """
+
+    def __init__(self, make: Callable[[], LLMatcher], matcher: LLMatcher | None = None) -> None:
+        self.sequences: WeakSet[object] = WeakSet()
+        self._make = make
+        self._making = threading.Lock()
+        self._lock = threading.Lock()
+        self._generation = 0
+        self._matcher = matcher
+
+    def start(self) -> tuple[LLMatcher, int]:
+        """A matcher of an empty output, and its generation. The first one may have to be compiled."""
+        if self._matcher is None:
+            with self._making:
+                if self._matcher is None:
+                    self._matcher = self._make()
+        with self._lock:
+            return self._matcher.deep_copy(), self._generation
+
+    def renew(self, generation: int) -> None:
+        """Starts over, unless that was done since `generation`."""
+        with self._making:
+            if generation != self._generation:
+                return
+            matcher = self._make()
+            # Sequences that start meanwhile need not wait for the compiler.
+            with self._lock:
+                self._matcher = matcher
+                self._generation += 1
 
 
 class CompiledGrammar:
     """A grammar that sequences may start with. Methods may be called from any thread.
 
-    llguidance's lexer is built while it is used, is shared by all copies of a matcher, and stops for all of them when
-    it has grown to its limit. So it is renewed then: sequences go on with a new lexer, by replay.
+    llguidance computes one mask at a time with a lexer: sequences that are many share several.
 
     `end_mask`, int32 [ceil(vocab_size / 32)], allows the `end_token_ids` and nothing else. `seconds` is how long it
     took from `begin`, in seconds of time.perf_counter.
@@ -34,25 +76,20 @@ class CompiledGrammar:
         for token_id in self.end_token_ids:
             self.end_mask[token_id >> 5] |= np.uint32(1 << (token_id & 31))
         self.end_mask = self.end_mask.view(np.int32)
-        self._tokenizer = tokenizer
-        self._renewing = threading.Lock()
+        self._make = partial(compile_constraint, tokenizer, constraint)
         self._lock = threading.Lock()
-        self._generation = 0
-        self._matcher = compile_constraint(tokenizer, constraint)
-        self.seconds = time.perf_counter() - begin
+        compiling = time.perf_counter()
+        self._lexers = [Lexer(self._make, self._make())]
+        end = time.perf_counter()
+        self._most_lexers = num_cores() if end - compiling < _QUICK_S else 1
+        self.seconds = end - begin
 
-    def start(self) -> tuple[LLMatcher, int]:
-        """A matcher of an empty output, and the generation of its lexer."""
+    def join(self, sequence: object) -> Lexer:
+        """The lexer for a new sequence, which counts as one of its own for as long as it lives."""
         with self._lock:
-            return self._matcher.deep_copy(), self._generation
-
-    def renew(self, generation: int) -> None:
-        """Makes a new lexer, unless that of `generation` was replaced already."""
-        with self._renewing:
-            if generation != self._generation:
-                return
-            matcher = compile_constraint(self._tokenizer, self.constraint)
-            # Sequences that start meanwhile need not wait for the compiler.
-            with self._lock:
-                self._matcher = matcher
-                self._generation += 1
+            lexer = min(self._lexers, key=lambda lexer: len(lexer.sequences))
+            if len(lexer.sequences) >= _SEQUENCES_A_LEXER and len(self._lexers) < self._most_lexers:
+                lexer = Lexer(self._make)
+                self._lexers.append(lexer)
+            lexer.sequences.add(sequence)
+            return lexer

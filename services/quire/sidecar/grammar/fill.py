@@ -8,10 +8,9 @@ time; one that is late is given up with its sequence, and another takes its plac
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import NamedTuple
@@ -22,6 +21,7 @@ import numpy.typing as npt
 from quire.service.errors import InternalError, OverloadedError, QuireError
 from quire.sidecar.config import MaskLimits
 from quire.sidecar.grammar.compile import refusal
+from quire.sidecar.grammar.cores import num_cores
 from quire.sidecar.grammar.matcher import RowResult, SequenceMatcher
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ class MaskFiller:
 
     def __init__(self, threads: int, limits: MaskLimits) -> None:
         self.limits = limits
-        self._wanted = threads or _num_cores()
+        self._wanted = threads or num_cores()
         self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
         # Guards the counts of threads: those that exist, and those of them that compute what was given up.
         self._lock = threading.Lock()
@@ -148,14 +148,17 @@ class _Running(NamedTuple):
 
 @dataclass(slots=True)
 class _Batch:
-    """The rows of one step, which several threads take one by one."""
+    """The rows of one step, which several threads take one by one.
+
+    Of one lexer's rows only one is taken at a time. Its lock is llguidance's: who waits for it holds the GIL.
+    """
 
     rows: Sequence[MaskRow]
     bitmask: npt.NDArray[np.int32]
     done: threading.Event = field(default_factory=threading.Event)
-    _queue: Iterator[MaskRow] = field(init=False)
     # Guards what follows.
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _waiting: list[MaskRow] = field(init=False)
     _running: dict[int, _Running] = field(default_factory=dict)
     _results: dict[int, RowResult] = field(default_factory=dict)
     _errors: dict[int, QuireError] = field(default_factory=dict)
@@ -163,10 +166,10 @@ class _Batch:
     _num_late: int = 0
 
     def __post_init__(self) -> None:
-        self._queue = iter(self.rows)
+        self._waiting = list(self.rows)
 
     def work(self) -> bool:
-        """Fills rows until none is left; False if this thread was given up meanwhile."""
+        """Fills rows until none can be taken; False if this thread was given up meanwhile."""
         masks = np.empty((0, self.bitmask.shape[1]), np.int32)
         while (row := self._next()) is not None:
             if len(masks) < 1 + len(row.drafts):
@@ -204,8 +207,9 @@ class _Batch:
                 reason = f"a mask takes longer than {row_seconds:g} s: make it less ambiguous"
                 self._errors[row.sequence] = refusal(row.matcher.kind, reason, "can't be followed any further")
             if is_over:
-                for row in self._queue:
+                for row in self._waiting:
                     self._errors[row.sequence] = OverloadedError("other requests' masks take too long: try again later")
+                self._waiting.clear()
             self._num_late += len(late)
             self._check_done()
             return len(late)
@@ -216,10 +220,14 @@ class _Batch:
 
     def _next(self) -> MaskRow | None:
         with self._lock:
-            row = next(self._queue, None)
-            if row is not None:
-                self._running[row.sequence] = _Running(row, time.monotonic())
-            return row
+            busy = {running.row.matcher.lexer for running in self._running.values()}
+            for place, row in enumerate(self._waiting):
+                if row.matcher.lexer not in busy:
+                    del self._waiting[place]
+                    self._running[row.sequence] = _Running(row, time.monotonic())
+                    return row
+            # Whoever uses a lexer goes on with its rows.
+            return None
 
     def _hand_over(
         self, row: MaskRow, result: RowResult, error: QuireError | None, masks: npt.NDArray[np.int32]
@@ -240,7 +248,3 @@ class _Batch:
     def _check_done(self) -> None:
         if len(self._results) + len(self._errors) == len(self.rows):
             self.done.set()
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

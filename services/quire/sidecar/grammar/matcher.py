@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+from llguidance import LLMatcher
 
 from quire.service.errors import InternalError, QuireError
 from quire.service.request import ConstraintKind
@@ -34,18 +35,25 @@ class RowResult:
     forced: list[int] = field(default_factory=list)
 
 
+_NOTHING = RowResult()
+
+
 class SequenceMatcher:
     """A sequence's grammar and how far its output got in it; not to be used from two threads at once.
 
-    Once `error` is set there are no more masks. `seconds` is the CPU time that the last ones took.
+    Once `error` is set there are no more masks. `seconds` is the CPU time that the last ones took. Masks of the same
+    `lexer` are computed one at a time.
     """
 
     def __init__(self, grammar: CompiledGrammar, limits: MaskLimits) -> None:
         self.error: QuireError | None = None
         self.seconds = 0.0
+        self.lexer = grammar.join(self)
         self._grammar = grammar
         self._limits = limits
-        self._matcher, self._generation = grammar.start()
+        # Both are the lexer's, from the first mask on.
+        self._matcher: LLMatcher
+        self._generation = -1
         self._token_ids: list[int] = []
         self._renewed_at = -1
         self._seconds_left = limits.row_seconds
@@ -63,6 +71,8 @@ class SequenceMatcher:
         `masks` is int32 [at least 1 + drafts, ceil(vocab_size / 32)] and contiguous. The state afterwards is that after
         `accepted`. Sets `error` if a token of `accepted` is not allowed or a limit is exceeded.
         """
+        if self._generation < 0:
+            self._matcher, self._generation = self.lexer.start()
         began = time.thread_time()
         self._token_ids += accepted
         self._consume(accepted)
@@ -92,7 +102,7 @@ class SequenceMatcher:
             consumed += 1
             matcher.unsafe_compute_mask_ptr(address + consumed * row_bytes, row_bytes)
         forced = matcher.compute_ff_tokens()[:max_forced] if max_forced and not matcher.is_stopped() else []
-        return self._undo(consumed, RowResult(consumed, forced))
+        return self._undo(consumed, RowResult(consumed, forced)) if consumed or forced else _NOTHING
 
     def _undo(self, consumed: int, result: RowResult) -> RowResult:
         if consumed:
@@ -103,8 +113,8 @@ class SequenceMatcher:
         """Goes on with a new lexer, if the old one is full and this sequence has got anywhere since the last one."""
         if not _LEXER_IS_FULL.search(self._reason()) or self._renewed_at == len(self._token_ids):
             return False
-        self._grammar.renew(self._generation)
-        self._matcher, self._generation = self._grammar.start()
+        self.lexer.renew(self._generation)
+        self._matcher, self._generation = self.lexer.start()
         self._renewed_at = len(self._token_ids)
         self._consume(self._token_ids)
         return True
@@ -113,7 +123,7 @@ class SequenceMatcher:
         """Why the matcher stopped. One whose lexer fills up amid a token says at first that the token is wrong."""
         reason = self._matcher.get_error()
         if _NOT_ALLOWED in reason:
-            other, generation = self._grammar.start()
+            other, generation = self.lexer.start()
             if generation != self._generation:
                 return _LEXER_WAS_FULL
             other.consume_tokens(self._token_ids[:1])
