@@ -508,6 +508,22 @@ def test_what_a_large_batch_took_is_no_cost_of_a_small_one() -> None:
     assert cost.price == pytest.approx(4e-8, rel=0.4)
 
 
+def test_what_drafts_of_few_took_is_no_cost_of_many_without() -> None:
+    """A host takes its time for each draft, so 16 sequences with 3 drafts take longer than 64 without any, and both
+    are 64 tokens: without it a batch's own steps seem to take as long, and drafts that double them to cost nothing."""
+    cost, base = StepCost(), Base(64, 64, context=64)
+    for _ in range(8):
+        cost.record(64, 0.001, 64)
+    for step in range(100):
+        cost.record(48 + step % 17, 0.0022, 64, has_drafts=True)
+    with_drafts, without = 1.2 * 0.0022, base.seconds(cost, np.array([0, 64]))[0]
+    assert 0.001 <= without <= 0.00101
+    assert cost.seconds(np.array([64]), 64)[0] <= with_drafts
+    assert base.seconds(cost, np.array([0, 64]))[1] >= 0.002
+    # Where nothing was run without drafts, those with some have to tell.
+    assert not cost.was_measured(16) and cost.knows(128) and not StepCost().knows(128)
+
+
 def test_noise_is_no_price_of_context() -> None:
     """One short sequence says nothing of contexts: without it a noisy machine's drafts seem to cost any number."""
     for seed in range(20):

@@ -8,7 +8,7 @@ from quire.engine.speculation.drafts import Drafter
 
 # Weight of one draft in its sequence's rate, and in that of all sequences, which a new one begins with. The first ones
 # weigh more: what a rate begins with counts as so many drafts.
-_NEWEST, _NEWEST_OF_ALL = 0.08, 0.01
+_NEWEST, _NEWEST_OF_ALL = 0.03, 0.01
 _BEGINNING = 2
 _UNKNOWN = 0.6
 # Of second choices, of which fewer are seen: one where a draft is wrong.

@@ -50,11 +50,11 @@ class Base(NamedTuple):
     def seconds(self, cost: StepCost, extra: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """With `extra` tokens more, and without what the prompts' cost, which is to be paid in any case: as a part of
         what the decodes take it would make drafts look cheap while there are prompts."""
-        seconds = cost.seconds(self.num_tokens + extra, self.context)
+        without = cost.seconds_without(self.num_tokens, self.context)
+        seconds = np.maximum(without, cost.seconds(self.num_tokens + extra, self.context))
+        seconds[extra == 0] = without
         if self.num_prompt:
-            whole, decodes = self.num_tokens, self.num_tokens - self.num_prompt
-            without, alone = cost.seconds(np.array((whole, decodes)), self.context)
-            seconds -= without - alone
+            seconds -= without - cost.seconds_without(self.num_tokens - self.num_prompt, self.context)
         return seconds
 
 

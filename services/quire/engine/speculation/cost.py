@@ -70,6 +70,46 @@ def _at(seconds: npt.ArrayLike, away: npt.ArrayLike, price: float) -> npt.NDArra
 
 
 class StepCost:
+    """Seconds of a step, with drafts and without.
+
+    What one takes without is learned from such steps where there were any: one of as many tokens, some of them drafts,
+    is of fewer sequences, and the host's part of it another.
+    """
+
+    def __init__(self) -> None:
+        self._any, self._without = _StepCurve(), _StepCurve()
+
+    def record(self, num_tokens: int, seconds: float, context: int = 0, *, has_drafts: bool = False) -> None:
+        """A step of so many tokens, `has_drafts` being made or verified, took so long; `context` as in `seconds`."""
+        self._any.record(num_tokens, seconds, context)
+        if not has_drafts:
+            self._without.record(num_tokens, seconds, context)
+
+    @property
+    def price(self) -> float:
+        """Seconds for a token of context; 0 until it is known."""
+        return self._any.price
+
+    def knows(self, num_tokens: int) -> bool:
+        """Whether what so few tokens take without drafts can be told."""
+        return self._without.knows(num_tokens) or self._any.knows(num_tokens)
+
+    def was_measured(self, num_tokens: int) -> bool:
+        """Whether steps of about so many tokens were, without drafts, often enough."""
+        return self._without.was_measured(num_tokens)
+
+    def seconds_without(self, num_tokens: int, context: int = 0) -> float:
+        """Of a step without drafts, as in `seconds`."""
+        curve = self._without if self._without.knows(num_tokens) else self._any
+        return float(curve.seconds(np.array([num_tokens]), context)[0])
+
+    def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
+        """Of steps of so many tokens each, never less for more of them, whose sequences have `context` tokens in all,
+        whether or not they have drafts."""
+        return self._any.seconds(num_tokens, context)
+
+
+class _StepCurve:
     """Seconds of a step: a curve by number of tokens, and a price for each token of context that it reads.
 
     The price is what the steps of one size tell by their different contexts: without it what a large batch took would
@@ -85,7 +125,7 @@ class StepCost:
         self._squares = self._products = 0.0
 
     def record(self, num_tokens: int, seconds: float, context: int = 0) -> None:
-        """A step of so many tokens took so long; `context` as in `seconds`."""
+        """A step of so many tokens took so long."""
         size = _size(num_tokens)
         known = self._measured.get(size)
         self._step += 1
@@ -121,14 +161,10 @@ class StepCost:
         return len(known) > 1 or (len(known) == 1 and bool(known[0] <= num_tokens))
 
     def was_measured(self, num_tokens: int) -> bool:
-        """Whether steps of about so many tokens were, often enough."""
+        """Whether steps of about so many were, often enough."""
         return any(
             one.count >= _FIRST and abs(size - num_tokens) <= _NEAR * num_tokens for size, one in self._measured.items()
         )
-
-    def seconds_of(self, num_tokens: int, context: int = 0) -> float:
-        """Of one step, as in `seconds`."""
-        return float(self.seconds(np.array([num_tokens]), context)[0])
 
     def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
         """Of steps of so many tokens each, never less for more of them, whose sequences have `context` tokens in all.

@@ -85,7 +85,8 @@ class StepWatch:
     def _learn(self, step: StepTime, seconds: float) -> None:
         # Of one that only makes drafts most is the host's, if it is bound by that.
         if not step.is_bound_by_host or step.num_drafts or not step.num_places:
-            self._cost.record(step.num_tokens, seconds - step.draft_seconds, step.context)
+            has_drafts = step.num_drafts + step.num_places > 0
+            self._cost.record(step.num_tokens, seconds - step.draft_seconds, step.context, has_drafts=has_drafts)
         if step.num_places:
             self._is_bound, self._latest = step.is_bound_by_host, step
         latest = self._latest
@@ -94,7 +95,7 @@ class StepWatch:
         num_without = latest.num_tokens - latest.num_drafts
         if self._cost.was_measured(num_without):
             self._latest = None
-            share = max(0.0, latest.seconds / self._cost.seconds_of(num_without, latest.context) - 1.0)
+            share = max(0.0, latest.seconds / self._cost.seconds_without(num_without, latest.context) - 1.0)
             self._num_shares += 1
             if self._share is None or self._num_shares <= _FIRST:
                 self._share = share if self._share is None else min(share, self._share)
