@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,14 +87,18 @@ def test_a_full_lexer_is_replaced(stream: StepClient, smollm: TextModel) -> None
         stream.fill(released=[sequence])
 
 
+def new_lexer() -> Lexer:
+    return Lexer(lambda: pytest.fail("it has no grammar"))
+
+
 class StuckMatcher(SequenceMatcher):
     """A sequence whose mask takes as long as `until` says."""
 
-    def __init__(self, until: Callable[[], object], seconds: float = 0.0) -> None:
+    def __init__(self, until: Callable[[], object], seconds: float = 0.0, lexer: Lexer | None = None) -> None:
         self.error: QuireError | None = None
         self.seconds = seconds
         self.until = until
-        self.lexer = Lexer(lambda: pytest.fail("it has no grammar"))
+        self.lexer = lexer or new_lexer()
 
     @property
     def kind(self) -> ConstraintKind:
@@ -232,6 +237,38 @@ def test_cheap_masks_are_one_threads_work(monkeypatch: pytest.MonkeyPatch) -> No
     both = threading.Barrier(2)
     slow = [MaskRow(n, n, StuckMatcher(lambda: both.wait(DEADLINE), seconds=DEADLINE), []) for n in range(2)]
     assert not filler.fill(slow, np.zeros((2, 4), np.int32)).errors
+    filler.close()
+
+
+def test_threads_do_not_wait_for_each_others_lexers() -> None:
+    """One that waits for a lexer's lock holds the GIL, and stops all the others."""
+    filler = MaskFiller(4, MaskLimits(row_seconds=DEADLINE, step_seconds=DEADLINE))
+    first, second = new_lexer(), new_lexer()
+    using, most = {first: 0, second: 0}, {first: 0, second: 0}
+    both = threading.Barrier(2)
+
+    def use(lexer: Lexer) -> None:
+        using[lexer] += 1
+        most[lexer] = max(most[lexer], using[lexer])
+        both.wait(DEADLINE)
+        using[lexer] -= 1
+
+    matchers = [StuckMatcher(partial(use, lexer), 1.0, lexer) for lexer in [first] * 8 + [second] * 8]
+    work = [MaskRow(index, index, matcher, []) for index, matcher in enumerate(matchers)]
+    assert len(filler.fill(work, np.zeros((16, 4), np.int32)).results) == 16
+    assert most == {first: 1, second: 1}
+    filler.close()
+
+
+def test_a_lexers_rows_have_their_turn_after_one_that_was_given_up(release: threading.Event) -> None:
+    """No thread is left for them: all others have gone, as the lexer was in use."""
+    filler = MaskFiller(2, MaskLimits(row_seconds=0.2, step_seconds=DEADLINE))
+    lexer = new_lexer()
+    stuck = MaskRow(0, 0, StuckMatcher(lambda: release.wait(DEADLINE), lexer=lexer), [])
+    behind = [MaskRow(n, n, StuckMatcher(at_once, lexer=lexer), []) for n in range(1, 4)]
+    filled = filler.fill([stuck, *behind], np.zeros((4, 4), np.int32))
+    assert list(filled.errors) == [0]
+    assert sorted(filled.results) == [1, 2, 3]
     filler.close()
 
 

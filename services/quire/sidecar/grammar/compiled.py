@@ -58,7 +58,7 @@ class Lexer:
 class CompiledGrammar:
     """A grammar that sequences may start with. Methods may be called from any thread.
 
-    llguidance computes one mask at a time with a lexer: sequences that are many share several.
+    With a lexer llguidance computes one mask at a time: a grammar of many sequences has several lexers, each for some.
 
     `end_mask`, int32 [ceil(vocab_size / 32)], allows the `end_token_ids` and nothing else. `seconds` is how long it
     took from `begin`, in seconds of time.perf_counter.

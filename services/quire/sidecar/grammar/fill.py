@@ -150,7 +150,7 @@ class _Running(NamedTuple):
 class _Batch:
     """The rows of one step, which several threads take one by one.
 
-    Of one lexer's rows only one is taken at a time. Its lock is llguidance's: who waits for it holds the GIL.
+    Of a lexer's rows one is taken at a time: llguidance locks it for each, and waits for the lock with the GIL held.
     """
 
     rows: Sequence[MaskRow]
@@ -226,7 +226,7 @@ class _Batch:
                     del self._waiting[place]
                     self._running[row.sequence] = _Running(row, time.monotonic())
                     return row
-            # Whoever uses a lexer goes on with its rows.
+            # Who has a lexer goes on with its rows.
             return None
 
     def _hand_over(

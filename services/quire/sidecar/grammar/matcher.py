@@ -35,9 +35,6 @@ class RowResult:
     forced: list[int] = field(default_factory=list)
 
 
-_NOTHING = RowResult()
-
-
 class SequenceMatcher:
     """A sequence's grammar and how far its output got in it; not to be used from two threads at once.
 
@@ -102,7 +99,7 @@ class SequenceMatcher:
             consumed += 1
             matcher.unsafe_compute_mask_ptr(address + consumed * row_bytes, row_bytes)
         forced = matcher.compute_ff_tokens()[:max_forced] if max_forced and not matcher.is_stopped() else []
-        return self._undo(consumed, RowResult(consumed, forced)) if consumed or forced else _NOTHING
+        return self._undo(consumed, RowResult(consumed, forced))
 
     def _undo(self, consumed: int, result: RowResult) -> RowResult:
         if consumed:
