@@ -10,9 +10,10 @@ from sidecar_process import json_schema
 
 from quire.service.checkpoint import TextModel
 from quire.sidecar.config import MaskLimits
+from quire.sidecar.grammar.batch import MaskRow
 from quire.sidecar.grammar.compile import build_tokenizer
 from quire.sidecar.grammar.compiled import CompiledGrammar
-from quire.sidecar.grammar.fill import MaskFiller, MaskRow
+from quire.sidecar.grammar.fill import MaskFiller
 from quire.sidecar.grammar.matcher import SequenceMatcher
 
 LIMITS = MaskLimits(row_seconds=60.0, step_seconds=60.0)

@@ -18,8 +18,9 @@ from quire.service.checkpoint import TextModel
 from quire.service.errors import ErrorCode, InvalidRequestError, OverloadedError, QuireError
 from quire.service.request import ConstraintKind
 from quire.sidecar.config import MaskLimits
+from quire.sidecar.grammar.batch import MaskRow
 from quire.sidecar.grammar.compiled import Lexer
-from quire.sidecar.grammar.fill import MaskFiller, MaskRow
+from quire.sidecar.grammar.fill import MaskFiller
 from quire.sidecar.grammar.matcher import RowResult, SequenceMatcher
 
 # Each token is one more that any of the ones before it may be joined with: masks take longer and longer.
@@ -99,6 +100,10 @@ class StuckMatcher(SequenceMatcher):
         self.seconds = seconds
         self.until = until
         self.lexer = lexer or new_lexer()
+
+    @property
+    def is_quick(self) -> bool:
+        return False
 
     @property
     def kind(self) -> ConstraintKind:
@@ -190,7 +195,8 @@ class Standstill:
 def test_a_standstill_is_no_mask_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pod without CPU time for a second, or a machine that is moved, would end requests that are not at fault."""
     standstill = Standstill()
-    monkeypatch.setattr("quire.sidecar.grammar.fill.time", standstill)
+    for module in ("fill", "batch"):
+        monkeypatch.setattr(f"quire.sidecar.grammar.{module}.time", standstill)
     filler = MaskFiller(1, MaskLimits(row_seconds=0.2, step_seconds=0.5))
     filled = filler.fill(rows(at_once, standstill.begin, at_once), np.zeros((3, 4), np.int32))
     assert not filled.errors and sorted(filled.results) == [0, 1, 2]

@@ -16,10 +16,11 @@ from quire.engine.masks import DraftResult, MaskBatch, MaskRequest, first_rows
 from quire.service.checkpoint import TextModel
 from quire.service.request import Constraint
 from quire.sidecar.config import MaskLimits
+from quire.sidecar.grammar.batch import MaskRow
 from quire.sidecar.grammar.compile import build_tokenizer
 from quire.sidecar.grammar.compiled import CompiledGrammar
 from quire.sidecar.grammar.explain import explained
-from quire.sidecar.grammar.fill import MaskFiller, MaskRow
+from quire.sidecar.grammar.fill import MaskFiller
 from quire.sidecar.grammar.matcher import SequenceMatcher
 
 _CACHED_GRAMMARS = 256

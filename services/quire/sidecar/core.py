@@ -20,10 +20,11 @@ from quire.service.checkpoint import Checkpoint, TextModel, load_text, locate
 from quire.service.errors import InternalError, InvalidRequestError, QuireError
 from quire.service.request import Constraint
 from quire.sidecar.config import SidecarConfig
+from quire.sidecar.grammar.batch import Filled, MaskRow
 from quire.sidecar.grammar.compile import build_tokenizer
 from quire.sidecar.grammar.compiled import CompiledGrammar
 from quire.sidecar.grammar.compiler import GrammarCompiler
-from quire.sidecar.grammar.fill import Filled, MaskFiller, MaskRow
+from quire.sidecar.grammar.fill import MaskFiller
 from quire.sidecar.grammar.masks import map_masks
 from quire.sidecar.grammar.matcher import SequenceMatcher
 from quire.sidecar.grammar.trials import Trials

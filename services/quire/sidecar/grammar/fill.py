@@ -1,58 +1,38 @@
 """A batch's token masks, filled in parallel, in bounded time. The sidecar calls it for engines, the offline API in
 process.
 
-A thread that computes a mask can't be stopped. So threads compute in memory of their own and hand over what is done in
-time; one that is late is given up with its sequence, and another takes its place until it is back.
+Masks of matchers that were quick the last time are computed together, by llguidance's own threads, the others one by
+one by threads of ours. A thread that computes a mask can't be stopped. So threads compute in memory of their own and
+hand over what is done in time; one that is late is given up with its sequence, and another takes its place until it is
+back.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from queue import SimpleQueue
-from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from llguidance import LLExecutor
 
-from quire.service.errors import InternalError, OverloadedError, QuireError
 from quire.sidecar.config import MaskLimits
-from quire.sidecar.grammar.compile import refusal
+from quire.sidecar.grammar.batch import Batch, Filled, MaskRow
 from quire.sidecar.grammar.cores import num_cores
 from quire.sidecar.grammar.matcher import RowResult, SequenceMatcher
-
-logger = logging.getLogger(__name__)
 
 # As many threads for each that is wanted may be busy with what was given up.
 _SPARE = 4
 # Work for a thread, in seconds, and what a sequence's first mask is expected to take. llguidance lets go of the GIL for
 # masks alone, which most often are the least of it: many threads take longer for cheap ones than one does.
 _ENOUGH_S, _UNKNOWN_S = 0.002, 0.0005
-
-
-class MaskRow(NamedTuple):
-    """The mask after `accepted`, a sequence's output tokens since its last mask, goes into `row`; those after each of
-    `drafts` into the rows after it. Up to `max_forced` forced tokens are reported."""
-
-    sequence: int
-    row: int
-    matcher: SequenceMatcher
-    accepted: Sequence[int]
-    drafts: Sequence[int] = ()
-    max_forced: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Filled:
-    """What became of a batch's rows, by sequence: one of the two. `seconds` is the CPU time of the slowest."""
-
-    results: dict[int, RowResult]
-    errors: dict[int, QuireError]
-    num_late: int = 0
-    seconds: float = 0.0
+# Fewer are not worth a call for all of them.
+_TOGETHER = 2
+# What takes so many times as long as usual has a slow mask in it. Usual is at most what is expected of a first mask:
+# one may become slower little by little.
+_UNUSUAL, _NEWEST = 4.0, 0.1
 
 
 class MaskFiller:
@@ -61,7 +41,9 @@ class MaskFiller:
     def __init__(self, threads: int, limits: MaskLimits) -> None:
         self.limits = limits
         self._wanted = threads or num_cores()
-        self._batches: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._executor = LLExecutor(self._wanted)
+        self._usual = _UNKNOWN_S  # what one of those takes that are computed together
+        self._batches: SimpleQueue[Batch | None] = SimpleQueue()
         # Guards the counts of threads: those that exist, and those of them that compute what was given up.
         self._lock = threading.Lock()
         self._alive = 0
@@ -73,12 +55,20 @@ class MaskFiller:
         """Fills rows of `bitmask`, int32 [R, ceil(vocab_size / 32)], within the limits' time."""
         if not rows:
             return Filled({}, {})
+        quick = [row for row in rows if row.matcher.is_quick and not row.drafts]
+        alone = rows
+        if len(quick) >= _TOGETHER:
+            # What shares a lexer is next to each other, and so for one thread.
+            quick.sort(key=lambda row: id(row.matcher.lexer))
+            alone = [row for row in rows if not row.matcher.is_quick or row.drafts]
+        else:
+            quick = []
         # What was slow is likely to be so again: at the deadline, others have had their turn.
-        batch = _Batch(sorted(rows, key=lambda row: row.matcher.seconds), bitmask)
+        batch = Batch(sorted(alone, key=lambda row: row.matcher.seconds), bitmask, quick, self._fill_together)
         row_seconds, now = self.limits.row_seconds, time.monotonic()
         end = now + self.limits.step_seconds
-        expected = sum(row.matcher.seconds or _UNKNOWN_S for row in rows)
-        most = min(self._wanted, len(rows))
+        expected = sum(row.matcher.seconds or _UNKNOWN_S for row in alone) + len(quick) * self._usual
+        most = min(self._wanted, len(alone) + bool(quick))
         num_awake = min(most, 1 + int(expected / _ENOUGH_S))
         self._wake(batch, num_awake)
         while True:
@@ -104,7 +94,21 @@ class MaskFiller:
             self._wake(batch, num_late)
         return batch.filled()
 
-    def _wake(self, batch: _Batch, num_threads: int) -> None:
+    def _fill_together(self, rows: Sequence[MaskRow], masks: npt.NDArray[np.int32]) -> list[RowResult]:
+        """Fills a mask for each of `rows`."""
+        began = time.monotonic()
+        matchers = [row.matcher for row in rows]
+        accepted, max_forced = [row.accepted for row in rows], [row.max_forced for row in rows]
+        results = SequenceMatcher.fill_together(self._executor, matchers, accepted, max_forced, masks)
+        took = time.monotonic() - began
+        if took > _ENOUGH_S + _UNUSUAL * self._usual * len(rows):
+            # Which of them it was shows when each has a thread of its own.
+            for matcher in matchers:
+                matcher.seconds = max(matcher.seconds, took)
+        self._usual += _NEWEST * (min(took / len(rows), _UNKNOWN_S) - self._usual)
+        return results
+
+    def _wake(self, batch: Batch, num_threads: int) -> None:
         for _ in range(num_threads):
             self._batches.put(batch)
 
@@ -139,112 +143,3 @@ class MaskFiller:
             surplus = self._alive > self._wanted and not self._closed
             self._alive -= surplus
             return surplus
-
-
-class _Running(NamedTuple):
-    row: MaskRow
-    began: float
-
-
-@dataclass(slots=True)
-class _Batch:
-    """The rows of one step, which several threads take one by one.
-
-    Of a lexer's rows one is taken at a time: llguidance locks it for each, and waits for the lock with the GIL held.
-    """
-
-    rows: Sequence[MaskRow]
-    bitmask: npt.NDArray[np.int32]
-    done: threading.Event = field(default_factory=threading.Event)
-    # Guards what follows.
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-    _waiting: list[MaskRow] = field(init=False)
-    _running: dict[int, _Running] = field(default_factory=dict)
-    _results: dict[int, RowResult] = field(default_factory=dict)
-    _errors: dict[int, QuireError] = field(default_factory=dict)
-    _seconds: float = 0.0
-    _num_late: int = 0
-
-    def __post_init__(self) -> None:
-        self._waiting = list(self.rows)
-
-    def work(self) -> bool:
-        """Fills rows until none can be taken; False if this thread was given up meanwhile."""
-        masks = np.empty((0, self.bitmask.shape[1]), np.int32)
-        while (row := self._next()) is not None:
-            if len(masks) < 1 + len(row.drafts):
-                masks = np.empty((1 + len(row.drafts), self.bitmask.shape[1]), np.int32)
-            try:
-                result, error = row.matcher.fill(row.accepted, row.drafts, row.max_forced, masks), row.matcher.error
-            except QuireError as raised:
-                result, error = RowResult(), raised
-            except Exception as raised:
-                # A bug in there must not cost the batch the thread that others wait for.
-                logger.exception("a mask failed")
-                result, error = RowResult(), InternalError(f"a mask failed: {type(raised).__name__}: {raised}")
-            if not self._hand_over(row, result, error, masks):
-                return False
-        return True
-
-    def until_overdue(self, now: float, end: float, row_seconds: float) -> float:
-        """In how many seconds the first row is overdue, all of them being so at `end`."""
-        with self._lock:
-            first = min((row.began for row in self._running.values()), default=now)
-            return max(0.0, min(end, first + row_seconds) - now)
-
-    def begin_again(self, now: float) -> None:
-        """As if the rows had begun now."""
-        with self._lock:
-            self._running = {sequence: _Running(row, now) for sequence, (row, _) in self._running.items()}
-
-    def give_up(self, now: float, end: float, row_seconds: float) -> int:
-        """Ends rows that are overdue with errors; returns how many threads are still busy with some."""
-        with self._lock:
-            is_over = now >= end
-            late = [row for row in self._running.values() if is_over or now >= row.began + row_seconds]
-            for row, _ in late:
-                del self._running[row.sequence]
-                reason = f"a mask takes longer than {row_seconds:g} s: make it less ambiguous"
-                self._errors[row.sequence] = refusal(row.matcher.kind, reason, "can't be followed any further")
-            if is_over:
-                for row in self._waiting:
-                    self._errors[row.sequence] = OverloadedError("other requests' masks take too long: try again later")
-                self._waiting.clear()
-            self._num_late += len(late)
-            self._check_done()
-            return len(late)
-
-    def filled(self) -> Filled:
-        """What became of the rows; call it when they are done."""
-        return Filled(self._results, self._errors, self._num_late, self._seconds)
-
-    def _next(self) -> MaskRow | None:
-        with self._lock:
-            busy = {running.row.matcher.lexer for running in self._running.values()}
-            for place, row in enumerate(self._waiting):
-                if row.matcher.lexer not in busy:
-                    del self._waiting[place]
-                    self._running[row.sequence] = _Running(row, time.monotonic())
-                    return row
-            # Who has a lexer goes on with its rows.
-            return None
-
-    def _hand_over(
-        self, row: MaskRow, result: RowResult, error: QuireError | None, masks: npt.NDArray[np.int32]
-    ) -> bool:
-        with self._lock:
-            if self._running.pop(row.sequence, None) is None:
-                return False
-            self._seconds = max(self._seconds, row.matcher.seconds)
-            if error is None:
-                num_rows = 1 + result.num_drafts
-                self.bitmask[row.row : row.row + num_rows] = masks[:num_rows]
-                self._results[row.sequence] = result
-            else:
-                self._errors[row.sequence] = error
-            self._check_done()
-            return True
-
-    def _check_done(self) -> None:
-        if len(self._results) + len(self._errors) == len(self.rows):
-            self.done.set()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
 
 from quire.service.errors import InternalError, QuireError
 from quire.service.request import ConstraintKind
@@ -23,6 +23,8 @@ _NO_TOKEN = "out of range"
 _LEXER_IS_FULL = re.compile(r"lexer error: too many")
 _LEXER_WAS_FULL = "lexer error: too many states"
 _TAIL = "\n<non-verbose/>"
+# Of a matcher whose masks take longer nobody else's wait.
+_QUICK_S = 0.005
 # llguidance consumes tokens with the GIL held: a long replay lets go of it now and then.
 _TOKENS_AT_ONCE = 16
 
@@ -56,6 +58,11 @@ class SequenceMatcher:
         self._seconds_left = limits.row_seconds
 
     @property
+    def is_quick(self) -> bool:
+        """Whether its last masks took no longer than many others' together."""
+        return self._generation >= 0 and self.seconds <= _QUICK_S
+
+    @property
     def kind(self) -> ConstraintKind:
         """The kind of its constraint."""
         return self._grammar.constraint.kind
@@ -80,6 +87,45 @@ class SequenceMatcher:
         self.error = self._grammar_error() or self._spend(len(accepted) + 1 + result.num_drafts)
         return result
 
+    @staticmethod
+    def fill_together(
+        executor: LLExecutor,
+        matchers: Sequence[SequenceMatcher],
+        accepted: Sequence[Sequence[int]],
+        max_forced: Sequence[int],
+        masks: npt.NDArray[np.int32],
+    ) -> list[RowResult]:
+        """`fill` of many that are quick, without drafts, in llguidance's own threads, which need no GIL.
+
+        Nobody else may use their lexers meanwhile. What each takes is not known, and `seconds` stay as they are.
+        """
+        tokens = []
+        for matcher, token_ids in zip(matchers, accepted, strict=True):
+            matcher._token_ids += token_ids
+            if len(token_ids) == 1:
+                tokens.append((matcher._matcher, token_ids[0]))
+            else:
+                matcher._consume(token_ids)
+        if tokens:
+            executor.consume_token_par(tokens)
+        places = [(matcher._matcher, index) for index, matcher in enumerate(matchers)]
+        executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
+        return [
+            matcher._finish(count, masks[index : index + 1])
+            for index, (matcher, count) in enumerate(zip(matchers, max_forced, strict=True))
+        ]
+
+    def _finish(self, max_forced: int, masks: npt.NDArray[np.int32]) -> RowResult:
+        """What is left to do when the mask is there."""
+        if self._matcher.is_error():
+            return self.fill((), (), max_forced, masks)
+        self.error = self._spend(2)
+        forced = self._matcher.compute_ff_tokens()[:max_forced] if self._may_force(max_forced) else []
+        return RowResult(0, forced)
+
+    def _may_force(self, max_forced: int) -> bool:
+        return max_forced > 0 and not self._matcher.is_stopped()
+
     def _consume(self, token_ids: Sequence[int]) -> None:
         for start in range(0, len(token_ids), _TOKENS_AT_ONCE):
             self._matcher.consume_tokens(list(token_ids[start : start + _TOKENS_AT_ONCE]))
@@ -98,7 +144,7 @@ class SequenceMatcher:
             matcher.consume_token(draft)
             consumed += 1
             matcher.unsafe_compute_mask_ptr(address + consumed * row_bytes, row_bytes)
-        forced = matcher.compute_ff_tokens()[:max_forced] if max_forced and not matcher.is_stopped() else []
+        forced = matcher.compute_ff_tokens()[:max_forced] if self._may_force(max_forced) else []
         return self._undo(consumed, RowResult(consumed, forced))
 
     def _undo(self, consumed: int, result: RowResult) -> RowResult:
