@@ -107,13 +107,17 @@ def few_candidates(matrix: Matrix, rows: int) -> Iterator[LinearTile]:
 
 def resident_candidates(matrix: Matrix, rows: int) -> Iterator[ResidentTile]:
     """Tiles of up to 256 elements of W a thread, if all of W fits the registers."""
-    if rows > 8 or matrix.num_bytes > RESIDENT_BYTES:
+    if rows > 16 or matrix.num_bytes > RESIDENT_BYTES:
         return
     row = (1 << (matrix.size - 1).bit_length()) * (2 if matrix.gated else 1)
     for warps in (1, 2, 4, 8):
         for columns in (1, 2, 4, 8, 16, 32):
-            if columns * row <= 256 * 32 * warps and matrix.columns // columns >= MULTIPROCESSORS // 2:
+            if columns * row > 256 * 32 * warps:
+                continue
+            if rows <= 8 and matrix.columns // columns >= MULTIPROCESSORS // 2:
                 yield ResidentTile(columns, warps)
+            if columns >= 16:
+                yield ResidentTile(columns, warps, dots=True)
 
 
 def candidates(matrix: Matrix, rows: int, wide_only: bool, resident_only: bool) -> list[AnyTile]:

@@ -19,6 +19,9 @@ class FreeSteps(StepCost):
     def knows(self, num_tokens: int) -> bool:
         return True
 
+    def seconds_without(self, num_tokens: int, context: int = 0) -> float:
+        return 1.0
+
     def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
         return np.ones(len(num_tokens))
 

@@ -67,7 +67,12 @@ def linear_resident(
         return out, residual
     dependent = dependent and may_overlap(x.device)
     kept = None if norm is None else norm.kept
-    _resident_kernel[(ceil_div(columns, tile.columns),)](
+    kernel, block, shape = _rows_kernel, next_power_of_2(size), {"ROWS": num_rows}
+    if tile.dots:
+        # Of each part of K the matrix unit wants 16 elements, and of the rows 8.
+        kernel, block = _dots_kernel, max(16 * tile.warps, block)
+        shape = {"ROWS": max(8, next_power_of_2(num_rows)), "PARTS": tile.warps}
+    kernel[(ceil_div(columns, tile.columns),)](
         x,
         weight,
         weight if bias is None else bias,
@@ -76,13 +81,13 @@ def linear_resident(
         x if residual is None else residual,
         weight if norm is None else norm.weight,
         x if kept is None else kept,
+        num_rows,
         columns,
         x.stride(0),
         0 if kept is None else kept.stride(0),
         0.0 if norm is None else norm.eps,
         SIZE=size,
-        BLOCK=next_power_of_2(size),
-        ROWS=num_rows,
+        BLOCK=block,
         COLUMNS=tile.columns,
         GATED=gated,
         BIAS=bias is not None,
@@ -91,13 +96,14 @@ def linear_resident(
         EVEN=columns % tile.columns == 0,
         DEPENDENT=dependent,
         num_warps=tile.warps,
+        **shape,
         **overlap_option(dependent),
     )
     return out, residual
 
 
 @jit
-def _resident_kernel(
+def _rows_kernel(
     x_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
@@ -106,6 +112,7 @@ def _resident_kernel(
     sum_ptr: tl.tensor,
     norm_ptr: tl.tensor,
     kept_ptr: tl.tensor,
+    num_rows: tl.tensor,
     columns: tl.tensor,
     x_stride: tl.tensor,
     kept_stride: tl.tensor,
@@ -121,7 +128,7 @@ def _resident_kernel(
     EVEN: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ) -> None:
-    """All rows of some columns a program."""
+    """All rows of some columns a program, one row after another."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     depth = tl.arange(0, BLOCK)
     inside = depth < SIZE
@@ -157,3 +164,73 @@ def _resident_kernel(
         if GATED:
             y = y / (1.0 + tl.exp(-y)) * tl.sum(w_up.to(tl.float32) * x[None, :], 1)
         tl.store(out_ptr + row * columns + column, y.to(out_ptr.dtype.element_ty), mask=column < columns)
+
+
+@jit
+def _dots_kernel(
+    x_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    bias_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
+    sum_ptr: tl.tensor,
+    norm_ptr: tl.tensor,
+    kept_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    columns: tl.tensor,
+    x_stride: tl.tensor,
+    kept_stride: tl.tensor,
+    eps: tl.tensor,
+    SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GATED: tl.constexpr,
+    BIAS: tl.constexpr,
+    NORM: tl.constexpr,
+    KEEP: tl.constexpr,
+    EVEN: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+) -> None:
+    """All rows of some columns a program, in its matrix unit: a part of K for each warp."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    depth = tl.arange(0, PARTS)[:, None, None] * (BLOCK // PARTS) + tl.arange(0, BLOCK // PARTS)[None, None, :]
+    inside = depth < SIZE
+    there = inside if EVEN else inside & (column < columns)[None, :, None]
+    w_ptrs = weight_ptr + column.to(tl.int64)[None, :, None] * SIZE + depth
+    w = tl.load(w_ptrs, mask=there, other=0.0)
+    w_up = w
+    if GATED:
+        w_up = tl.load(w_ptrs + tl.cast(columns, tl.int64) * SIZE, mask=there, other=0.0)
+    bias = tl.zeros((COLUMNS,), tl.float32)
+    if BIAS:
+        bias = tl.load(bias_ptr + column, mask=column < columns, other=0.0).to(tl.float32)
+    factor = tl.zeros((PARTS, 1, BLOCK // PARTS), tl.float32)
+    if NORM:
+        factor = tl.load(norm_ptr + depth, mask=inside, other=0.0).to(tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
+    row = tl.arange(0, ROWS)[None, :, None]
+    taken = inside & (row < num_rows)
+    x = tl.load(x_ptr + row * x_stride + depth, mask=taken, other=0.0)
+    if NORM:
+        place = row * SIZE + depth
+        total = tl.load(residual_ptr + place, mask=taken, other=0.0).to(tl.float32) + x.to(tl.float32)
+        total = total.to(residual_ptr.dtype.element_ty)
+        if tl.program_id(0) == 0:
+            tl.store(sum_ptr + place, total, mask=taken)
+            if KEEP:
+                tl.store(kept_ptr + row * kept_stride + depth, total, mask=taken)
+        h = total.to(tl.float32)
+        scale = tl.rsqrt(tl.sum(tl.sum(h * h, 2), 0) / SIZE + eps)
+        # Rounded as the norm's own kernel does, so that both give the same.
+        x = (h * scale[None, :, None] * factor).to(x_ptr.dtype.element_ty)
+    x = tl.trans(x, 0, 2, 1)
+    y = tl.sum(tl.dot(w, x, input_precision="ieee"), 0) + bias[:, None]
+    if GATED:
+        y = y / (1.0 + tl.exp(-y)) * tl.sum(tl.dot(w_up, x, input_precision="ieee"), 0)
+    line = tl.arange(0, ROWS)[None, :]
+    out = out_ptr + line * columns + column[:, None]
+    tl.store(out, y.to(out_ptr.dtype.element_ty), mask=(line < num_rows) & (column < columns)[:, None])

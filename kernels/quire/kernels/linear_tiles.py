@@ -63,9 +63,10 @@ class ResidentTile:
 
     columns: int  # outputs of a program
     warps: int = 8
+    dots: bool = False  # whether the matrix unit multiplies, for which there must be 16 columns or more
 
     def __post_init__(self) -> None:
-        if self.columns < 1 or self.columns & (self.columns - 1):
+        if self.columns < (16 if self.dots else 1) or self.columns & (self.columns - 1):
             raise ValueError(f"columns of a tile must be a power of two, and they are {self}")
 
 
@@ -100,21 +101,21 @@ TUNED: Mapping[tuple[int, int, bool], tuple[tuple[int, AnyTile | None], ...]] = 
         (384, None),
     ),
     (4096, 1024, False): (
-        (4, ResidentTile(32)),
+        (1, ResidentTile(32)),
         (16, LinearTile(64, 128, 6, splits=2, swap=True)),
         (64, LinearTile(32, 128, 6)),
     ),
     (1024, 2048, False): (
-        (4, ResidentTile(8)),
+        (1, ResidentTile(8)),
         (16, LinearTile(32, 256, 6, splits=4)),
         (64, LinearTile(16, 256, 4, splits=2)),
     ),
     (3072, 1024, True): (
-        (4, ResidentTile(16)),
+        (1, ResidentTile(16)),
         (64, LinearTile(32, 128, 6)),
     ),
     (1024, 3072, False): (
-        (4, ResidentTile(8)),
+        (1, ResidentTile(8)),
         (16, LinearTile(64, 128, 6, splits=8, swap=True)),
         (64, LinearTile(32, 256, 4, splits=4)),
     ),
@@ -126,8 +127,12 @@ _LARGE = 8 << 20
 _FEW_ROWS = 4
 # A GPU has about so many multiprocessors; fewer programs leave memory idle.
 _FULL = 128
-# Up to so many rows, elements of K and bytes of a weight, all of it is in registers at once, so many bytes a thread.
-_RESIDENT_ROWS, _RESIDENT_SIZE, _RESIDENT_BYTES, _RESIDENT_THREAD = 4, 8192, 16 << 20, 256
+# Up to so many elements of K and bytes of a weight, all of it is in registers at once, so many bytes a thread. Each row
+# takes its time there, and the rows of a small weight least.
+_RESIDENT_SIZE, _RESIDENT_BYTES, _RESIDENT_THREAD = 8192, 16 << 20, 256
+_RESIDENT_ROWS, _RESIDENT_SMALL_ROWS, _SMALL_BYTES = 1, 2, 4 << 20
+# More rows of a small weight are for the matrix unit, with so many elements of K, of both halves if it is gated.
+_DOTS_ROWS, _DOTS_SIZE, _DOTS = 16, 2048, ResidentTile(16, 4, dots=True)
 # What stages of loads may take of the 227 KiB of shared memory that a program can have on a Hopper GPU.
 _STAGE_BYTES = 192 << 10
 
@@ -138,8 +143,13 @@ def tile_for(rows: int, columns: int, size: int, gated: bool, element_size: int 
         if rows <= most:
             return tile
     num_bytes = columns * size * element_size * (2 if gated else 1)
-    if rows <= _RESIDENT_ROWS and size <= _RESIDENT_SIZE and num_bytes <= _RESIDENT_BYTES:
+    is_small = num_bytes <= _SMALL_BYTES
+    few_rows = _RESIDENT_SMALL_ROWS if is_small else _RESIDENT_ROWS
+    if rows <= few_rows and size <= _RESIDENT_SIZE and num_bytes <= _RESIDENT_BYTES:
         return resident_tile(columns, size, gated, element_size)
+    halves = 2 if gated else 1
+    if rows <= _DOTS_ROWS and is_small and next_power_of_2(size) * halves <= _DOTS_SIZE and element_size == 2:
+        return _DOTS
     if rows > _UNTUNED_ROWS or size < 512:
         return None
     if rows > _FEW_ROWS and columns * size * (2 if gated else 1) < _LARGE:

@@ -15,8 +15,9 @@ from quire.service.request import Constraint
 from quire.sidecar.grammar.compile import compile_constraint
 from quire.sidecar.grammar.cores import num_cores
 
-# So many sequences share a lexer before there is another one, if it takes no longer than this to make, in seconds.
-_SEQUENCES_A_LEXER, _QUICK_S = 4, 0.02
+# A grammar has up to so many lexers for each core, if one takes no longer than this to make, in seconds: of a few slow
+# masks two in one lexer are what a step waits for.
+_LEXERS_A_CORE, _QUICK_S = 4, 0.02
 
 
 class Lexer:
@@ -58,7 +59,7 @@ class Lexer:
 class CompiledGrammar:
     """A grammar that sequences may start with. Methods may be called from any thread.
 
-    With a lexer llguidance computes one mask at a time: a grammar of many sequences has several lexers, each for some.
+    With a lexer llguidance computes one mask at a time: a grammar of several sequences has several lexers.
 
     `end_mask`, int32 [ceil(vocab_size / 32)], allows the `end_token_ids` and nothing else. `seconds` is how long it
     took from `begin`, in seconds of time.perf_counter.
@@ -81,14 +82,14 @@ class CompiledGrammar:
         compiling = time.perf_counter()
         self._lexers = [Lexer(self._make, self._make())]
         end = time.perf_counter()
-        self._most_lexers = num_cores() if end - compiling < _QUICK_S else 1
+        self._most_lexers = _LEXERS_A_CORE * num_cores() if end - compiling < _QUICK_S else 1
         self.seconds = end - begin
 
     def join(self, sequence: object) -> Lexer:
         """The lexer for a new sequence, which counts as one of its own for as long as it lives."""
         with self._lock:
             lexer = min(self._lexers, key=lambda lexer: len(lexer.sequences))
-            if len(lexer.sequences) >= _SEQUENCES_A_LEXER and len(self._lexers) < self._most_lexers:
+            if lexer.sequences and len(self._lexers) < self._most_lexers:
                 lexer = Lexer(self._make)
                 self._lexers.append(lexer)
             lexer.sequences.add(sequence)
