@@ -31,7 +31,7 @@ PERSON = json_schema(
 def grammar(smollm: TextModel, monkeypatch: pytest.MonkeyPatch) -> CompiledGrammar:
     monkeypatch.setattr("quire.sidecar.grammar.compiled.num_cores", lambda: 3)
     monkeypatch.setattr("quire.sidecar.grammar.compiled._LEXERS_A_CORE", 1)
-    monkeypatch.setattr("quire.sidecar.grammar.compiled._QUICK_S", 60.0)
+    monkeypatch.setattr("quire.sidecar.grammar.compiled._FIRST_S", 60.0)
     return CompiledGrammar(build_tokenizer(smollm), PERSON)
 
 
@@ -55,7 +55,7 @@ def test_many_sequences_share_a_few_lexers(grammar: CompiledGrammar) -> None:
 
 def test_a_grammar_that_is_slow_to_compile_has_one_lexer(smollm: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its requests would wait for it once for each core."""
-    monkeypatch.setattr("quire.sidecar.grammar.compiled._QUICK_S", 0.0)
+    monkeypatch.setattr("quire.sidecar.grammar.compiled._FIRST_S", 0.0)
     grammar = CompiledGrammar(build_tokenizer(smollm), PERSON)
     assert shares([SequenceMatcher(grammar, LIMITS) for _ in range(16)]) == [16]
 

@@ -70,6 +70,8 @@ class Batch:
     bitmask: npt.NDArray[np.int32]
     together: Sequence[MaskRow]
     fill_together: Callable[[Sequence[MaskRow], npt.NDArray[np.int32]], list[RowResult]]
+    # Memory of steps that are done: new memory would take its time to be mapped, page by page.
+    buffers: list[npt.NDArray[np.int32]]
     done: threading.Event = field(default_factory=threading.Event)
     # Guards what follows.
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -113,7 +115,10 @@ class Batch:
             return takes
 
     def _work_together(self) -> bool:
-        masks, rows = np.empty((len(self.together), self.bitmask.shape[1]), np.int32), self.together
+        rows, buffer = self.together, self.buffers.pop() if self.buffers else self.bitmask[:0]
+        if len(buffer) < len(rows) or buffer.shape[1] != self.bitmask.shape[1]:
+            buffer = np.empty((len(rows), self.bitmask.shape[1]), np.int32)
+        masks = buffer[: len(rows)]
         try:
             results = self.fill_together(rows, masks)
             errors = {row.sequence: row.matcher.error for row in rows if row.matcher.error is not None}
@@ -130,7 +135,8 @@ class Batch:
             self.bitmask[[rows[index].row for index in done]] = masks[done] if errors else masks
             self._results.update((rows[index].sequence, results[index]) for index in done)
             self._check_done()
-            return True
+        self.buffers.append(buffer)
+        return True
 
     def until_overdue(self, now: float, end: float, row_seconds: float) -> float:
         """In how many seconds the first row is overdue, all of them being so at `end`."""

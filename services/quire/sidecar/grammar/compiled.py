@@ -15,9 +15,9 @@ from quire.service.request import Constraint
 from quire.sidecar.grammar.compile import compile_constraint
 from quire.sidecar.grammar.cores import num_cores
 
-# A grammar has up to so many lexers for each core, if one takes no longer than this to make, in seconds: of a few slow
-# masks two in one lexer are what a step waits for.
-_LEXERS_A_CORE, _QUICK_S = 4, 0.02
+# A grammar has up to so many lexers for each core: of a few slow masks two in one lexer are what a step waits for. It
+# has one if to make it takes longer than this, in seconds of CPU time; the first is made with cold caches.
+_LEXERS_A_CORE, _QUICK_S, _FIRST_S = 4, 0.02, 0.1
 
 
 class Lexer:
@@ -77,13 +77,19 @@ class CompiledGrammar:
         for token_id in self.end_token_ids:
             self.end_mask[token_id >> 5] |= np.uint32(1 << (token_id & 31))
         self.end_mask = self.end_mask.view(np.int32)
-        self._make = partial(compile_constraint, tokenizer, constraint)
+        self._compile = partial(compile_constraint, tokenizer, constraint)
         self._lock = threading.Lock()
-        compiling = time.perf_counter()
-        self._lexers = [Lexer(self._make, self._make())]
-        end = time.perf_counter()
-        self._most_lexers = _LEXERS_A_CORE * num_cores() if end - compiling < _QUICK_S else 1
-        self.seconds = end - begin
+        self._most_lexers = _LEXERS_A_CORE * num_cores()
+        self._lexers = [Lexer(self._make, self._make(_FIRST_S))]
+        self.seconds = time.perf_counter() - begin
+
+    def _make(self, most: float = _QUICK_S) -> LLMatcher:
+        """Compiles once more; if that takes longer than `most`, there will be no further lexers."""
+        began = time.thread_time()
+        matcher = self._compile()
+        if time.thread_time() - began > most:
+            self._most_lexers = 1
+        return matcher
 
     def join(self, sequence: object) -> Lexer:
         """The lexer for a new sequence, which counts as one of its own for as long as it lives."""

@@ -43,6 +43,7 @@ class MaskFiller:
         self._wanted = threads or num_cores()
         self._executor = LLExecutor(self._wanted)
         self._usual = _UNKNOWN_S  # what one of those takes that are computed together
+        self._buffers: list[npt.NDArray[np.int32]] = []
         self._batches: SimpleQueue[Batch | None] = SimpleQueue()
         # Guards the counts of threads: those that exist, and those of them that compute what was given up.
         self._lock = threading.Lock()
@@ -64,7 +65,9 @@ class MaskFiller:
         else:
             quick = []
         # What was slow is likely to be so again: at the deadline, others have had their turn.
-        batch = Batch(sorted(alone, key=lambda row: row.matcher.seconds), bitmask, quick, self._fill_together)
+        batch = Batch(
+            sorted(alone, key=lambda row: row.matcher.seconds), bitmask, quick, self._fill_together, self._buffers
+        )
         row_seconds, now = self.limits.row_seconds, time.monotonic()
         end = now + self.limits.step_seconds
         expected = sum(row.matcher.seconds or _UNKNOWN_S for row in alone) + len(quick) * self._usual
