@@ -49,7 +49,7 @@ class Base(NamedTuple):
 
     def seconds(self, cost: StepCost, extra: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         """With `extra` tokens more, and without what the prompts' cost, which is to be paid in any case: as a part of
-        what the decodes take it would make drafts look cheap while there are prompts."""
+        what the decodes take it would make drafts look cheap while there are prompts. As many as `extra` has."""
         without = cost.seconds_without(self.num_tokens, self.context)
         seconds = np.maximum(without, cost.seconds(self.num_tokens + extra, self.context))
         seconds[extra == 0] = without
@@ -110,21 +110,19 @@ def choose_places(
         return 0
     places, chances = np.arange(most + 1), np.array(rates)[:, None]
     right: npt.NDArray[np.float64] = chances ** places[1:]
-
-    def speed_of(gains: npt.NDArray[np.float64], rows: int) -> npt.NDArray[np.float64]:
-        expected = np.full(most + 1, float(base.num_decodes))
-        expected[1:] += gains.sum(0).cumsum()
-        took: npt.NDArray[np.float64] = base.seconds(cost, rows * places) + places * passes.seconds
-        if share:
-            took[1:] = np.maximum(took[1:], (1.0 + share) * took[0])
-        return expected / took
-
     # As chains, or with siblings wherever there may be some, if that is faster.
-    speed = speed_of(right, len(rates))
+    gains, rows = [right.sum(0)], [len(rates)]
     if any(second_rates):
         seconds = np.array(second_rates)[:, None]
         beside = chances ** places[:-1] * (1.0 - chances) * seconds
-        speed = np.maximum(speed, speed_of(right + beside, len(rates) + int(np.count_nonzero(seconds))))
+        gains.append((right + beside).sum(0))
+        rows.append(len(rates) + int(np.count_nonzero(seconds)))
+    expected = np.full((len(rows), most + 1), float(base.num_decodes))
+    expected[:, 1:] += np.array(gains).cumsum(1)
+    took = base.seconds(cost, np.array(rows)[:, None] * places) + places * passes.seconds
+    if share:
+        took[:, 1:] = np.maximum(took[:, 1:], (1.0 + share) * took[0, 0])
+    speed = (expected / took).max(0)
     best = int(speed.argmax())
     worth = _WORTH_IN_BATCHES - (_WORTH_IN_BATCHES - _WORTH) / max(1, base.num_decodes)
     return best if speed[best] >= worth * speed[0] else 0

@@ -18,7 +18,7 @@ _PROBES, _PROBED = 4, 40
 _PROBE_SHARE = 0.01
 
 # While nothing is worth it, that is thought over once in so many steps.
-_REST = 8
+_REST = 16
 
 # What the device is to draft for a prompt's end before it is known what that is worth.
 _FIRST_PLACES = 3
