@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
@@ -70,6 +71,8 @@ class Batch:
     bitmask: npt.NDArray[np.int32]
     together: Sequence[MaskRow]
     fill_together: Callable[[Sequence[MaskRow], npt.NDArray[np.int32]], list[RowResult]]
+    # Has other threads come for `rows`.
+    call_others: Callable[[], None]
     # Memory of steps that are done: new memory would take its time to be mapped, page by page.
     buffers: list[npt.NDArray[np.int32]]
     done: threading.Event = field(default_factory=threading.Event)
@@ -115,7 +118,9 @@ class Batch:
             return takes
 
     def _work_together(self) -> bool:
-        rows, buffer = self.together, self.buffers.pop() if self.buffers else self.bitmask[:0]
+        rows, buffer = self.together, self.bitmask[:0]
+        with suppress(IndexError):
+            buffer = self.buffers.pop()
         if len(buffer) < len(rows) or buffer.shape[1] != self.bitmask.shape[1]:
             buffer = np.empty((len(rows), self.bitmask.shape[1]), np.int32)
         masks = buffer[: len(rows)]
@@ -136,6 +141,7 @@ class Batch:
             self._results.update((rows[index].sequence, results[index]) for index in done)
             self._check_done()
         self.buffers.append(buffer)
+        self.call_others()
         return True
 
     def until_overdue(self, now: float, end: float, row_seconds: float) -> float:

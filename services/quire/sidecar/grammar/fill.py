@@ -56,24 +56,17 @@ class MaskFiller:
         """Fills rows of `bitmask`, int32 [R, ceil(vocab_size / 32)], within the limits' time."""
         if not rows:
             return Filled({}, {})
-        quick = [row for row in rows if row.matcher.is_quick and not row.drafts]
-        alone = rows
-        if len(quick) >= _TOGETHER:
-            # What shares a lexer is next to each other, and so for one thread.
-            quick.sort(key=lambda row: id(row.matcher.lexer))
-            alone = [row for row in rows if not row.matcher.is_quick or row.drafts]
-        else:
-            quick = []
-        # What was slow is likely to be so again: at the deadline, others have had their turn.
+        quick, alone = _parted(rows)
+        seconds_alone = sum(row.matcher.seconds or _UNKNOWN_S for row in alone)
+        num_alone = min(self._wanted, len(alone), 1 + int(seconds_alone / _ENOUGH_S))
         batch = Batch(
-            sorted(alone, key=lambda row: row.matcher.seconds), bitmask, quick, self._fill_together, self._buffers
+            alone, bitmask, quick, self._fill_together, lambda: self._wake(batch, num_alone - 1), self._buffers
         )
         row_seconds, now = self.limits.row_seconds, time.monotonic()
         end = now + self.limits.step_seconds
-        expected = sum(row.matcher.seconds or _UNKNOWN_S for row in alone) + len(quick) * self._usual
-        most = min(self._wanted, len(alone) + bool(quick))
-        num_awake = min(most, 1 + int(expected / _ENOUGH_S))
-        self._wake(batch, num_awake)
+        expected = seconds_alone + len(quick) * self._usual
+        most, num_awake = min(self._wanted, max(1, len(alone))), max(1, num_alone)
+        self._wake(batch, 1 if quick else num_awake)
         while True:
             seconds = batch.until_overdue(now, end, row_seconds)
             if num_awake < most:
@@ -146,3 +139,16 @@ class MaskFiller:
             surplus = self._alive > self._wanted and not self._closed
             self._alive -= surplus
             return surplus
+
+
+def _parted(rows: Sequence[MaskRow]) -> tuple[list[MaskRow], list[MaskRow]]:
+    """Those that are filled together, and the others, in the order in which they are to be filled."""
+    quick = [row for row in rows if row.matcher.is_quick and not row.drafts]
+    if len(quick) < _TOGETHER:
+        quick = []
+    # What shares a lexer is next to each other, and so for one thread.
+    quick.sort(key=lambda row: id(row.matcher.lexer))
+    together = {row.sequence for row in quick}
+    # What was slow is likely to be so again: at the deadline, others have had their turn.
+    alone = sorted((row for row in rows if row.sequence not in together), key=lambda row: row.matcher.seconds)
+    return quick, alone
