@@ -23,7 +23,7 @@ class FreeSteps(StepCost):
         return 1.0
 
     def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
-        return np.ones(len(num_tokens))
+        return np.ones(np.shape(num_tokens))
 
 
 @dataclass(frozen=True)
