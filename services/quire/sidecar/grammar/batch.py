@@ -71,8 +71,8 @@ class Batch:
     bitmask: npt.NDArray[np.int32]
     together: Sequence[MaskRow]
     fill_together: Callable[[Sequence[MaskRow], npt.NDArray[np.int32]], list[RowResult]]
-    # Has other threads come for `rows`.
-    call_others: Callable[[], None]
+    # Has other threads come for the batch. It is told which, as one that held itself would hold on to its memory.
+    call_others: Callable[[Batch], None]
     # Memory of steps that are done: new memory would take its time to be mapped, page by page.
     buffers: list[npt.NDArray[np.int32]]
     done: threading.Event = field(default_factory=threading.Event)
@@ -141,7 +141,7 @@ class Batch:
             self._results.update((rows[index].sequence, results[index]) for index in done)
             self._check_done()
         self.buffers.append(buffer)
-        self.call_others()
+        self.call_others(self)
         return True
 
     def until_overdue(self, now: float, end: float, row_seconds: float) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
+from functools import partial
 from queue import SimpleQueue
 
 import numpy as np
@@ -60,7 +61,7 @@ class MaskFiller:
         seconds_alone = sum(row.matcher.seconds or _UNKNOWN_S for row in alone)
         num_alone = min(self._wanted, len(alone), 1 + int(seconds_alone / _ENOUGH_S))
         batch = Batch(
-            alone, bitmask, quick, self._fill_together, lambda: self._wake(batch, num_alone - 1), self._buffers
+            alone, bitmask, quick, self._fill_together, partial(self._wake, num_threads=num_alone - 1), self._buffers
         )
         row_seconds, now = self.limits.row_seconds, time.monotonic()
         end = now + self.limits.step_seconds
