@@ -4,6 +4,8 @@ There a product takes a few microseconds, most of which it waits: for its launch
 all of K for some outputs and asks for its rows of W at its very beginning, while the kernels before it still run; what
 follows its wait is a load of x, some sums and a store. Launches overlap as in `quire.kernels.linear`.
 
+One or two rows are summed up one after another, more of them in the matrix unit.
+
 The residual addition and norm in front of a product can be its beginning: each program has all of x anyway.
 """
 # ruff: noqa: N803

@@ -46,7 +46,7 @@ class SidecarMetrics:
         )
         self.slowest_row_seconds = Histogram(
             "quire_sidecar_slowest_row_seconds",
-            "CPU time of the slowest row of a step.",
+            "CPU time of the slowest row of a step, of those that were slow before or are new.",
             buckets=_FILL_BUCKETS,
             registry=self.registry,
         )

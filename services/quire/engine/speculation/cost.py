@@ -82,7 +82,9 @@ class StepCost:
     def record(self, num_tokens: int, seconds: float, context: int = 0, *, has_drafts: bool = False) -> None:
         """A step of so many tokens, `has_drafts` being made or verified, took so long; `context` as in `seconds`."""
         self._any.record(num_tokens, seconds, context)
-        if not has_drafts:
+        if has_drafts:
+            self._without.grow_older()
+        else:
             self._without.record(num_tokens, seconds, context)
 
     @property
@@ -149,6 +151,11 @@ class _StepCurve:
             other.seconds *= 1.0 + _COMMON * (seconds / expected - 1.0)
         known.seconds += _OWN * (seconds - known.seconds)
         known.context += _OWN * away
+
+    def grow_older(self) -> None:
+        """A step was one of which nothing is recorded here: what was measured once counts for so many steps only."""
+        self._step += 1
+        self._curve = None
 
     @property
     def price(self) -> float:

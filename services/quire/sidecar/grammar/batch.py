@@ -38,7 +38,8 @@ class MaskRow(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Filled:
-    """What became of a batch's rows, by sequence: one of the two. `seconds` is the CPU time of the slowest."""
+    """What became of a batch's rows, by sequence: one of the two. `seconds` is the CPU time of the slowest that was not
+    filled together with others."""
 
     results: dict[int, RowResult]
     errors: dict[int, QuireError]
