@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from quire.engine.gpu.graphs import Sizes
+from quire.engine.gpu.host_memory import HostMemory
 from quire.engine.gpu.staged_step import StagedStep
 from quire.engine.runner import StepMasks
 from quire.kernels.token_mask import apply_token_mask_triton
@@ -19,35 +20,42 @@ class MaskRows:
     def __init__(
         self, num_draws: int, vocab_size: int, device: torch.device, stream: torch.cuda.Stream | None, sizes: Sizes
     ) -> None:
-        self._masks = torch.zeros(num_draws, -(-vocab_size // 32), dtype=torch.int32, device=device)
+        num_words = -(-vocab_size // 32)
+        self._masks = torch.zeros(num_draws, num_words, dtype=torch.int32, device=device)
         self._rows = torch.zeros(num_draws, dtype=torch.int32, device=device)
         self._sizes = sizes
         self._stream = stream
         self._copies = torch.cuda.Stream(device) if stream is not None else None  # type: ignore[no-untyped-call]
+        self._sent = torch.zeros(num_draws, dtype=torch.int32, pin_memory=stream is not None)
+        self._memory = HostMemory(num_draws, num_words) if stream is not None else None
 
     def send(self, staged: StagedStep, masks: StepMasks) -> int:
-        """Copies a step's masks while its forward pass runs; returns how many rows `apply` is to be told."""
-        rows = staged.draws.rows_of(masks.work).astype(np.int32)
+        """Copies a step's masks while its forward pass runs; returns how many rows `apply` is to be told.
+
+        No step that still reads the last masks can be running: its tokens were needed to ask for these.
+        """
+        rows = staged.draws.rows_of(masks.work)
         size = self._sizes(len(rows)) or len(rows)
-        padded = np.full(size, -1, dtype=np.int32)
-        padded[: len(rows)] = rows
+        sent = self._sent[:size]
+        numbers = sent.numpy()
+        numbers[: len(rows)], numbers[len(rows) :] = rows, -1
         # Blocks until the masks are there.
-        bits = torch.from_numpy(masks.batch.rows.view(np.int32))
-        if self._copies is None or self._stream is None:
-            self._masks[: len(rows)].copy_(bits)
-            self._rows[:size].copy_(torch.from_numpy(padded))
+        bits = masks.batch.rows.view(np.int32)
+        if self._memory is None or self._stream is None or self._copies is None:
+            self._rows[:size].copy_(sent)
+            self._masks[: len(rows)].copy_(torch.from_numpy(bits))
             return size
-        # No step that still reads the last masks can be running: its tokens were needed to ask for these.
         with torch.cuda.stream(self._copies):
-            self._masks[: len(rows)].copy_(_pinned(bits), non_blocking=True)
-            self._rows[:size].copy_(torch.from_numpy(padded).pin_memory(), non_blocking=True)
+            self._rows[:size].copy_(sent, non_blocking=True)
+            self._masks[: len(rows)].copy_(self._memory.readable(bits), non_blocking=True)
         self._stream.wait_stream(self._copies)
         return size
+
+    def close(self) -> None:
+        """Lets go of the sources' memory."""
+        if self._memory is not None:
+            self._memory.close()
 
     def apply(self, logits: Tensor, size: int) -> None:
         """Forbids what the masks that were sent forbid, in float32 [N, vocab_size]."""
         apply_token_mask_triton(logits, self._rows[:size], self._masks[:size])
-
-
-def _pinned(values: Tensor) -> Tensor:
-    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)

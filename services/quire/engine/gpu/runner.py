@@ -176,8 +176,9 @@ class GpuRunner:
         return largest + [run for _, _, run in sorted(wanted, key=lambda one: one[:2])]
 
     def close(self) -> None:
-        """Lets go of its graphs."""
+        """Lets go of its graphs, and of others' memory."""
         self._graphs.clear()
+        self._masks.close()
 
     @property
     def _num_graphs(self) -> int:
