@@ -405,6 +405,24 @@ def test_right_drafts_are_used_by_a_device_that_waits_for_the_host(
 
 
 @pytest.mark.parametrize("num_seqs", [1, 8])
+def test_what_the_first_drafts_took_is_not_believed_for_ever(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
+    """The host is slow at what it does for the first time: drafts would be given up for what only the first ones took,
+    and as none are verified then, nobody would find out."""
+    monkeypatch.setattr(f"{__name__}.MAX_MODEL_LEN", 4096)
+    monkeypatch.setattr(f"{__name__}.PAGES", 2400)
+    short = {"seconds": lambda tokens: 0.0002, "num_tokens": 3500, "host": 0.0005}
+    _, machine, _, core = simulate(monkeypatch, quality=None, num_seqs=num_seqs, **short)
+    without = finish(core, machine)
+    head = Head(0.00002, right=True)
+    _, machine, _, core = simulate(monkeypatch, quality=None, num_seqs=num_seqs, head=head, drafting=0.004, **short)
+    assert isinstance(machine, AheadMachine)
+    while machine.launches < 40:
+        core.step()
+    machine.drafting, began = 0.0005, machine.clock.now
+    assert finish(core, machine) - began <= 0.65 * without
+
+
+@pytest.mark.parametrize("num_seqs", [1, 8])
 def test_steps_that_wait_for_masks_say_nothing_of_others(monkeypatch: pytest.MonkeyPatch, num_seqs: int) -> None:
     """They may take ten times as long, with drafts many times: after them nobody else would get drafts any more."""
     head = Head(0.00002, right=True)

@@ -22,6 +22,9 @@ _KEPT, _APART = 0.998, 4e6
 # The first measurements of a size may include what is done once: the least of so many is taken. Until there are so
 # many, the last one counts for so many steps; then it has to be tried again.
 _FIRST, _TRUSTED = 3, 128
+# What was measured less than so often may still include what takes long in the beginning only, and nobody would try
+# again what is believed to cost that much: it counts for so many steps, and then each time for twice as many.
+_OFTEN, _BELIEVED = 16, 1024
 # Sizes whose steps take about the same differ by at most this share.
 _NEAR = 0.25
 # A pause of the machine says nothing about a step.
@@ -53,13 +56,38 @@ class _Curve(NamedTuple):
 
 
 @dataclass(slots=True)
+class Belief:
+    """In what was measured `count` times, the last time in step `seen_at`: it `lasts` for so many steps."""
+
+    seen_at: int
+    count: int = 1
+    lasts: int = _BELIEVED
+
+    def has_ended(self, step: int) -> bool:
+        """Whether it is to be measured again before it counts."""
+        return self.count < _OFTEN and step - self.seen_at >= self.lasts
+
+    def confirm(self, step: int) -> bool:
+        """It was measured again; returns whether for the first time, since what was known before has ended."""
+        if self.has_ended(step):
+            self.count, self.lasts = 0, 2 * self.lasts
+        self.count += 1
+        self.seen_at = step
+        return self.count == 1
+
+    @property
+    def is_young(self) -> bool:
+        """Whether the least of its measurements counts."""
+        return self.count <= _FIRST
+
+
+@dataclass(slots=True)
 class _Measured:
-    """Of one size: means that follow what was measured last, how often that was, and in which step."""
+    """Of one size: means that follow what was measured last."""
 
     seconds: float
     context: float
-    count: int
-    seen_at: int
+    belief: Belief
 
 
 def _at(seconds: npt.ArrayLike, away: npt.ArrayLike, price: float) -> npt.NDArray[np.float64]:
@@ -83,9 +111,14 @@ class StepCost:
         """A step of so many tokens, `has_drafts` being made or verified, took so long; `context` as in `seconds`."""
         self._any.record(num_tokens, seconds, context)
         if has_drafts:
-            self._without.grow_older()
+            self._without.grow_older(1)
         else:
             self._without.record(num_tokens, seconds, context)
+
+    def grow_older(self, num_steps: int) -> None:
+        """So many steps were of no interest."""
+        self._any.grow_older(num_steps)
+        self._without.grow_older(num_steps)
 
     @property
     def price(self) -> float:
@@ -134,14 +167,13 @@ class _StepCurve:
         self._curve = None
         if known is None:
             insort(self._sizes, size)
-            self._measured[size] = _Measured(seconds, context, 1, self._step)
+            self._measured[size] = _Measured(seconds, context, Belief(self._step))
             return
-        known.count += 1
-        known.seen_at = self._step
+        is_first = known.belief.confirm(self._step)
         away = context - known.context
         expected = float(_at(known.seconds, away, self.price))
-        if known.count <= _FIRST:
-            if seconds < expected:
+        if known.belief.is_young:
+            if is_first or seconds < expected:
                 known.seconds, known.context = seconds, context
             return
         seconds = min(seconds, _LONGEST * expected)
@@ -152,9 +184,9 @@ class _StepCurve:
         known.seconds += _OWN * (seconds - known.seconds)
         known.context += _OWN * away
 
-    def grow_older(self) -> None:
-        """A step was one of which nothing is recorded here: what was measured once counts for so many steps only."""
-        self._step += 1
+    def grow_older(self, num_steps: int) -> None:
+        """So many steps were ones of which nothing is recorded here."""
+        self._step += num_steps
         self._curve = None
 
     @property
@@ -170,7 +202,8 @@ class _StepCurve:
     def was_measured(self, num_tokens: int) -> bool:
         """Whether steps of about so many were, often enough."""
         return any(
-            one.count >= _FIRST and abs(size - num_tokens) <= _NEAR * num_tokens for size, one in self._measured.items()
+            one.belief.count >= _FIRST and abs(size - num_tokens) <= _NEAR * num_tokens
+            for size, one in self._measured.items()
         )
 
     def seconds(self, num_tokens: npt.NDArray[np.int64], context: int = 0) -> npt.NDArray[np.float64]:
@@ -192,13 +225,13 @@ class _StepCurve:
     @property
     def _known(self) -> _Curve:
         if self._curve is None:
-            known = [(size, one) for size in self._sizes if self._is_known(one := self._measured[size])]
+            known = [(size, one) for size in self._sizes if self._is_known((one := self._measured[size]).belief)]
             rows = [(size, one.seconds, one.context) for size, one in known]
             self._curve = _Curve(*np.array(rows, dtype=np.float64).reshape(-1, 3).T)
         return self._curve
 
-    def _is_known(self, measured: _Measured) -> bool:
-        return measured.count >= _FIRST or self._step - measured.seen_at < _TRUSTED
+    def _is_known(self, belief: Belief) -> bool:
+        return not belief.has_ended(self._step) and (belief.count >= _FIRST or self._step - belief.seen_at < _TRUSTED)
 
 
 def _size(num_tokens: int) -> int:

@@ -38,7 +38,8 @@ class DeviceDrafts:
 
     def decide(self, rates: Sequence[float], second_rates: Sequence[float], base: Base) -> int:
         """How many drafts each of some sequences is to get behind its next token; arguments as for `choose_places`."""
-        places = choose_places(rates, second_rates, self._most, base, self._cost, self._passes, self._watch.share)
+        share = self._watch.believed_share
+        places = choose_places(rates, second_rates, self._most, base, self._cost, self._passes, share)
         self.num_places = places
         looks = places > 0 and not base.num_prompt and self._watch.must_look(base.num_tokens)
         if places:
@@ -58,6 +59,7 @@ class DeviceDrafts:
             return 0
         steps = max(0, min(_REST, self._num_until_probes, most) - 1)
         self._num_idle += steps
+        self._watch.grow_older(steps)
         return steps
 
     @property

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from quire.engine.speculation.cost import PassCost, StepCost
+from quire.engine.speculation.cost import Belief, PassCost, StepCost
 
 # A device that the host waits for less than this share of a step waits for the host.
 _WAITED = 0.1
@@ -18,7 +18,7 @@ _WAITED = 0.1
 _WITHOUT, _WITH = 6, 400
 # Weight of the newest step in what looking for drafts costs. Of the first ones the least counts, since they may include
 # what is done once, and a later one for so many times what was usual at most.
-_NEWEST, _FIRST, _LONGEST = 0.1, 3, 2.0
+_NEWEST, _LONGEST = 0.1, 2.0
 
 
 class StepTime(NamedTuple):
@@ -60,19 +60,27 @@ class StepWatch:
         self._earlier: StepTime | None = None
         self._is_bound = False
         self._num_without = self._num_with = 0  # steps to come without drafts, and those with some since the last ones
-        self._share: float | None = None
-        self._num_shares = 0
+        self._step = 0
+        self._share = 0.0
+        self._belief: Belief | None = None  # in the share
         # The last step with drafts, until it is known what one without takes.
         self._latest: StepTime | None = None
 
     @property
     def share(self) -> float:
         """What a step with drafts takes longer than one without, as a share of that, if that is the host's doing."""
-        return self._share or 0.0 if self._is_bound else 0.0
+        return self._share if self._is_bound else 0.0
+
+    @property
+    def believed_share(self) -> float:
+        """The same, unless it was measured so seldom that it is to be measured again."""
+        has_ended = self._belief is None or self._belief.has_ended(self._step)
+        return 0.0 if has_ended else self.share
 
     def observe(self, measured: StepTime | None) -> None:
         """A step was read; None: it compiled or captured something, which held up the one before it, too."""
         earlier, before = self._earlier, self._measured
+        self._step += 1
         if measured is not None and before is not None:
             if before.num_places:
                 self._passes.record(before.num_places, before.draft_seconds)
@@ -81,6 +89,11 @@ class StepWatch:
             if before.seconds is not None and usual:
                 self._learn(before, before.seconds)
         self._earlier, self._measured = before, measured
+
+    def grow_older(self, num_steps: int) -> None:
+        """So many steps will not be observed."""
+        self._step += num_steps
+        self._cost.grow_older(num_steps)
 
     def _learn(self, step: StepTime, seconds: float) -> None:
         # Of one that only makes drafts most is the host's, if it is bound by that.
@@ -96,13 +109,19 @@ class StepWatch:
         if self._cost.was_measured(num_without):
             self._latest = None
             share = max(0.0, latest.seconds / self._cost.seconds_without(num_without, latest.context) - 1.0)
-            self._num_shares += 1
-            if self._share is None or self._num_shares <= _FIRST:
-                self._share = share if self._share is None else min(share, self._share)
-            else:
-                # A pause of the machine says nothing.
-                share = min(share, _LONGEST * (1.0 + self._share) - 1.0)
-                self._share += _NEWEST * (share - self._share)
+            self._take_share(share)
+
+    def _take_share(self, share: float) -> None:
+        if self._belief is None:
+            self._belief, is_first = Belief(self._step), True
+        else:
+            is_first = self._belief.confirm(self._step)
+        if self._belief.is_young:
+            self._share = share if is_first else min(share, self._share)
+            return
+        # A pause of the machine says nothing.
+        share = min(share, _LONGEST * (1.0 + self._share) - 1.0)
+        self._share += _NEWEST * (share - self._share)
 
     def must_look(self, num_tokens: int) -> bool:
         """Whether the next step, of so many tokens without drafts, is to have none, to see how long that takes; to be
