@@ -119,6 +119,21 @@ def test_released_sequences_are_forgotten(stream: StepClient) -> None:
     assert list(stream.fill(Row(1), Row(2))) == [1]
 
 
+def test_rows_that_go_on_by_a_token(stream: StepClient, smollm: TextModel) -> None:
+    """Columns that are taken for other sequences, rows or tokens than they name would mix up masks."""
+    one, two = (smollm.tokenizer.token_to_id(digit) for digit in "12")
+    assert not stream.fill(Row(1, regex("12a")), Row(2, regex("21b")), Row(3, regex("1c")))
+    columns = grammar_pb2.NextMasks(sequences=[2, 1], rows=[0, 2], accepted=[two, one])
+    rows = [{"sequence": 3, "row": 1, "accepted": [one]}]
+    fill = grammar_pb2.FillMasks(step=9, rows=rows, next=columns)
+    assert not stream.ask(grammar_pb2.StepRequest(fill=fill)).filled.errors
+    found = [{smollm.tokenizer.id_to_token(token) for token in stream.allowed(row)} for row in range(3)]
+    assert [{"1", "c", "2"} & tokens for tokens in found] == [{"1"}, {"c"}, {"2"}]
+    unknown = grammar_pb2.NextMasks(sequences=[7], rows=[0], accepted=[one])
+    answer = stream.ask(grammar_pb2.StepRequest(fill=grammar_pb2.FillMasks(step=10, next=unknown)))
+    assert [error.sequence for error in answer.filled.errors] == [7]
+
+
 @pytest.mark.parametrize(
     ("fill", "words"),
     [
@@ -140,6 +155,17 @@ def test_released_sequences_are_forgotten(stream: StepClient) -> None:
             "rows.sequence stands twice",
         ),
         (grammar_pb2.FillMasks(rows=[{"sequence": 1, "row": 0, "constraint": {}}]), "constraint has no kind"),
+        (
+            grammar_pb2.FillMasks(next={"sequences": [1, 2], "rows": [0, 1], "accepted": [5]}),
+            "next has 2 sequences, 2 rows and 1 accepted",
+        ),
+        (
+            grammar_pb2.FillMasks(
+                rows=[{"sequence": 1, "row": 0, "drafts": [5]}],
+                next={"sequences": [2], "rows": [1], "accepted": [5]},
+            ),
+            "rows.row is 1, which another sequence",
+        ),
     ],
 )
 def test_a_request_that_breaks_the_contract_ends_the_stream(

@@ -71,7 +71,7 @@ class Grammar:
         errors: dict[int, QuireError] = {}
         results: dict[int, DraftResult] = {}
         for row, request in zip(first_rows(requests), requests, strict=True):
-            told, output = self.told.setdefault(request.sequence, []), list(request.output_token_ids)
+            told, output = self.told.setdefault(request.sequence, []), list(request.outputs(0))
             assert output[: len(told)] == told, "a grammar can't take tokens back"
             told[:] = output
             allowed = allowed_after(output)

@@ -201,9 +201,7 @@ class EngineCore:
     def _draw(self, step: _Step) -> None:
         if self._masking is None:
             return
-        if step.masks is None:
-            constrained = tuple(index for index in step.constrained if index not in step.void)
-            step.masks = self._masking.ask(step.schedule, constrained)
+        self._ask(step, self._masking)
         if step.constrained:
             if step.masks is not None and not step.masks.arrive(_PATIENCE_S):
                 for index in step.masks.work:
@@ -211,6 +209,12 @@ class EngineCore:
                 self.scheduler.hold_constrained = True
                 step.masks = self._masking.do_without(step.schedule, step.masks)
             step.pending.draw(step.masks)
+
+    def _ask(self, step: _Step, masking: Masking) -> None:
+        """Asks for a step's masks, unless that was done."""
+        if step.masks is None:
+            constrained = tuple(index for index in step.constrained if index not in step.void)
+            step.masks = masking.ask(step.schedule, constrained)
 
     def _retract(self, step: _Step, index: int) -> None:
         """What work `index` of the step that was launched last draws is void."""
@@ -242,7 +246,7 @@ class EngineCore:
         speculator = self._speculator
         if speculator is not None and not (schedule.drafts or result.drafts or results or speculator.awaits_tokens):
             speculator = None
-        until_first, between, num_tokens = [], [], 0
+        drawn, num_tokens = [], 0
         for index, (sequence, work) in enumerate(zip(schedule.sequences, schedule.plan.work, strict=True)):
             if sequence.state is SequenceState.FINISHED:
                 continue
@@ -250,11 +254,7 @@ class EngineCore:
                 self._updates.append(Update(sequence.key, prompt_logprobs=PromptLogprobs(work.start + 1, scores)))
             if not work.sample or index in step.void:
                 continue
-            if sequence.last_token_at is None:
-                until_first.append(now - sequence.arrived_at)
-            else:
-                between.append(now - sequence.last_token_at)
-            sequence.last_token_at = now
+            drawn.append(sequence)
             if speculator is None:
                 tokens: tuple[int, ...] = (result.token_ids[index],)
             else:
@@ -262,9 +262,21 @@ class EngineCore:
             error = errors.get(sequence.key)
             logprobs = result.logprobs.get(index, ())
             num_tokens += self._commit_tokens(sequence, tokens, logprobs, error, work.num_verified)
-        self.stats.record_tokens(until_first, between, num_tokens)
+        if following is not None and self._masking is not None:
+            self._ask(following, self._masking)  # at once: the device will wait for them
+        self._record_times(drawn, now, num_tokens)
         if not self.scheduler.num_running:
             self._last_commit = 0.0
+
+    def _record_times(self, drawn: list[Sequence], now: float, num_tokens: int) -> None:
+        until_first, between = [], []
+        for sequence in drawn:
+            if sequence.last_token_at is None:
+                until_first.append(now - sequence.arrived_at)
+            else:
+                between.append(now - sequence.last_token_at)
+            sequence.last_token_at = now
+        self.stats.record_tokens(until_first, between, num_tokens)
 
     def _tell_time(self, step: _Step, result: StepResult, seconds: float) -> None:
         """Tells the speculator what a step took."""

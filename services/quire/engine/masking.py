@@ -56,15 +56,19 @@ class Masking:
         work, requests = [], []
         for index in constrained:
             sequence = schedule.sequences[index]
-            constraint, tenant = sequence.request.constraint, sequence.request.cache_key.salt
+            request = sequence.request
             # What ended after this step was launched is drawn without a mask, and dropped.
-            if sequence.state is not SequenceState.FINISHED and constraint is not None:
-                work.append(index)
-                verified = schedule.drafts.get(sequence)
-                drafts = verified.token_ids if verified is not None else ()
-                requests.append(
-                    MaskRequest(sequence.key, constraint, sequence.output_token_ids, tenant, drafts, self._max_forced)
+            if sequence.state is SequenceState.FINISHED or request.constraint is None:
+                continue
+            verified = schedule.drafts.get(sequence) if schedule.drafts else None
+            drafts = verified.token_ids if verified is not None else ()
+            tenant, start = request.cache_key.salt, sequence.num_prompt_tokens
+            work.append(index)
+            requests.append(
+                MaskRequest(
+                    sequence.key, request.constraint, sequence.token_ids, tenant, drafts, self._max_forced, start
                 )
+            )
         ticket = self._source.begin(requests, self.released)
         self.released = []
         return StepMasks(tuple(work), ticket)

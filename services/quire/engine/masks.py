@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +17,11 @@ from quire.service.errors import QuireError
 from quire.service.request import Constraint
 
 
-@dataclass(frozen=True, slots=True)
-class MaskRequest:
-    """The mask of a sequence's next token, after all of `output_token_ids`, and one more after each of `drafts`.
+class MaskRequest(NamedTuple):
+    """The mask of a sequence's next token, after all of `token_ids`, and one more after each of `drafts`.
+
+    The first `num_prompt_tokens` are not bound by the constraint. The core goes on appending to `token_ids`: who reads
+    them later than in `begin` may find more.
 
     A source knows what it was told before: it consumes what is new and starts over (a replay) if it lost its state.
     Drafts are never consumed: those that are kept come as output tokens of the sequence's next request. `max_forced` is
@@ -28,10 +30,21 @@ class MaskRequest:
 
     sequence: int
     constraint: Constraint
-    output_token_ids: Sequence[int]
+    token_ids: Sequence[int]
     tenant: str = ""
     drafts: Sequence[int] = ()
     max_forced: int = 0
+    num_prompt_tokens: int = 0
+
+    @property
+    def num_outputs(self) -> int:
+        """How many output tokens there are."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    def outputs(self, start: int, end: int | None = None) -> Sequence[int]:
+        """The output tokens from one of them up to another."""
+        first = self.num_prompt_tokens
+        return self.token_ids[first + start : None if end is None else first + end]
 
 
 @dataclass(frozen=True, slots=True)

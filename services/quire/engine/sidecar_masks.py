@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import grpc
 import numpy as np
@@ -44,18 +45,12 @@ _SHARED_MEMORY = Path("/dev/shm")
 _ALL_TOKENS = np.uint32(0xFFFFFFFF)
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """Rows as they were asked for. The core goes on appending to `output_token_ids`; `count` were there then."""
+class _Row(NamedTuple):
+    """Rows as they were asked for when there were so many outputs, the first of them in place `first` of the step's."""
 
     request: MaskRequest
-    count: int
-    # Its place among the step's rows.
+    num_outputs: int
     first: int
-
-    @property
-    def sequence(self) -> int:
-        return self.request.sequence
 
     @property
     def places(self) -> slice:
@@ -97,8 +92,8 @@ class _Ticket:
         """Blocks until the rows are filled, or until the deadline; then all rows are errors."""
         in_time = self.done.wait(max(0.0, self.deadline - time.monotonic()))
         if in_time and self.masks is not None:
-            for row in self.rows:
-                if row.sequence in self.errors:
+            for row in self.rows if self.errors else ():
+                if row.request.sequence in self.errors:
                     self.masks[row.places] = _ALL_TOKENS
             return MaskBatch(self.masks, self.errors, self.results)
         errors = self.errors
@@ -113,7 +108,7 @@ class _Ticket:
         self.finish()
 
     def _all(self, error: QuireError) -> dict[int, QuireError]:
-        return {row.sequence: error for row in self.rows}
+        return {row.request.sequence: error for row in self.rows}
 
 
 class SidecarMasks:
@@ -142,7 +137,7 @@ class SidecarMasks:
         """Asks for the requests' rows to be filled and returns at once. Raises InternalError on misuse."""
         now = time.monotonic()
         rows = [
-            _Row(request, len(request.output_token_ids), first)
+            _Row(request, request.num_outputs, first)
             for request, first in zip(requests, first_rows(requests), strict=True)
         ]
         if rows and rows[-1].places.stop > self._max_rows:
@@ -258,23 +253,34 @@ class _Stream:
 
     def ask(self, ticket: _Ticket) -> None:
         """Asks for a ticket's rows, and tells what the sidecar does not know yet."""
-        fill = grammar_pb2.FillMasks(step=ticket.step)
-        fill.released.extend(sequence for sequence in ticket.released if self._told.pop(sequence, None) is not None)
-        first = self._first_row(ticket)
+        fill, told = grammar_pb2.FillMasks(step=ticket.step), self._told
+        fill.released.extend(sequence for sequence in ticket.released if told.pop(sequence, None) is not None)
+        first, places, sequences, tokens = self._first_row(ticket), [], [], []
         for row in ticket.rows:
-            request = row.request
-            message = fill.rows.add(
-                sequence=row.sequence, row=first + row.first, drafts=request.drafts, max_forced=request.max_forced
-            )
-            told = self._told.get(row.sequence)
-            if told is None or told > row.count:
-                message.constraint.CopyFrom(constraint_to_proto(request.constraint))
-                message.cache_salt = request.tenant
-                told = 0
-            message.accepted.extend(request.output_token_ids[told : row.count])
-            self._told[row.sequence] = row.count
-        if fill.rows or fill.released:
+            request, sequence = row.request, row.request.sequence
+            if told.get(sequence) == row.num_outputs - 1 and not (request.drafts or request.max_forced):
+                sequences.append(sequence)
+                places.append(first + row.first)
+                tokens.append(request.outputs(row.num_outputs - 1)[0])
+            else:
+                self._ask_row(fill, row, first + row.first)
+            told[sequence] = row.num_outputs
+        if sequences:
+            fill.next.MergeFrom(grammar_pb2.NextMasks(sequences=sequences, rows=places, accepted=tokens))
+        if ticket.rows or fill.released:
             self._outgoing.put(grammar_pb2.StepRequest(fill=fill))
+
+    def _ask_row(self, fill: grammar_pb2.FillMasks, row: _Row, place: int) -> None:
+        request = row.request
+        message = fill.rows.add(
+            sequence=request.sequence, row=place, drafts=request.drafts, max_forced=request.max_forced
+        )
+        told = self._told.get(request.sequence)
+        if told is None or told > row.num_outputs:
+            message.constraint.CopyFrom(constraint_to_proto(request.constraint))
+            message.cache_salt = request.tenant
+            told = 0
+        message.accepted.extend(request.outputs(told, row.num_outputs))
 
     def rows_of(self, ticket: _Ticket) -> _Masks:
         """The shared rows that `ticket` asked for."""

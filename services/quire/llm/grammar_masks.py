@@ -58,6 +58,8 @@ class GrammarMasks:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="fill")
         self._compiled = lru_cache(_CACHED_GRAMMARS)(self._compile)
         self._places: dict[int, _Place] = {}
+        # A step's masks are read before the next one's are asked for. New memory would be mapped page by page.
+        self._bitmask = np.empty((0, self._words), np.int32)
 
     def compile(self, constraint: Constraint) -> None:
         """Raises InvalidRequestError if `constraint` is wrong, not supported, or exceeds llguidance's limits."""
@@ -84,16 +86,23 @@ class GrammarMasks:
         if place is None:
             matcher = SequenceMatcher(self._compiled(request.constraint), _LIMITS)
             place = self._places[request.sequence] = _Place(matcher)
-        accepted = list(request.output_token_ids[place.consumed :])
+        accepted = list(request.outputs(place.consumed))
         place.consumed += len(accepted)
         return MaskRow(request.sequence, row, place.matcher, accepted, request.drafts, request.max_forced)
 
     def _fill(self, rows: Sequence[MaskRow]) -> MaskBatch:
-        # Rows of sequences with an error stay all ones: it must still be possible to draw a token, which is dropped.
-        bitmask = np.full((sum(1 + len(row.drafts) for row in rows), self._words), -1, np.int32)
+        num_rows = sum(1 + len(row.drafts) for row in rows)
+        if len(self._bitmask) < num_rows:
+            self._bitmask = np.empty((num_rows, self._words), np.int32)
+        bitmask = self._bitmask[:num_rows]
         filled = self._filler.fill(rows, bitmask)
+        for row in rows if filled.errors else ():
+            if row.sequence in filled.errors:
+                # It must still be possible to draw a token, which is dropped.
+                bitmask[row.row : row.row + 1 + len(row.drafts)] = -1
         results = {
-            sequence: DraftResult(result.num_drafts, tuple(result.forced))
-            for sequence, result in filled.results.items()
+            row.sequence: DraftResult(result.num_drafts, tuple(result.forced))
+            for row in rows
+            if (row.drafts or row.max_forced) and (result := filled.results.get(row.sequence)) is not None
         }
         return MaskBatch(bitmask.view(np.uint32), filled.errors, results)

@@ -10,7 +10,7 @@ import asyncio
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -34,21 +34,20 @@ from quire.sidecar.metrics import SidecarMetrics
 _REPLAY_PATIENCE_S = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class RowRequest:
+class RowRequest(NamedTuple):
     """The mask of a sequence's next token, into `row`.
 
     `constraint` and the `tenant` whose it is come with a sequence's first row on its stream; for the rest see
-    quire.sidecar.grammar.fill.MaskRow.
+    quire.sidecar.grammar.batch.MaskRow.
     """
 
     sequence: int
     row: int
-    constraint: Constraint | None
-    tenant: str
     accepted: Sequence[int]
     drafts: Sequence[int] = ()
     max_forced: int = 0
+    constraint: Constraint | None = None
+    tenant: str = ""
 
 
 class GrammarCore:
@@ -145,10 +144,11 @@ class MaskStream:
         for sequence in released:
             self._drop(sequence)
         errors = await self._start(rows)
+        matchers = self._sequences
         work = [
-            MaskRow(row.sequence, row.row, self._sequences[row.sequence], row.accepted, row.drafts, row.max_forced)
-            for row in rows
-            if row.sequence not in errors
+            MaskRow(sequence, row, matchers[sequence], accepted, drafts, max_forced)
+            for sequence, row, accepted, drafts, max_forced, _, _ in rows
+            if sequence not in errors
         ]
         filled = await asyncio.get_running_loop().run_in_executor(self._thread, self._fill, work)
         filled.errors.update(errors)
@@ -166,12 +166,12 @@ class MaskStream:
 
     def _check(self, rows: Sequence[RowRequest]) -> None:
         count, end = len(self._bitmask), 0
-        for row in sorted(rows, key=lambda row: row.row):
-            if row.row < end:
+        for first, num_drafts in sorted((row, len(drafts)) for _, row, _, drafts, *_ in rows):
+            if first < end:
                 raise InvalidRequestError(
-                    f"rows.row is {row.row}, which another sequence of the step fills", field="fill.rows.row"
+                    f"rows.row is {first}, which another sequence of the step fills", field="fill.rows.row"
                 )
-            end = row.row + 1 + len(row.drafts)
+            end = first + 1 + num_drafts
         if end > count:
             raise InvalidRequestError(f"rows reach to row {end - 1} and the file has {count} rows", field="fill.rows")
         if len({row.sequence for row in rows}) < len(rows):
@@ -180,16 +180,22 @@ class MaskStream:
     async def _start(self, rows: Sequence[RowRequest]) -> dict[int, QuireError]:
         """Makes the states of sequences that are new, compiling what is not in the cache; returns their errors."""
         errors: dict[int, QuireError] = {}
-        new = [row for row in rows if row.constraint is not None]
+        new = [(row, row.constraint) for row in rows if row.constraint is not None]
+        if new:
+            await self._compile(new, errors)
+        for row in rows:
+            if row.sequence not in self._sequences and row.sequence not in errors:
+                errors[row.sequence] = InternalError(
+                    f"sequence {row.sequence} is unknown on this stream: its first row must carry its constraint"
+                )
+        return errors
+
+    async def _compile(self, new: Sequence[tuple[RowRequest, Constraint]], errors: dict[int, QuireError]) -> None:
         grammars = await asyncio.gather(
-            *(
-                self._core.compile(row.constraint, row.tenant, _REPLAY_PATIENCE_S)
-                for row in new
-                if row.constraint is not None
-            ),
+            *(self._core.compile(constraint, row.tenant, _REPLAY_PATIENCE_S) for row, constraint in new),
             return_exceptions=True,
         )
-        for row, result in zip(new, grammars, strict=True):
+        for (row, _), result in zip(new, grammars, strict=True):
             if isinstance(result, QuireError):
                 errors[row.sequence] = result
             elif isinstance(result, BaseException):
@@ -198,12 +204,6 @@ class MaskStream:
                 self._drop(row.sequence)
                 self._sequences[row.sequence] = SequenceMatcher(result[0], self._core.filler.limits)
                 self._core.metrics.sequences.inc()
-        for row in rows:
-            if row.sequence not in self._sequences and row.sequence not in errors:
-                errors[row.sequence] = InternalError(
-                    f"sequence {row.sequence} is unknown on this stream: its first row must carry its constraint"
-                )
-        return errors
 
     def _fill(self, work: Sequence[MaskRow]) -> Filled:
         begin = time.perf_counter()

@@ -84,18 +84,8 @@ class GrammarServicer(grammar_pb2_grpc.GrammarServiceServicer):
 async def _fill(stream: MaskStream, request: grammar_pb2.StepRequest) -> grammar_pb2.StepResponse:
     if request.WhichOneof("request") != "fill":
         raise InvalidRequestError("every request after the first must be fill", field="fill")
-    rows = [
-        RowRequest(
-            row.sequence,
-            row.row,
-            constraint_from_proto(row.constraint) if row.HasField("constraint") else None,
-            row.cache_salt,
-            list(row.accepted),
-            list(row.drafts),
-            row.max_forced,
-        )
-        for row in request.fill.rows
-    ]
+    rows = [_row(row) for row in request.fill.rows]
+    rows += _next_rows(request.fill.next)
     filled = await stream.fill(rows, request.fill.released)
     return grammar_pb2.StepResponse(
         filled=grammar_pb2.MasksFilled(
@@ -111,6 +101,28 @@ async def _fill(stream: MaskStream, request: grammar_pb2.StepRequest) -> grammar
             ],
         )
     )
+
+
+def _row(row: grammar_pb2.MaskRow) -> RowRequest:
+    return RowRequest(
+        row.sequence,
+        row.row,
+        list(row.accepted),
+        list(row.drafts),
+        row.max_forced,
+        constraint_from_proto(row.constraint) if row.HasField("constraint") else None,
+        row.cache_salt,
+    )
+
+
+def _next_rows(columns: grammar_pb2.NextMasks) -> list[RowRequest]:
+    sequences, rows, accepted = list(columns.sequences), list(columns.rows), list(columns.accepted)
+    if not len(sequences) == len(rows) == len(accepted):
+        raise InvalidRequestError(
+            f"next has {len(sequences)} sequences, {len(rows)} rows and {len(accepted)} accepted: it needs as many",
+            field="fill.next",
+        )
+    return [RowRequest(*row) for row in zip(sequences, rows, zip(accepted, strict=True), strict=True)]
 
 
 def _constraint(request: grammar_pb2.CompileRequest) -> Constraint:

@@ -137,9 +137,11 @@ class Batch:
                 return False
             self._stage = _Together.DONE
             self._errors.update(errors)
-            done = [index for index, row in enumerate(rows) if row.sequence not in errors]
-            self.bitmask[[rows[index].row for index in done]] = masks[done] if errors else masks
-            self._results.update((rows[index].sequence, results[index]) for index in done)
+            if errors:
+                done = [index for index, row in enumerate(rows) if row.sequence not in errors]
+                rows, results, masks = [rows[index] for index in done], [results[index] for index in done], masks[done]
+            self.bitmask[[row.row for row in rows]] = masks
+            self._results.update(zip([row.sequence for row in rows], results, strict=True))
             self._check_done()
         self.buffers.append(buffer)
         self.call_others(self)

@@ -144,12 +144,14 @@ class MaskFiller:
 
 def _parted(rows: Sequence[MaskRow]) -> tuple[list[MaskRow], list[MaskRow]]:
     """Those that are filled together, and the others, in the order in which they are to be filled."""
-    quick = [row for row in rows if row.matcher.is_quick and not row.drafts]
+    quick: list[MaskRow] = []
+    alone: list[MaskRow] = []
+    for row in rows:
+        (quick if not row.drafts and row.matcher.is_quick else alone).append(row)
     if len(quick) < _TOGETHER:
-        quick = []
+        quick, alone = [], list(rows)
     # What shares a lexer is next to each other, and so for one thread.
     quick.sort(key=lambda row: id(row.matcher.lexer))
-    together = {row.sequence for row in quick}
     # What was slow is likely to be so again: at the deadline, others have had their turn.
-    alone = sorted((row for row in rows if row.sequence not in together), key=lambda row: row.matcher.seconds)
+    alone.sort(key=lambda row: row.matcher.seconds)
     return quick, alone

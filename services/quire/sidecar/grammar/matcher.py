@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -29,12 +29,14 @@ _QUICK_S = 0.005
 _TOKENS_AT_ONCE = 16
 
 
-@dataclass(frozen=True, slots=True)
-class RowResult:
+class RowResult(NamedTuple):
     """The grammar allows the first `num_drafts` drafts; `forced` are the tokens that it forces after them."""
 
     num_drafts: int = 0
-    forced: list[int] = field(default_factory=list)
+    forced: Sequence[int] = ()
+
+
+_NOTHING = RowResult()
 
 
 class SequenceMatcher:
@@ -99,29 +101,30 @@ class SequenceMatcher:
 
         Nobody else may use their lexers meanwhile. What each takes is not known, and `seconds` stay as they are.
         """
-        tokens = []
-        for matcher, token_ids in zip(matchers, accepted, strict=True):
+        tokens, places = [], []
+        for index, (matcher, token_ids) in enumerate(zip(matchers, accepted, strict=True)):
             matcher._token_ids += token_ids
+            places.append((matcher._matcher, index))
             if len(token_ids) == 1:
                 tokens.append((matcher._matcher, token_ids[0]))
             else:
                 matcher._consume(token_ids)
         if tokens:
             executor.consume_token_par(tokens)
-        places = [(matcher._matcher, index) for index, matcher in enumerate(matchers)]
         executor.unsafe_compute_mask_ptr(places, masks.ctypes.data, masks.strides[0], len(masks))
         return [
-            matcher._finish(count, masks[index : index + 1])
+            matcher._finish(count, masks, index)
             for index, (matcher, count) in enumerate(zip(matchers, max_forced, strict=True))
         ]
 
-    def _finish(self, max_forced: int, masks: npt.NDArray[np.int32]) -> RowResult:
+    def _finish(self, max_forced: int, masks: npt.NDArray[np.int32], row: int) -> RowResult:
         """What is left to do when the mask is there."""
         if self._matcher.is_error():
-            return self.fill((), (), max_forced, masks)
+            return self.fill((), (), max_forced, masks[row : row + 1])
         self.error = self._spend(2)
-        forced = self._matcher.compute_ff_tokens()[:max_forced] if self._may_force(max_forced) else []
-        return RowResult(0, forced)
+        if not self._may_force(max_forced):
+            return _NOTHING
+        return RowResult(0, self._matcher.compute_ff_tokens()[:max_forced])
 
     def _may_force(self, max_forced: int) -> bool:
         return max_forced > 0 and not self._matcher.is_stopped()
@@ -144,7 +147,7 @@ class SequenceMatcher:
             matcher.consume_token(draft)
             consumed += 1
             matcher.unsafe_compute_mask_ptr(address + consumed * row_bytes, row_bytes)
-        forced = matcher.compute_ff_tokens()[:max_forced] if self._may_force(max_forced) else []
+        forced = matcher.compute_ff_tokens()[:max_forced] if self._may_force(max_forced) else ()
         return self._undo(consumed, RowResult(consumed, forced))
 
     def _undo(self, consumed: int, result: RowResult) -> RowResult:
