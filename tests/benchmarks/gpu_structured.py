@@ -79,6 +79,8 @@ class SyntheticMasks:
         for token in eos_token_ids:  # so that every request has its length
             self._rows[:, token // 32] &= ~np.uint32(1 << token % 32)
         self._fill_s = fill_us * 1e-6
+        # As a sidecar's file has them: what one step reads, the next does not write.
+        self._memory = [np.zeros((MAX_REQUESTS, words), np.uint32) for _ in range(2)]
         self._step = 0
         self._workers = ThreadPoolExecutor(THREADS)
         self._collector = ThreadPoolExecutor(1)
@@ -92,7 +94,7 @@ class SyntheticMasks:
         self._workers.shutdown()
 
     def _fill(self, sequences: list[int], step: int) -> MaskBatch:
-        rows = np.empty((len(sequences), self._rows.shape[1]), np.uint32)
+        rows = self._memory[step % 2][: len(sequences)]
 
         def fill(worker: int) -> None:
             for index in range(worker, len(sequences), THREADS):

@@ -39,7 +39,7 @@ _LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
 _TEXT = r"[^\"\\\x00-\x1F\x7F]"
 _SLICES = [
     r"[\x20\x0A\x0D\x09]+",
-    *(f"{_TEXT}{{1,{length}}}" for length in (1, 2, 4, 6, 8, 10, 14, 30)),
+    *(f"{_TEXT}{{1,{length}}}" for length in (3, 6, 9, 14, 30)),
     f"{_TEXT}+",
 ]
 
