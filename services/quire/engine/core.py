@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import NamedTuple
 
 from quire.engine.masking import Masking
 from quire.engine.masks import DraftResult, MaskSource
@@ -60,6 +61,14 @@ class _Step:
     void: set[int] = field(default_factory=set)
 
 
+class _Drawn(NamedTuple):
+    """Of whom a step that was read has drawn how many tokens, and when that was."""
+
+    sequences: list[Sequence]
+    num_tokens: int
+    at: float
+
+
 class EngineCore:
     """One model, one batch. Every request that `submit` accepts ends in exactly one update with `finished`.
 
@@ -90,6 +99,7 @@ class EngineCore:
         self._in_flight: _Step | None = None
         self._last_commit = 0.0  # 0: nothing has run since
         self._updates: list[Update] = []
+        self._unrecorded: list[_Drawn] = []
 
     @property
     def vocab_size(self) -> int:
@@ -146,6 +156,10 @@ class EngineCore:
         else:
             self._last_commit = 0.0
             self._look_for_late_masks(_IDLE_S)
+        # The device has its next step.
+        for drawn in self._unrecorded:
+            self._record(*drawn)
+        self._unrecorded.clear()
         if self._speculator is not None:
             self._speculator.learn()
         updates, self._updates = self._updates, []
@@ -201,7 +215,9 @@ class EngineCore:
     def _draw(self, step: _Step) -> None:
         if self._masking is None:
             return
-        self._ask(step, self._masking)
+        if step.masks is None:
+            constrained = tuple(index for index in step.constrained if index not in step.void)
+            step.masks = self._masking.ask(step.schedule, constrained)
         if step.constrained:
             if step.masks is not None and not step.masks.arrive(_PATIENCE_S):
                 for index in step.masks.work:
@@ -209,12 +225,6 @@ class EngineCore:
                 self.scheduler.hold_constrained = True
                 step.masks = self._masking.do_without(step.schedule, step.masks)
             step.pending.draw(step.masks)
-
-    def _ask(self, step: _Step, masking: Masking) -> None:
-        """Asks for a step's masks, unless that was done."""
-        if step.masks is None:
-            constrained = tuple(index for index in step.constrained if index not in step.void)
-            step.masks = masking.ask(step.schedule, constrained)
 
     def _retract(self, step: _Step, index: int) -> None:
         """What work `index` of the step that was launched last draws is void."""
@@ -262,13 +272,11 @@ class EngineCore:
             error = errors.get(sequence.key)
             logprobs = result.logprobs.get(index, ())
             num_tokens += self._commit_tokens(sequence, tokens, logprobs, error, work.num_verified)
-        if following is not None and self._masking is not None:
-            self._ask(following, self._masking)  # at once: the device will wait for them
-        self._record_times(drawn, now, num_tokens)
+        self._unrecorded.append(_Drawn(drawn, num_tokens, now))
         if not self.scheduler.num_running:
             self._last_commit = 0.0
 
-    def _record_times(self, drawn: list[Sequence], now: float, num_tokens: int) -> None:
+    def _record(self, drawn: list[Sequence], num_tokens: int, now: float) -> None:
         until_first, between = [], []
         for sequence in drawn:
             if sequence.last_token_at is None:
