@@ -153,14 +153,15 @@ class EagleInPages:
     def follow(self, staged: StagedStep, *, written: bool = False) -> PendingDrafts | None:
         """After a step's draws: writes its tokens' keys and values, unless they are, and makes drafts if any are
         wanted."""
-        count = staged.num_tokens
+        layout = staged.layout
+        count = layout.num_tokens
         if written:
             return self._draft(staged)
         if self._sizes is None:
             self.write(count)
         else:
             batches, tokens = self._sizes
-            size = (batches(count) if staged.draws_only else None) or tokens(count)
+            size = (batches(count) if layout.draws_only else None) or tokens(count)
             self.write(count) if size is None else self._run_write(size)
         return self._draft(staged)
 

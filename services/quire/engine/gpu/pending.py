@@ -64,7 +64,7 @@ class GpuPendingStep:
         drafts = self.drafts.read() if self.drafts is not None else {}
         seconds = self.drafts.seconds if self.drafts is not None else 0.0
         siblings = self.drafts.read_siblings() if self.drafts is not None else {}
-        kept = self._kept(drawn, accepted) if self.staged.trees else {}
+        kept = self._kept(drawn, accepted) if self.staged.layout.trees else {}
         counts = draws.kept(accepted) if self.accepted is not None else {}
         repeatable = self.num_captured == 0
         return StepResult(
