@@ -260,11 +260,11 @@ class GpuRunner:
         written = False
         if count:
             num_masks = self._masks.send(staged, masks) if masks is not None and masks.work else 0
-            adjusted, reported = self._asked(staged.layout)
+            adjusted, step.reported = self._asked(staged.layout)
             size = self._draw_sizes(count) if self._pads else count
             # One graph less, of a step that has no drafts to verify in between.
             written = self._writes_with_draws and staged.layout.draws_only and not staged.work.any_drafts
-            self._run_draw(size or count, num_masks, adjusted, reported, written)
+            self._run_draw(size or count, num_masks, adjusted, step.reported, written)
         if staged.work.any_drafts:
             self._verify(staged)
         step.drafts = self._draft(staged, written=written)

@@ -62,6 +62,9 @@ class Layout:
     work: WorkColumns
     draws: Draws
     owners: npt.NDArray[np.int64]  # of each draw, which item of the work draws
+    drawing_slots: npt.NDArray[np.int64]  # of each of the draws' items
+    verified: npt.NDArray[np.int64]  # which of the draws' items have drafts
+    verified_items: tuple[int, ...]  # they, as items of the work
     num_tokens: int
     draws_only: bool  # every row draws a token: decodes and verifications, no prompts
     grouped: bool  # some sequences share a long prefix
@@ -72,8 +75,11 @@ class Layout:
         """Of work that begins at 0."""
         draws, num_tokens = Draws.of(work), int(work.counts.sum())
         draws_only = num_tokens == len(draws) and not work.any_score
-        owners = draws.items.repeat(draws.counts)
-        return cls(work, draws, owners, num_tokens, draws_only, grouped, work.any_siblings)
+        owners, verified = draws.items.repeat(draws.counts), draws.verified
+        return cls(
+            work, draws, owners, work.slots[draws.items], verified, tuple(draws.items[verified].tolist()), num_tokens,
+            draws_only, grouped, work.any_siblings,
+        )  # fmt: skip
 
     def at(self, starts: npt.NDArray[np.int64]) -> StagedStep:
         """The step whose items begin at these positions."""
