@@ -236,7 +236,7 @@ class Scheduler:
     def _shrink(self, sequence: Sequence, num_wanted: int = 0) -> None:
         # A drafter has written the slot of the next token, and may want as many more.
         ahead = max(1, num_wanted) if self.config.drafter_in_pages else 0
-        self._drafts.keep(sequence, pages_for(sequence.reach + ahead))
+        self._drafts.keep(sequence, sequence.reach + ahead)
 
     def _is_held(self, sequence: Sequence) -> bool:
         return self.hold_constrained and sequence.request.constraint is not None

@@ -129,16 +129,17 @@ class Speculator:
         self._num_resting = 0
         decodes, num_alone, num_prompt, context, masked = [], 0, 0, 0, False
         for sequence in scheduler.running:
-            context += sequence.num_tokens
-            num_pending = sequence.num_pending
+            num_all = sequence.num_tokens
+            num_pending = num_all - sequence.num_computed
+            context += num_all
             if num_pending > 1:
                 num_prompt += num_pending
                 sequence.num_wanted = self.num_wanted
                 continue
             num_alone += 1
-            if num_pending == 1 and not sequence.may_await_last_token:
+            if num_pending == 1 and num_all + sequence.num_open < sequence.max_tokens:
                 decodes.append(sequence)
-                masked |= sequence.request.constraint is not None
+                masked = masked or sequence.request.constraint is not None
         kind = self._kinds.expect(masked=masked)
         num_tokens = scheduler.size_without_drafts(num_alone, num_prompt)
         base = Base(num_tokens, len(decodes), max(0, num_tokens - num_alone), context)
@@ -155,13 +156,16 @@ class Speculator:
             sequence.drafts, sequence.siblings, sequence.drafter = (), (), drafter
             if tokens:
                 limit = self._config.num_forced if drafter is Drafter.FORCED else self._config.num_tokens
-                count = min(limit, len(tokens))
-                beside = min(self._config.num_siblings, count, len(siblings)) if prospect.branches else 0
+                count, beside = min(limit, len(tokens)), 0
+                if prospect.branches:
+                    beside = min(self._config.num_siblings, count, len(siblings))
                 offers.append(Offer(count, prospect.rates[drafter], beside, self._second.rate))
                 takers.append((sequence, tokens, siblings))
         chosen = choose(offers, base, kind.cost)
         for (sequence, tokens, siblings), choice in zip(takers, chosen, strict=True):
-            sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
+            sequence.drafts = tokens[: choice.num_drafts]
+            if choice.num_siblings:
+                sequence.siblings = siblings[: choice.num_siblings]
         if self._on_device:
             self._want(decodes, base)
         if known and len(known) == len(decodes):
@@ -185,7 +189,9 @@ class Speculator:
             return
         prospects = [self._prospects[sequence.key] for sequence in takers]
         rates = [prospect.rates[Drafter.EAGLE] for prospect in prospects]
-        second_rates = [self._second.rate * prospect.branches for prospect in prospects]
+        second_rates: list[float] = []
+        if self._config.num_siblings:
+            second_rates = [self._second.rate * prospect.branches for prospect in prospects]
         wanted = self._kinds.next.device.decide(rates, second_rates, base)
         for sequence in takers:
             sequence.num_wanted = wanted
@@ -217,9 +223,10 @@ class Speculator:
         prospect = self._prospect(sequence)
         if drafter is not None and num_verified:
             self._verified[drafter, num_verified, len(token_ids) - 1] += 1
-        num_tokens = len(sequence.token_ids) + len(token_ids)
-        for one, offer in tuple(prospect.offers.items()):
-            self._judge(prospect, one, offer, token_ids, num_tokens)
+        if prospect.offers:
+            num_tokens = len(sequence.token_ids) + len(token_ids)
+            for one, offer in tuple(prospect.offers.items()):
+                self._judge(prospect, one, offer, token_ids, num_tokens)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
             self._offer(prospect, Drafter.FORCED, forced[1:])
@@ -232,7 +239,7 @@ class Speculator:
             self._offered.discard(sequence.key)
         if Drafter.FORCED in prospect.offers:
             self._forced.add(sequence.key)
-        else:
+        elif self._forced:
             self._forced.discard(sequence.key)
 
     def _offer(self, prospect: Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
@@ -249,24 +256,26 @@ class Speculator:
     ) -> None:
         """Compares what a drafter offered with what was drawn, whether or not it was verified; with that the sequence
         has `num_tokens`."""
-        most, right = min(len(offer), len(token_ids)), 0
-        while right < most and offer[right] == token_ids[right]:
+        right, wrong = 0, False
+        for offered, token in zip(offer, token_ids, strict=False):
+            if offered != token:
+                wrong = True
+                break
             right += 1
-        wrong = right < most
         self._judged.append((prospect, drafter, right, wrong))
-        if drafter is Drafter.EAGLE:
+        if drafter is Drafter.EAGLE and prospect.siblings:
             if wrong and right < len(prospect.siblings):
                 self._seconds.append(prospect.siblings[right] == token_ids[right])
             prospect.siblings = () if wrong else prospect.siblings[right:]
-        left = () if wrong else offer[right:]
-        if left:
-            prospect.offers[drafter] = left
+        if not wrong and right < len(offer):
+            prospect.offers[drafter] = offer[right:]
         else:
             del prospect.offers[drafter]
-        if right:
-            prospect.last_pauses[drafter] = 0
-        elif wrong:
-            prospect.leave_alone(drafter, num_tokens)
+        if drafter is Drafter.SUFFIX:
+            if right:
+                prospect.last_pause = 0
+            elif wrong:
+                prospect.leave_alone(num_tokens)
 
     def learn(self) -> None:
         """Takes what was observed into account; to be called when the device has its next step: it takes a while."""
@@ -317,10 +326,10 @@ class Speculator:
                 self._offer(prospect, Drafter.SUFFIX, offer)
                 self._offered.add(sequence.key)
             else:
-                prospect.leave_alone(Drafter.SUFFIX, len(sequence.token_ids))
+                prospect.leave_alone(len(sequence.token_ids))
 
     def _is_due(self, sequence: Sequence, prospect: Prospect) -> bool:
-        return Drafter.SUFFIX not in prospect.offers and prospect.may_ask(Drafter.SUFFIX, len(sequence.token_ids))
+        return Drafter.SUFFIX not in prospect.offers and len(sequence.token_ids) >= prospect.paused_to
 
     def _prospect(self, sequence: Sequence) -> Prospect:
         prospect = self._prospects.get(sequence.key)
