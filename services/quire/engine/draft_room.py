@@ -25,9 +25,9 @@ class DraftRoom:
     def __init__(self, pool: PagePool, max_tokens: int | None, *, in_pages: bool) -> None:
         self._pool, self._max_tokens, self._in_pages = pool, max_tokens, in_pages
 
-    def limit(self, running: SequenceOf[Sequence], drafted: SequenceOf[Sequence], budget: int, most: int) -> None:
+    def limit(self, running: SequenceOf[Sequence], drafted: SequenceOf[Sequence], budget: int, most: int) -> int:
         """Cuts the drafts of those that are `drafted` for to what costs nobody else anything, in a step of `budget`
-        tokens without them, and `most` with them."""
+        tokens without them, and `most` with them. Returns how many are left."""
         spare_tokens = most - len(running)
         if self._max_tokens is not None:
             spare_tokens = min(spare_tokens, self._max_tokens)
@@ -35,7 +35,7 @@ class DraftRoom:
             # One sequence's second choices are worth less than another's drafts.
             for sequence in drafted:
                 sequence.siblings = ()
-        spare_pages = self._pool.available
+        spare_pages, num_left = self._pool.available, 0
         for sequence in running:
             num_tokens = sequence.reach + 1
             if (num_pending := sequence.num_pending) > 1:
@@ -58,6 +58,8 @@ class DraftRoom:
                 if count:
                     spare_pages -= max(0, pages_for(reach + 1 + count) - own_pages)
             spare_tokens -= count
+            num_left += count
+        return num_left
 
     def step_back(self, sequence: Sequence) -> None:
         """Where the drafter's slot of the next token has no page it is not written: it will be with the last token."""

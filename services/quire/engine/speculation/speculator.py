@@ -146,14 +146,16 @@ class Speculator:
         known = [sequence for sequence in decodes if not sequence.num_drawn]
         self._ask(known)
         offers, takers = [], []
-        for sequence in decodes:
-            prospect = self._prospect(sequence)
-            drafter, tokens = Drafter.EAGLE, (UNKNOWN,) * promised.get(sequence, 0)
-            siblings = tokens
-            if not sequence.num_drawn:
+        prospects = [self._prospect(sequence) for sequence in decodes]
+        for sequence, prospect in zip(decodes, prospects, strict=True):
+            if sequence.num_drawn:
+                drafter, tokens = Drafter.EAGLE, (UNKNOWN,) * promised.get(sequence, 0)
+                siblings = tokens
+            else:
                 drafter, tokens = prospect.best_offer()
                 siblings = prospect.siblings if drafter is Drafter.EAGLE else ()
-            sequence.drafts, sequence.siblings, sequence.drafter = (), (), drafter
+            sequence.drafts = sequence.siblings = ()
+            sequence.drafter = drafter
             if tokens:
                 limit = self._config.num_forced if drafter is Drafter.FORCED else self._config.num_tokens
                 count, beside = min(limit, len(tokens)), 0
@@ -167,7 +169,7 @@ class Speculator:
             if choice.num_siblings:
                 sequence.siblings = siblings[: choice.num_siblings]
         if self._on_device:
-            self._want(decodes, base)
+            self._want(decodes, prospects, base)
         if known and len(known) == len(decodes):
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
@@ -177,21 +179,18 @@ class Speculator:
             most = _LONGEST_LEAD if self._source is None else self._lead - self._num_ahead
             self._num_resting = kind.device.rest(most)
 
-    def _want(self, decodes: list[Sequence], base: Base) -> None:
+    def _want(self, decodes: list[Sequence], prospects: list[Prospect], base: Base) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
-        takers = []
-        for sequence in decodes:
+        takers, rates, second_rates = [], [], []
+        for sequence, prospect in zip(decodes, prospects, strict=True):
             sequence.num_wanted = 0
             # Not where another drafter's are there and better.
             if sequence.drafter is Drafter.EAGLE or not sequence.drafts:
                 takers.append(sequence)
+                rates.append(prospect.rates[Drafter.EAGLE])
+                second_rates.append(self._second.rate * prospect.branches)
         if not takers:
             return
-        prospects = [self._prospects[sequence.key] for sequence in takers]
-        rates = [prospect.rates[Drafter.EAGLE] for prospect in prospects]
-        second_rates: list[float] = []
-        if self._config.num_siblings:
-            second_rates = [self._second.rate * prospect.branches for prospect in prospects]
         wanted = self._kinds.next.device.decide(rates, second_rates, base)
         for sequence in takers:
             sequence.num_wanted = wanted
@@ -223,9 +222,10 @@ class Speculator:
         prospect = self._prospect(sequence)
         if drafter is not None and num_verified:
             self._verified[drafter, num_verified, len(token_ids) - 1] += 1
-        if prospect.offers:
+        offers = prospect.offers
+        if offers:
             num_tokens = len(sequence.token_ids) + len(token_ids)
-            for one, offer in tuple(prospect.offers.items()):
+            for one, offer in tuple(offers.items()):
                 self._judge(prospect, one, offer, token_ids, num_tokens)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
@@ -233,11 +233,11 @@ class Speculator:
         if drafted:
             self._offer(prospect, Drafter.EAGLE, drafted)
             prospect.siblings = siblings
-        if prospect.offers:
+        if offers:
             self._offered.add(sequence.key)
         else:
             self._offered.discard(sequence.key)
-        if Drafter.FORCED in prospect.offers:
+        if Drafter.FORCED in offers:
             self._forced.add(sequence.key)
         elif self._forced:
             self._forced.discard(sequence.key)
