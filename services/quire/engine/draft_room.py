@@ -71,7 +71,10 @@ class DraftRoom:
         over, and cuts what is wanted to that."""
         for sequence, work in step.work.items():
             end, first = work.start + work.num_open + work.num_tokens, len(sequence.block_table)
-            if (wanted := work.num_wanted) > sequence.max_tokens - end:
+            wanted = work.num_wanted
+            if not wanted and end < first * PAGE_SIZE:
+                continue
+            if wanted > sequence.max_tokens - end:
                 wanted = max(0, sequence.max_tokens - end)
             if end + (wanted or 1) > first * PAGE_SIZE:
                 missing = pages_for(end + (wanted or 1)) - first

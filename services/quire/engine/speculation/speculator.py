@@ -174,7 +174,7 @@ class Speculator:
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
             self._num_ahead = 0
-        if self._on_device and kind.cost.knows(num_tokens) and not (promised or self._offered):
+        if self._on_device and not (promised or self._offered) and kind.cost.knows(num_tokens):
             # The host's drafts are looked for when the device's lead is over.
             most = _LONGEST_LEAD if self._source is None else self._lead - self._num_ahead
             self._num_resting = kind.device.rest(most)
@@ -279,6 +279,8 @@ class Speculator:
 
     def learn(self) -> None:
         """Takes what was observed into account; to be called when the device has its next step: it takes a while."""
+        if not (self._judged or self._verified):
+            return
         for prospect, drafter, right, wrong in self._judged:
             prospect.rates.record(drafter, right, wrong)
             self._rates.record(drafter, right, wrong)
