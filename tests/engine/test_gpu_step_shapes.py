@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 triton_testing.need_triton()
 
-from quire.engine.device_batch import Draws, WorkColumns  # noqa: E402
-from quire.engine.gpu.staged_step import StagedStep  # noqa: E402
+from quire.engine.device_batch import WorkColumns  # noqa: E402
+from quire.engine.gpu.staged_step import Layout  # noqa: E402
 from quire.engine.gpu.step_shapes import StepShape, StepShapes  # noqa: E402
 from quire.engine.plan import Work  # noqa: E402
 from quire.kernels.attention_worklist import AttentionLimits  # noqa: E402
@@ -17,15 +17,12 @@ from quire.kernels.attention_worklist import AttentionLimits  # noqa: E402
 NUM_SEQS, NUM_DRAFTS, NUM_TOKENS = 40, 60, 700
 
 
-def staged(work: list[Work], grouped: bool) -> StagedStep:
-    columns = WorkColumns.of(work)
-    draws, num_tokens = Draws.of(columns), int(columns.counts.sum())
-    draws_only = num_tokens == len(draws) and not columns.any_score
-    return StagedStep(columns, num_tokens, draws, draws_only, grouped, columns.any_siblings)
+def laid_out(work: list[Work], grouped: bool) -> Layout:
+    return Layout.of(WorkColumns.of(work), grouped=grouped)
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> StagedStep:
+def steps(draw: st.DrawFn) -> Layout:
     """Decodes, verifications and chunks within the limits of a batch."""
     work, drafts_left, tokens_left = [], NUM_DRAFTS, NUM_TOKENS
     kinds = draw(st.lists(st.sampled_from(["decode", "verification", "chunk"]), min_size=1, max_size=3, unique=True))
@@ -43,10 +40,10 @@ def steps(draw: st.DrawFn) -> StagedStep:
         work.append(Work(slot, 10, count, sample, False, num_drafts, 0, 0, num_siblings))
         drafts_left -= num_drafts + num_siblings
         tokens_left -= count
-    return staged(work, draw(st.booleans()))
+    return laid_out(work, draw(st.booleans()))
 
 
-def assert_serves(shape: StepShape, step: StagedStep) -> None:
+def assert_serves(shape: StepShape, step: Layout) -> None:
     limits, counts = shape.limits, step.work.counts
     assert step.num_tokens <= limits.max_tokens
     assert len(counts) <= limits.max_seqs
@@ -59,7 +56,7 @@ def assert_serves(shape: StepShape, step: StagedStep) -> None:
 
 
 @given(step=steps(), verified=st.sampled_from([(1, 1), (4, 4), (8, 16)]), budget=st.sampled_from([48, 512, NUM_TOKENS]))
-def test_each_step_is_served_by_a_graph_that_holds_it(step: StagedStep, verified: tuple[int, int], budget: int) -> None:
+def test_each_step_is_served_by_a_graph_that_holds_it(step: Layout, verified: tuple[int, int], budget: int) -> None:
     """A step in a graph for fewer sequences, chunks or rows would leave tokens without attention, silently; one for
     which none is prepared stops all requests while it is captured."""
     shapes = StepShapes(NUM_SEQS, NUM_SEQS + NUM_DRAFTS, budget, verified, siblings=True)
@@ -79,6 +76,6 @@ def test_a_graph_for_few_prompts_has_no_room_for_many() -> None:
     """Each program that attention launches for a prompt that is not there waits for its turn, in each layer."""
     shapes = StepShapes(256, 256, 8192)
     few, many = ([Work(0, 0, 100, True)] + [Work(n, 0, size, True) for n in range(1, 101)] for size in (1, 3))
-    assert shapes.captured(staged(few, False)) == StepShape(AttentionLimits(224, 224, 224, 1, 16), 224)
-    assert shapes.captured(staged(many, False)) == StepShape(AttentionLimits(416, 256, 416, 1, 208), 256)
-    assert shapes.captured(staged([Work(0, 0, 2100, True)], False)) is None
+    assert shapes.captured(laid_out(few, False)) == StepShape(AttentionLimits(224, 224, 224, 1, 16), 224)
+    assert shapes.captured(laid_out(many, False)) == StepShape(AttentionLimits(416, 256, 416, 1, 208), 256)
+    assert shapes.captured(laid_out([Work(0, 0, 2100, True)], False)) is None

@@ -318,24 +318,22 @@ class EngineCore:
         """What work `index` of a step drew: drafts that are right, and the token after them. Tells the speculator."""
         sequence, work = step.schedule.sequences[index], step.schedule.plan.work[index]
         tokens: tuple[int, ...] = (result.token_ids[index],)
-        verified, drafts = step.schedule.drafts.get(sequence), result.drafts.get(index)
+        verified, drafts, drafter = step.schedule.drafts.get(sequence), result.drafts.get(index), None
         if verified is not None:
-            kept = verified.token_ids[: result.accepted[index]]
+            drafter, kept = verified.drafter, verified.token_ids[: result.accepted[index]]
             if work.num_siblings:
                 drafted, kept = kept, result.kept[index]
                 speculator.observe_siblings(work.num_siblings, kept != drafted)
-            tokens = (*kept, *tokens)
+            tokens = kept + tokens
             if grammar is not None and len(tokens) > grammar.num_drafts + 1:
                 # Behind what the grammar allows nothing was masked.
                 tokens = tokens[: grammar.num_drafts + 1]
                 self._void(following, sequence)
             self.scheduler.accept(sequence, len(tokens) - 1, work.num_drafts)
-        unread = following.schedule.drafts.get(sequence) if following is not None else None
-        if unread is not None and drafts:
+        if drafts and following is not None and (unread := following.schedule.drafts.get(sequence)) is not None:
             unread.token_ids = drafts[: len(unread.token_ids)]
         forced = grammar.forced if grammar is not None else None
-        drafter = verified.drafter if verified is not None else None
-        siblings = result.siblings.get(index, ())
+        siblings = result.siblings.get(index, ()) if result.siblings else ()
         speculator.observe(sequence, drafter, work.num_drafts, tokens, forced, drafts, siblings)
         return tokens
 
@@ -353,11 +351,14 @@ class EngineCore:
         num_verified: int,
     ) -> int:
         """Adds what a step drew after it had verified so many drafts and siblings; returns how many tokens count."""
-        count, reason, drafts = 0, None, None
         # Most steps end nothing.
         if error is None and token_ids[-1] >= 0 and self.scheduler.extend(sequence, token_ids):
             count = len(token_ids)
-        for token_id in token_ids[count:] if error is None else ():
+            drafts = VerifiedDrafts(count - 1, num_verified - count + 1) if num_verified else None
+            self._updates.append(Update(sequence.key, token_ids, None, None, logprobs[:count], None, drafts))
+            return count
+        count, reason, drafts = 0, None, None
+        for token_id in token_ids if error is None else ():
             if token_id < 0:
                 error = InternalError("the model's logits are not finite: its weights or this input are broken")
                 break

@@ -50,8 +50,11 @@ class WorkColumns:
     @classmethod
     def of(cls, work: Sequence[Work]) -> WorkColumns:
         """Of the items in their order."""
-        width = len(Work._fields)
-        numbers = np.fromiter(chain.from_iterable(work), np.int64, len(work) * width).reshape(len(work), width)
+        return cls.of_numbers(numbers_of(work))
+
+    @classmethod
+    def of_numbers(cls, numbers: npt.NDArray[np.int64]) -> WorkColumns:
+        """Of what `numbers_of` made of the items."""
         slots, starts, counts, sample, score, drafts, wanted, opened, siblings = numbers.T
         some: npt.NDArray[np.bool_] = np.logical_or.reduce(numbers, axis=0)
         return cls(
@@ -61,6 +64,20 @@ class WorkColumns:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def at(self, starts: npt.NDArray[np.int64]) -> WorkColumns:
+        """The same, but that the items begin at other positions."""
+        return WorkColumns(
+            self.slots, starts, self.counts, starts + self.counts, self.sample, self.score, self.drafts, self.wanted,
+            self.open, self.siblings, self.any_score, self.any_drafts, self.any_wanted, self.any_open,
+            self.any_siblings,
+        )  # fmt: skip
+
+
+def numbers_of(work: Sequence[Work]) -> npt.NDArray[np.int64]:
+    """[items, fields], of the items in their order."""
+    width = len(Work._fields)
+    return np.fromiter(chain.from_iterable(work), np.int64, len(work) * width).reshape(len(work), width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +112,10 @@ class Draws:
 
     def __len__(self) -> int:
         return len(self.slots)
+
+    def at(self, positions: npt.NDArray[np.int64]) -> Draws:
+        """The same, but that the tokens to be drawn have other positions."""
+        return Draws(self.items, self.counts, self.firsts, self.behind, self.slots, positions)
 
     @property
     def verified(self) -> npt.NDArray[np.int64]:

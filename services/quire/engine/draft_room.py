@@ -25,9 +25,9 @@ class DraftRoom:
     def __init__(self, pool: PagePool, max_tokens: int | None, *, in_pages: bool) -> None:
         self._pool, self._max_tokens, self._in_pages = pool, max_tokens, in_pages
 
-    def limit(self, running: SequenceOf[Sequence], drafted: SequenceOf[Sequence], budget: int, most: int) -> None:
+    def limit(self, running: SequenceOf[Sequence], drafted: SequenceOf[Sequence], budget: int, most: int) -> int:
         """Cuts the drafts of those that are `drafted` for to what costs nobody else anything, in a step of `budget`
-        tokens without them, and `most` with them."""
+        tokens without them, and `most` with them. Returns how many are left."""
         spare_tokens = most - len(running)
         if self._max_tokens is not None:
             spare_tokens = min(spare_tokens, self._max_tokens)
@@ -35,27 +35,31 @@ class DraftRoom:
             # One sequence's second choices are worth less than another's drafts.
             for sequence in drafted:
                 sequence.siblings = ()
-        spare_pages = self._pool.available
+        spare_pages, num_left = self._pool.available, 0
         for sequence in running:
-            num_tokens = sequence.reach + min(max(sequence.num_pending, 1), budget)
+            num_tokens = sequence.reach + 1
+            if (num_pending := sequence.num_pending) > 1:
+                num_tokens += min(num_pending, budget) - 1
             if num_tokens > (held := len(sequence.block_table)) * PAGE_SIZE:
                 spare_pages -= pages_for(num_tokens) - held
         for sequence in drafted:
-            reach, count = sequence.reach, sequence.num_verified
-            own_pages = pages_for(reach + 1)
-            if spare_pages >= 0:  # else what it has beyond that may be taken back
-                own_pages = max(len(sequence.block_table), own_pages)
-            room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - reach
+            reach, count, held = sequence.reach, sequence.num_verified, len(sequence.block_table)
             # One token is drawn after the drafts, within the output's length; the one before is computed with them.
             left = sequence.max_tokens - sequence.num_tokens - sequence.num_open
-            limit = min(left - 1, room - 1, spare_tokens) if sequence.num_pending == 1 else 0
-            if limit < count:
-                count = max(0, limit)
+            limit = min(left - 1, spare_tokens) if sequence.num_pending == 1 else 0
+            if limit < count or spare_pages < 0 or reach + 1 + count > held * PAGE_SIZE:
+                own_pages = pages_for(reach + 1)
+                if spare_pages >= 0:  # else what it has beyond that may be taken back
+                    own_pages = max(held, own_pages)
+                room = (own_pages + max(0, spare_pages)) * PAGE_SIZE - reach
+                count = max(0, min(limit, room - 1, count))
                 sequence.drafts = sequence.drafts[:count]
                 sequence.siblings = sequence.siblings[: count - len(sequence.drafts)]
+                if count:
+                    spare_pages -= max(0, pages_for(reach + 1 + count) - own_pages)
             spare_tokens -= count
-            if count:
-                spare_pages -= max(0, pages_for(reach + 1 + count) - own_pages)
+            num_left += count
+        return num_left
 
     def step_back(self, sequence: Sequence) -> None:
         """Where the drafter's slot of the next token has no page it is not written: it will be with the last token."""
@@ -67,12 +71,14 @@ class DraftRoom:
         over, and cuts what is wanted to that."""
         for sequence, work in step.work.items():
             end, first = work.start + work.num_open + work.num_tokens, len(sequence.block_table)
-            if not work.num_wanted and end < first * PAGE_SIZE:
+            wanted = work.num_wanted
+            if not wanted and end < first * PAGE_SIZE:
                 continue
-            wanted = max(0, min(work.num_wanted, sequence.max_tokens - end))
-            num_pages = pages_for(end + max(1, wanted))
-            if num_pages > first:
-                pages = self._pool.allocate(min(num_pages - first, self._pool.available))
+            if wanted > sequence.max_tokens - end:
+                wanted = max(0, sequence.max_tokens - end)
+            if end + (wanted or 1) > first * PAGE_SIZE:
+                missing = pages_for(end + (wanted or 1)) - first
+                pages = self._pool.allocate(min(missing, self._pool.available))
                 sequence.block_table.extend(pages)
                 wanted = min(wanted, len(sequence.block_table) * PAGE_SIZE - end)
                 # The slot behind the last token is written in any case: where nobody reads, if it has no page.
@@ -98,11 +104,12 @@ class DraftRoom:
                 num_tokens = work.num_tokens
             elif sequence.num_pending == 1 and not is_put_off(sequence):
                 num_tokens = 1
-            self.keep(sequence, pages_for(sequence.reach + num_tokens))
+            self.keep(sequence, sequence.reach + num_tokens)
         return self._pool.available > before
 
-    def keep(self, sequence: Sequence, num_pages: int) -> None:
-        """Frees what a sequence has beyond its first `num_pages` pages."""
-        if len(sequence.block_table) > num_pages:
+    def keep(self, sequence: Sequence, num_tokens: int) -> None:
+        """Frees the pages that a sequence has beyond those of its first `num_tokens` tokens."""
+        if num_tokens <= (len(sequence.block_table) - 1) * PAGE_SIZE:
+            num_pages = pages_for(num_tokens)
             self._pool.release(sequence.block_table[num_pages:])
             del sequence.block_table[num_pages:]

@@ -75,7 +75,8 @@ class ScheduleBuilder:
         self.budget -= num_tokens
         start = sequence.num_computed
         drafts, siblings, num_open = sequence.drafts, sequence.siblings, sequence.num_open
-        sample = start + num_tokens == sequence.num_tokens + sequence.num_verified
+        num_verified = len(drafts) + len(siblings)
+        sample = start + num_tokens == sequence.num_tokens + num_verified
         # The last row of a prompt is about the first output token.
         score = start + 1 < sequence.num_prompt_tokens and sequence.scores_prompt
         wanted = sequence.num_wanted if sample else 0
@@ -85,7 +86,7 @@ class ScheduleBuilder:
         if drafts:
             self._verified[sequence] = InFlightDrafts(sequence.drafter, drafts)
             if drafts[0] != UNKNOWN:
-                first = start + num_tokens - sequence.num_verified
+                first = start + num_tokens - num_verified
                 self._drafts[sequence] = Drafts(sequence.slot, first, drafts, siblings)
         if grant is not None:
             self._grants[sequence] = grant

@@ -236,7 +236,7 @@ class Scheduler:
     def _shrink(self, sequence: Sequence, num_wanted: int = 0) -> None:
         # A drafter has written the slot of the next token, and may want as many more.
         ahead = max(1, num_wanted) if self.config.drafter_in_pages else 0
-        self._drafts.keep(sequence, pages_for(sequence.reach + ahead))
+        self._drafts.keep(sequence, sequence.reach + ahead)
 
     def _is_held(self, sequence: Sequence) -> bool:
         return self.hold_constrained and sequence.request.constraint is not None
@@ -282,15 +282,14 @@ class Scheduler:
                     self._drafts.step_back(sequence)
         if drafted := [sequence for sequence in ready if sequence.drafts]:
             most = self.config.max_num_batched_tokens
-            self._drafts.limit(self._running, drafted, step.budget, most)
             # Drafts take nothing from prompts: that would put off sequences that could decode beside these.
-            num_drafts = sum(sequence.num_verified for sequence in drafted if sequence.num_pending == 1)
+            num_drafts = self._drafts.limit(self._running, drafted, step.budget, most)
             step.budget = min(step.budget + num_drafts, most)
         for sequence in ready:
             if sequence.num_pending > 1:
                 prefilling.append(sequence)
             elif sequence.state is SequenceState.RUNNING:  # not preempted for one before it
-                self._continue(sequence, 1 + sequence.num_verified, step)
+                self._continue(sequence, 1 + len(sequence.drafts) + len(sequence.siblings), step)
         prefilling.sort(key=lambda sequence: sequence.order)
         for sequence in prefilling:
             if step.budget == 0:

@@ -7,16 +7,17 @@ input. Everything else that a step needs is a few numbers per sequence. They and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.device_batch import WorkColumns
-from quire.engine.gpu.staged_step import MAX_CHANGES, TURNS, Columns, HostInputs, StagedStep, put_changes
+from quire.engine.device_batch import WorkColumns, numbers_of
+from quire.engine.gpu.staged_step import MAX_CHANGES, TURNS, Columns, HostInputs, Layout, StagedStep, put_changes
 from quire.engine.models.gpu_decoder import MIN_SHARED_PAGES, MIN_SHARING
-from quire.engine.plan import Admission, StepPlan
+from quire.engine.plan import Admission, StepPlan, Work
 from quire.engine.sampling_state import NO_TOKEN, SamplingState
 from quire.engine.sequence import pages_for
 from quire.kernels.adjust import Adjust, Adjustments
@@ -30,6 +31,9 @@ from quire.service.request import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGIT_
 _MAX_ENDS = MAX_STOP_TOKENS + 128
 # Second choices beside a sequence's drafts.
 MAX_SIBLINGS = 64
+# Layouts of steps that are remembered: how many drafts sequences verify goes up and down.
+LAYOUTS = 64
+_START = Work._fields.index("start")
 
 
 class GpuBatch:
@@ -95,6 +99,7 @@ class GpuBatch:
         pinned = device.type == "cuda"
         self._hosts = [HostInputs(self.num_seqs, self.num_draws, pinned=pinned) for _ in range(TURNS)]
         self._turn = 0
+        self._layouts = lru_cache(LAYOUTS)(partial(_layout, self._shared_pages))
 
     def clear_inputs(self) -> None:
         """Makes the next step one of padding only."""
@@ -111,8 +116,14 @@ class GpuBatch:
         If some of its work has drafts `open`, `follow_drafts` is next.
         """
         self._turn = (self._turn + 1) % TURNS
-        host, work = self._hosts[self._turn], WorkColumns.of(plan.work)
-        staged = host.fill(work, grouped=self._share_prefixes(work))
+        host, numbers = self._hosts[self._turn], numbers_of(plan.work)
+        starts = numbers[:, _START].copy()
+        numbers[:, _START] = 0
+        if plan.admissions:
+            # What is known of a layout says what its slots' sequences ask for.
+            self._layouts.cache_clear()
+        staged = self._layouts(numbers.tobytes()).at(starts)
+        host.fill(staged)
         if not (plan.admissions or plan.grants or plan.drafts):
             self._numbers.copy_(host.numbers, non_blocking=True)
             return staged
@@ -170,11 +181,13 @@ class GpuBatch:
 
         for admission in plan.admissions:
             self.sampling.admit(admission)
+            self._layouts.cache_clear()
             self._shared_pages[admission.slot] = -1
             for name, numbers in _numbers(admission).items():
                 put(name, admission.slot, numbers)
         for grant in plan.grants:
             if grant.first < MIN_SHARED_PAGES <= grant.first + len(grant.pages):
+                self._layouts.cache_clear()
                 self._shared_pages[grant.slot] = grant.pages[MIN_SHARED_PAGES - 1 - grant.first]
             put("block_tables", grant.slot, grant.pages, grant.first)
         for drafts in plan.drafts:
@@ -182,13 +195,19 @@ class GpuBatch:
             put("siblings", drafts.slot, drafts.siblings)
         return np.array(places, dtype=np.int64), np.array(values, dtype=np.int32)
 
-    def _share_prefixes(self, work: WorkColumns) -> bool:
-        pages = self._shared_pages[work.slots]
-        pages = pages[pages >= 0]
-        if len(pages) < MIN_SHARING:
-            return False
-        pages.sort()
-        return bool((pages[MIN_SHARING - 1 :] == pages[: 1 - MIN_SHARING]).any())
+
+def _layout(shared_pages: npt.NDArray[np.int64], numbers: bytes) -> Layout:
+    """Of what `numbers_of` made of a step's work, with 0 for the positions in which it begins."""
+    work = WorkColumns.of_numbers(np.frombuffer(numbers, np.int64).reshape(-1, len(Work._fields)))
+    return Layout.of(work, grouped=_share_prefixes(shared_pages[work.slots]))
+
+
+def _share_prefixes(pages: npt.NDArray[np.int64]) -> bool:
+    pages = pages[pages >= 0]
+    if len(pages) < MIN_SHARING:
+        return False
+    pages.sort()
+    return bool((pages[MIN_SHARING - 1 :] == pages[: 1 - MIN_SHARING]).any())
 
 
 def _numbers(admission: Admission) -> dict[str, Sequence[int]]:

@@ -12,17 +12,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quire.engine.gpu.batch import MAX_SIBLINGS, GpuBatch
+from quire.engine.gpu.batch import LAYOUTS, MAX_SIBLINGS, GpuBatch
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.graphs import Graphs, Sizes
-from quire.engine.gpu.staged_step import TURNS, StagedStep
+from quire.engine.gpu.staged_step import TURNS, Layout, StagedStep
 from quire.engine.models.gpu_decoder import GpuStep
 from quire.engine.models.model import HiddenTaps
 from quire.kernels.attention_worklist import AttentionLimits
@@ -36,13 +36,37 @@ _MOST = 64
 _PLACES = np.arange(_MOST)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """The drafts that steps of one layout want, of `items`, indexes into their work, so many of each: those who want
+    most come first. `numbers` is what the device is told of them."""
+
+    items: tuple[int, ...]
+    counts: tuple[int, ...]
+    numbers: npt.NDArray[np.int32]
+
+    @classmethod
+    def of(cls, num_seqs: int, layout: Layout) -> Wanted:
+        """In a batch of so many sequences."""
+        draws = layout.draws
+        wanted = layout.work.wanted[draws.items]
+        # So those who want a draft in a place are the first of them.
+        order = (-wanted).argsort(kind="stable")[: np.count_nonzero(wanted)]
+        wanted, count = wanted[order], len(order)
+        numbers = np.zeros(2 * num_seqs + _MOST, np.int32)
+        numbers[:count] = draws.firsts[order]
+        numbers[num_seqs : num_seqs + count] = draws.counts[order] - 1
+        # `wanted` falls: its entries above each place.
+        numbers[2 * num_seqs :] = count - wanted[::-1].searchsorted(_PLACES, side="right")
+        return cls(tuple(draws.items[order].tolist()), tuple(wanted.tolist()), numbers)
+
+
 @dataclass(slots=True)
 class PendingDrafts:
-    """Drafts on their way: of `items`, indexes into the step's work, of which each wants `wanted`."""
+    """Drafts on their way: what was `wanted`."""
 
-    items: npt.NDArray[np.int64]
-    wanted: npt.NDArray[np.int64]
-    token_ids: Tensor  # int64 [places, choices, items or more] on the host, once the step is done
+    wanted: Wanted
+    token_ids: npt.NDArray[np.int64]  # [places, choices, items or more], once the step is done
     began: torch.cuda.Event | None
     ended: torch.cuda.Event | None
     seconds: float = 0.0
@@ -58,11 +82,11 @@ class PendingDrafts:
         return self._read(1) if self.token_ids.shape[1] > 1 else {}
 
     def _read(self, choice: int) -> dict[int, tuple[int, ...]]:
-        columns = self.token_ids.numpy()[:, choice, : len(self.items)].T.tolist()
-        return {
-            item: tuple(column[:count])
-            for item, count, column in zip(self.items.tolist(), self.wanted.tolist(), columns, strict=True)
-        }
+        items, counts = self.wanted.items, self.wanted.counts
+        columns = zip(*self.token_ids[: counts[0], choice, : len(items)].tolist(), strict=True)
+        if counts[0] == counts[-1]:
+            return dict(zip(items, columns, strict=True))
+        return {item: column[:count] for item, count, column in zip(items, counts, columns, strict=True)}
 
 
 class EagleInPages:
@@ -118,7 +142,12 @@ class EagleInPages:
             torch.zeros(shape, dtype=torch.int64, device=device), batch.token_ids.view(-1), batch.siblings.view(-1)
         )
         on_gpu = device.type == "cuda"
-        self._results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(TURNS)]
+        results = [torch.zeros(shape, dtype=torch.int64, pin_memory=on_gpu) for _ in range(TURNS)]
+        # By the number of places; to slice them anew takes longer than to copy them.
+        self._made, *self._results = (_prefixes(drafts) for drafts in (self._drafts.drafts, *results))
+        self._landed = [result.numpy() for result in results]
+        self._wanted_by = lru_cache(LAYOUTS)(partial(Wanted.of, num_seqs))
+        self._sent_last: Wanted | None = None
         self._sent = [torch.zeros_like(self._wanted, device="cpu", pin_memory=on_gpu) for _ in range(TURNS)]
         # To make an event that takes the time costs more than to record one.
         self._marks = [_timing_events() for _ in range(TURNS)] if on_gpu else []
@@ -153,36 +182,32 @@ class EagleInPages:
     def follow(self, staged: StagedStep, *, written: bool = False) -> PendingDrafts | None:
         """After a step's draws: writes its tokens' keys and values, unless they are, and makes drafts if any are
         wanted."""
-        count = staged.num_tokens
+        layout = staged.layout
+        count = layout.num_tokens
         if written:
             return self._draft(staged)
         if self._sizes is None:
             self.write(count)
         else:
             batches, tokens = self._sizes
-            size = (batches(count) if staged.draws_only else None) or tokens(count)
+            size = (batches(count) if layout.draws_only else None) or tokens(count)
             self.write(count) if size is None else self._run_write(size)
         return self._draft(staged)
 
     def _draft(self, staged: StagedStep) -> PendingDrafts | None:
-        work, draws = staged.work, staged.draws
-        if not work.any_wanted:
+        if not staged.work.any_wanted:
             return None
-        wanted = work.wanted[draws.items]
-        # Those who want most come first: so those who want a draft in a place are the first of them.
-        order = (-wanted).argsort(kind="stable")[: np.count_nonzero(wanted)]
-        wanted = wanted[order]
-        places = int(wanted[0])
+        wanted = self._wanted_by(staged.layout)
+        places, count = wanted.counts[0], len(wanted.items)
         self._turn = (self._turn + 1) % TURNS
-        self._send(draws.firsts[order], draws.counts[order] - 1, wanted)
-        size = self._sizes[0](len(order)) if self._sizes is not None else None
+        self._send(wanted)
+        size = self._sizes[0](count) if self._sizes is not None else None
         clock, began = time.perf_counter(), self._mark(0)
-        self._run_begin(size or len(order))
+        self._run_begin(size or count)
         for _ in range(places):
-            self._run_pass(size or len(order))
-        token_ids = self._results[self._turn][:places]
-        token_ids.copy_(self._drafts.drafts[:places], non_blocking=True)
-        return PendingDrafts(draws.items[order], wanted, token_ids, began, self._mark(1), time.perf_counter() - clock)
+            self._run_pass(size or count)
+        self._results[self._turn][places].copy_(self._made[places], non_blocking=True)
+        return PendingDrafts(wanted, self._landed[self._turn], began, self._mark(1), time.perf_counter() - clock)
 
     def made(self, places: int, count: int) -> tuple[Tensor, Tensor]:
         """The last step's drafts of so many sequences, int64 [places, count], and where they are among the batch's
@@ -196,15 +221,11 @@ class EagleInPages:
         event.record()
         return event
 
-    def _send(
-        self, firsts: npt.NDArray[np.int64], verified: npt.NDArray[np.int64], wanted: npt.NDArray[np.int64]
-    ) -> None:
-        num_seqs, buffer = self._batch.num_seqs, self._sent[self._turn]
-        columns = buffer.numpy()
-        columns[: len(firsts)] = firsts
-        columns[num_seqs : num_seqs + len(firsts)] = verified
-        # `wanted` falls: its entries above each place.
-        columns[2 * num_seqs :] = len(wanted) - wanted[::-1].searchsorted(_PLACES, side="right")
+    def _send(self, wanted: Wanted) -> None:
+        if wanted is self._sent_last:
+            return
+        buffer, self._sent_last = self._sent[self._turn], wanted
+        buffer.numpy()[:] = wanted.numbers
         self._wanted.copy_(buffer, non_blocking=True)
 
     def _run_write(self, size: int) -> None:
@@ -269,6 +290,10 @@ class EagleInPages:
         )
         logits = self._head.forward(given, places.hidden, self._cache, self._skipped[:size])
         end_pass(logits, self._head.target_ids, places, self._drafts)
+
+
+def _prefixes(values: Tensor) -> list[Tensor]:
+    return [values[:count] for count in range(len(values) + 1)]
 
 
 def _timing_events() -> tuple[torch.cuda.Event, torch.cuda.Event]:

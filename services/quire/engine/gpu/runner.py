@@ -17,14 +17,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from quire.engine.config import MAX_VERIFIED_ROWS
-from quire.engine.gpu.batch import GpuBatch
+from quire.engine.gpu.batch import LAYOUTS, GpuBatch
 from quire.engine.gpu.drawing import adjust, draw_tokens, report_tokens
 from quire.engine.gpu.eagle import GpuEagle
 from quire.engine.gpu.eagle_drafter import EagleInPages, PendingDrafts
@@ -32,11 +32,12 @@ from quire.engine.gpu.graphs import Graphs, batch_sizes
 from quire.engine.gpu.mask_rows import MaskRows
 from quire.engine.gpu.pending import GpuPendingStep, Results
 from quire.engine.gpu.reports import PromptReport
-from quire.engine.gpu.staged_step import StagedStep
+from quire.engine.gpu.staged_step import Layout, StagedStep
 from quire.engine.gpu.step_shapes import StepShape, StepShapes
 from quire.engine.models.gpu_decoder import GpuDecoder, GpuStep
 from quire.engine.plan import StepPlan
 from quire.engine.runner import DeviceInfo, StepMasks
+from quire.engine.sampling_state import SamplingState
 from quire.kernels.adjust import new_scratch
 from quire.kernels.draft_trees import PagedLayers, move_tokens
 from quire.kernels.logprobs import new_logprobs
@@ -93,6 +94,9 @@ class GpuRunner:
         self._shapes = StepShapes(
             max_num_seqs, self._max_num_draws, max_num_batched_tokens, verified, siblings=num_siblings > 0
         )
+        # Of layouts that come again and again.
+        self._captured = lru_cache(LAYOUTS)(self._shapes.captured)
+        self._asked = lru_cache(LAYOUTS)(partial(_asked, batch.sampling))
         self._layers = PagedLayers.of(self._cache.keys, self._cache.values) if num_siblings else None
         self._pads = on_gpu
         rows, vocab_size = max_num_batched_tokens, model.config.vocab_size
@@ -210,11 +214,11 @@ class GpuRunner:
 
     def _forward(self, staged: StagedStep) -> None:
         """Leaves the hidden states of the rows that are drawn in `_hidden`."""
-        shape = self._shapes.captured(staged) if self._pads else None
+        shape = self._captured(staged.layout) if self._pads else None
         if shape is not None:
             self._run_forward(shape)
         else:
-            self._keep(self._hidden_states(self._shapes.exact(staged)))
+            self._keep(self._hidden_states(self._shapes.exact(staged.layout)))
 
     def _run_forward(self, shape: StepShape) -> None:
         self._graphs.run(shape, lambda: self._keep(self._hidden_states(shape)))
@@ -257,14 +261,11 @@ class GpuRunner:
         written = False
         if count:
             num_masks = self._masks.send(staged, masks) if masks is not None and masks.work else 0
-            state, slots = self._batch.sampling, staged.draws.slots
-            adjusted = state.penalizes[slots] | state.biases[slots]
-            adjusted |= state.forbids_ends[slots] | state.forbids_words[slots]
-            reported = state.num_logprobs[slots] >= 0
+            adjusted, step.reported = self._asked(staged.layout)
             size = self._draw_sizes(count) if self._pads else count
             # One graph less, of a step that has no drafts to verify in between.
-            written = self._writes_with_draws and staged.draws_only and not staged.work.any_drafts
-            self._run_draw(size or count, num_masks, bool(adjusted.any()), bool(reported.any()), written)
+            written = self._writes_with_draws and staged.layout.draws_only and not staged.work.any_drafts
+            self._run_draw(size or count, num_masks, adjusted, step.reported, written)
         if staged.work.any_drafts:
             self._verify(staged)
         step.drafts = self._draft(staged, written=written)
@@ -284,7 +285,7 @@ class GpuRunner:
         self._graphs.alone.run(("drafts before",), self._batch.follow_drafts)
 
     def _verify(self, staged: StagedStep) -> None:
-        if staged.trees:
+        if staged.layout.trees:
             self._run_siblings()
         else:
             self._run_count_accepted()
@@ -329,7 +330,7 @@ class GpuRunner:
     def _forward_and_score(self, step: GpuPendingStep) -> None:
         """`_forward`, and what is to be reported of prompts: an item's row r is about the token at start + r + 1."""
         work, state = step.staged.work, self._batch.sampling
-        hidden = self._hidden_states(replace(self._shapes.exact(step.staged), num_logits=None))
+        hidden = self._hidden_states(replace(self._shapes.exact(step.staged.layout), num_logits=None))
         firsts = np.cumsum(work.counts) - work.counts
         for item in np.flatnonzero(work.score).tolist():
             slot, start, first = int(work.slots[item]), int(work.starts[item]), int(firsts[item])
@@ -338,6 +339,13 @@ class GpuRunner:
             rows, num_top = hidden[first : first + len(targets)], int(state.num_prompt_logprobs[slot])
             step.prompt_logprobs.append(PromptReport.of(item, rows, targets, num_top, self._model.logits))
         self._keep(hidden.index_select(0, self._batch.columns.logit_rows[: len(step.staged.draws)]))
+
+
+def _asked(state: SamplingState, layout: Layout) -> tuple[bool, bool]:
+    """Whether some of a step's draws want penalties, bias or bans, and some log-probabilities."""
+    slots = layout.draws.slots
+    adjusted = state.penalizes[slots] | state.biases[slots] | state.forbids_ends[slots] | state.forbids_words[slots]
+    return bool(adjusted.any()), bool((state.num_logprobs[slots] >= 0).any())
 
 
 def _verified_at_once(model: GpuDecoder, num_drafts: int) -> int:

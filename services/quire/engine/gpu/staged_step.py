@@ -54,16 +54,45 @@ class Columns(Generic[_Numbers]):
         return 8 * num_seqs + 2 + 4 * num_draws
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Layout:
+    """What steps have in common whose sequences do the same, each of them at any position: found once for all that come
+    in a row, and the key of what else follows from it. `work` and `draws` are those of the step that begins at 0."""
+
+    work: WorkColumns
+    draws: Draws
+    owners: npt.NDArray[np.int64]  # of each draw, which item of the work draws
+    drawing_slots: npt.NDArray[np.int64]  # of each of the draws' items
+    verified: npt.NDArray[np.int64]  # which of the draws' items have drafts
+    verified_items: tuple[int, ...]  # they, as items of the work
+    num_tokens: int
+    draws_only: bool  # every row draws a token: decodes and verifications, no prompts
+    grouped: bool  # some sequences share a long prefix
+    trees: bool  # some drafts have siblings
+
+    @classmethod
+    def of(cls, work: WorkColumns, *, grouped: bool) -> Layout:
+        """Of work that begins at 0."""
+        draws, num_tokens = Draws.of(work), int(work.counts.sum())
+        draws_only = num_tokens == len(draws) and not work.any_score
+        owners, verified = draws.items.repeat(draws.counts), draws.verified
+        return cls(
+            work, draws, owners, work.slots[draws.items], verified, tuple(draws.items[verified].tolist()), num_tokens,
+            draws_only, grouped, work.any_siblings,
+        )  # fmt: skip
+
+    def at(self, starts: npt.NDArray[np.int64]) -> StagedStep:
+        """The step whose items begin at these positions."""
+        return StagedStep(self, self.work.at(starts), self.draws.at(self.draws.positions + starts[self.owners]))
+
+
 @dataclass(frozen=True, slots=True)
 class StagedStep:
     """What the host knows of a step whose inputs are on their way."""
 
+    layout: Layout
     work: WorkColumns
-    num_tokens: int
     draws: Draws
-    draws_only: bool  # every row draws a token: decodes and verifications, no prompts
-    grouped: bool  # some sequences share a long prefix
-    trees: bool  # some drafts have siblings
 
 
 class HostInputs:
@@ -75,15 +104,24 @@ class HostInputs:
         self.numbers = self.buffer[:words]
         self.columns = Columns.of(self.buffer.numpy(), num_seqs, num_draws)
         self.changes = self.buffer.numpy()[words:]
+        self._layout: Layout | None = None
 
-    def fill(self, work: WorkColumns, *, grouped: bool) -> StagedStep:
-        """Puts a step's numbers in place."""
-        columns, count, draws = self.columns, len(work), Draws.of(work)
-        query_start = columns.query_start
+    def fill(self, step: StagedStep) -> None:
+        """Puts a step's numbers in place: its positions, and the rest where the last one that was here had another."""
+        columns, work, draws = self.columns, step.work, step.draws
+        if self._layout is not step.layout:
+            self._layout = step.layout
+            self._lay_out(step.layout)
+        columns.starts[: len(work)] = work.starts
+        columns.context_lens[: len(work)] = work.ends
+        columns.positions[: len(draws)] = draws.positions
+
+    def _lay_out(self, layout: Layout) -> None:
+        columns, work, draws = self.columns, layout.work, layout.draws
+        query_start, count = columns.query_start, len(work)
         query_start[0] = 0
         work.counts.cumsum(out=query_start[1 : count + 1])
-        num_tokens = int(query_start[count])
-        query_start[count + 1 :] = num_tokens
+        query_start[count + 1 :] = layout.num_tokens
         _put(columns.slots, work.slots)
         _put(columns.starts, work.starts)
         _put(columns.context_lens, work.ends)
@@ -94,9 +132,7 @@ class HostInputs:
         _put(columns.logit_rows, draws.rows_behind(query_start[1 : count + 1]))
         _put(columns.drawing_slots, draws.slots, -1)
         _put(columns.positions, draws.positions)
-        _put(columns.draw_items, draws.items.repeat(draws.counts))
-        draws_only = num_tokens == len(draws) and not work.any_score
-        return StagedStep(work, num_tokens, draws, draws_only, grouped, trees=work.any_siblings)
+        _put(columns.draw_items, layout.owners)
 
 
 def put_changes(changes: npt.NDArray[np.int32], places: npt.NDArray[np.int64], values: npt.NDArray[np.int32]) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from quire.engine.gpu.graphs import Sizes, batch_sizes, token_sizes
-from quire.engine.gpu.staged_step import StagedStep
+from quire.engine.gpu.staged_step import Layout
 from quire.kernels.attention_worklist import AttentionLimits
 
 # Larger steps take longer to run than to launch kernel by kernel, and are rarely of a size seen before.
@@ -57,27 +57,27 @@ class StepShapes:
         self._max_num_seqs, self._max_num_draws = max_num_seqs, max_num_draws
         self._verified, self._siblings = verified, siblings
 
-    def captured(self, step: StagedStep) -> StepShape | None:
+    def captured(self, layout: Layout) -> StepShape | None:
         """The graph that serves a step; None if it is too large for any."""
-        most, verified = int(step.work.counts.max()), self._verified_in(step)
-        if step.draws_only and most == 1 and (size := self.batch_sizes(len(step.work))) is not None:
-            return self._decodes(size, step.grouped)
-        if step.draws_only and most <= verified and (size := self._verification_sizes(step.num_tokens)) is not None:
-            return self._verifications(size, verified, step.grouped, step.trees)
-        size = self.token_sizes(step.num_tokens)
+        most, verified = int(layout.work.counts.max()), self._verified_in(layout)
+        if layout.draws_only and most == 1 and (size := self.batch_sizes(len(layout.work))) is not None:
+            return self._decodes(size, layout.grouped)
+        if layout.draws_only and most <= verified and (size := self._verification_sizes(layout.num_tokens)) is not None:
+            return self._verifications(size, verified, layout.grouped, layout.trees)
+        size = self.token_sizes(layout.num_tokens)
         if size is None:
             return None
-        few = int(np.count_nonzero(step.work.counts > min(size, verified))) <= _FEW_CHUNKS
-        return self._mixed(size, verified, step.grouped, step.trees, few=few)
+        few = int(np.count_nonzero(layout.work.counts > min(size, verified))) <= _FEW_CHUNKS
+        return self._mixed(size, verified, layout.grouped, layout.trees, few=few)
 
-    def exact(self, step: StagedStep) -> StepShape:
+    def exact(self, layout: Layout) -> StepShape:
         """What serves a step without padding."""
-        most = int(step.work.counts.max())
-        verified = min(self._verified_in(step), most)
-        num_chunks = int(np.count_nonzero(step.work.counts > verified))
+        most = int(layout.work.counts.max())
+        verified = min(self._verified_in(layout), most)
+        num_chunks = int(np.count_nonzero(layout.work.counts > verified))
         # All slots, so that kernels that look at all sequences are compiled once.
-        limits = AttentionLimits(step.num_tokens, self._max_num_seqs, most, verified, num_chunks)
-        return StepShape(limits, len(step.draws), step.grouped, step.trees)
+        limits = AttentionLimits(layout.num_tokens, self._max_num_seqs, most, verified, num_chunks)
+        return StepShape(limits, len(layout.draws), layout.grouped, layout.trees)
 
     def largest(self, num_tokens: int) -> StepShape:
         """Of steps of up to so many tokens."""
@@ -106,8 +106,8 @@ class StepShapes:
         sizes = self._verification_sizes.all
         return mixed + [(1, size, self._verifications(size, count, False, trees)) for size in sizes]
 
-    def _verified_in(self, step: StagedStep) -> int:
-        return self._verified[step.trees] if step.work.any_drafts else 1
+    def _verified_in(self, layout: Layout) -> int:
+        return self._verified[layout.trees] if layout.work.any_drafts else 1
 
     def _decodes(self, size: int, grouped: bool) -> StepShape:
         return StepShape(AttentionLimits(size, size, 1), None, grouped)

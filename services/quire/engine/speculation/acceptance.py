@@ -16,13 +16,20 @@ _NEWEST_SECOND, _UNKNOWN_SECOND = 0.02, 0.2
 
 
 @dataclass(slots=True)
+class _Rate:
+    """By so many drafts."""
+
+    rate: float
+    count: int = 0
+
+
+@dataclass(slots=True)
 class Rates:
     """The probability that a draft is right if those before it are: moving averages by drafter."""
 
     newest: float = _NEWEST
     start: Rates | None = None
-    known: dict[Drafter, float] = field(default_factory=dict)
-    counts: dict[Drafter, int] = field(default_factory=dict)
+    known: dict[Drafter, _Rate] = field(default_factory=dict)
 
     @classmethod
     def of_all(cls) -> Rates:
@@ -30,18 +37,20 @@ class Rates:
         return cls(_NEWEST_OF_ALL)
 
     def __getitem__(self, drafter: Drafter) -> float:
-        rate = self.known.get(drafter)
-        if rate is None:
-            return self.start[drafter] if self.start is not None else _UNKNOWN
-        return rate
+        known = self.known.get(drafter)
+        if known is not None:
+            return known.rate
+        return self.start[drafter] if self.start is not None else _UNKNOWN
 
     def record(self, drafter: Drafter, num_right: int, wrong: bool) -> None:
         """So many drafts were right, one after another, and then one was wrong, or there was no other."""
-        count = self.counts.get(drafter, 0) + num_right + wrong
-        kept = 1.0 - max(self.newest, 1.0 / (_BEGINNING + count))
-        rate = 1.0 - (1.0 - self[drafter]) * kept**num_right
-        self.known[drafter] = rate * kept if wrong else rate
-        self.counts[drafter] = count
+        known = self.known.get(drafter)
+        if known is None:
+            known = self.known[drafter] = _Rate(self[drafter])
+        known.count += num_right + wrong
+        kept = 1.0 - max(self.newest, 1.0 / (_BEGINNING + known.count))
+        rate = 1.0 - (1.0 - known.rate) * kept**num_right
+        known.rate = rate * kept if wrong else rate
 
 
 @dataclass(slots=True)

@@ -106,7 +106,12 @@ def choose_places(
     A place costs a pass, whether or not its drafts are verified then, and all of them together this share of a step at
     least.
     """
-    if not rates or not most or not cost.knows(base.num_tokens):
+    if not rates or not most:
+        return 0
+    worth = _WORTH_IN_BATCHES - (_WORTH_IN_BATCHES - _WORTH) / max(1, base.num_decodes)
+    gained = len(rates) * _most_gained(max(rates), max(second_rates, default=0.0), most)
+    # Even if passes and rows took no time; mostly nothing is worth it, and that is seen soonest.
+    if base.num_decodes + gained < worth * (1.0 + share) * base.num_decodes or not cost.knows(base.num_tokens):
         return 0
     places, chances = np.arange(most + 1), np.array(rates)[:, None]
     right: npt.NDArray[np.float64] = chances ** places[1:]
@@ -124,5 +129,10 @@ def choose_places(
         took[:, 1:] = np.maximum(took[:, 1:], (1.0 + share) * took[0, 0])
     speed = (expected / took).max(0)
     best = int(speed.argmax())
-    worth = _WORTH_IN_BATCHES - (_WORTH_IN_BATCHES - _WORTH) / max(1, base.num_decodes)
     return best if speed[best] >= worth * speed[0] else 0
+
+
+def _most_gained(rate: float, second_rate: float, most: int) -> float:
+    """Tokens that up to `most` places of a sequence with these rates are expected to win, each with a sibling."""
+    first = rate + (1.0 - rate) * second_rate
+    return first * sum([rate**place for place in range(most)])

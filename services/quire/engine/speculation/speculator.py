@@ -129,63 +129,68 @@ class Speculator:
         self._num_resting = 0
         decodes, num_alone, num_prompt, context, masked = [], 0, 0, 0, False
         for sequence in scheduler.running:
-            context += sequence.num_tokens
-            num_pending = sequence.num_pending
+            num_all = sequence.num_tokens
+            num_pending = num_all - sequence.num_computed
+            context += num_all
             if num_pending > 1:
                 num_prompt += num_pending
                 sequence.num_wanted = self.num_wanted
                 continue
             num_alone += 1
-            if num_pending == 1 and not sequence.may_await_last_token:
+            if num_pending == 1 and num_all + sequence.num_open < sequence.max_tokens:
                 decodes.append(sequence)
-                masked |= sequence.request.constraint is not None
+                masked = masked or sequence.request.constraint is not None
         kind = self._kinds.expect(masked=masked)
         num_tokens = scheduler.size_without_drafts(num_alone, num_prompt)
         base = Base(num_tokens, len(decodes), max(0, num_tokens - num_alone), context)
         known = [sequence for sequence in decodes if not sequence.num_drawn]
         self._ask(known)
         offers, takers = [], []
-        for sequence in decodes:
-            prospect = self._prospect(sequence)
-            drafter, tokens = Drafter.EAGLE, (UNKNOWN,) * promised.get(sequence, 0)
-            siblings = tokens
-            if not sequence.num_drawn:
+        prospects = [self._prospect(sequence) for sequence in decodes]
+        for sequence, prospect in zip(decodes, prospects, strict=True):
+            if sequence.num_drawn:
+                drafter, tokens = Drafter.EAGLE, (UNKNOWN,) * promised.get(sequence, 0)
+                siblings = tokens
+            else:
                 drafter, tokens = prospect.best_offer()
                 siblings = prospect.siblings if drafter is Drafter.EAGLE else ()
-            sequence.drafts, sequence.siblings, sequence.drafter = (), (), drafter
+            sequence.drafts = sequence.siblings = ()
+            sequence.drafter = drafter
             if tokens:
                 limit = self._config.num_forced if drafter is Drafter.FORCED else self._config.num_tokens
-                count = min(limit, len(tokens))
-                beside = min(self._config.num_siblings, count, len(siblings)) if prospect.branches else 0
+                count, beside = min(limit, len(tokens)), 0
+                if prospect.branches:
+                    beside = min(self._config.num_siblings, count, len(siblings))
                 offers.append(Offer(count, prospect.rates[drafter], beside, self._second.rate))
                 takers.append((sequence, tokens, siblings))
         chosen = choose(offers, base, kind.cost)
         for (sequence, tokens, siblings), choice in zip(takers, chosen, strict=True):
-            sequence.drafts, sequence.siblings = tokens[: choice.num_drafts], siblings[: choice.num_siblings]
+            sequence.drafts = tokens[: choice.num_drafts]
+            if choice.num_siblings:
+                sequence.siblings = siblings[: choice.num_siblings]
         if self._on_device:
-            self._want(decodes, base)
+            self._want(decodes, prospects, base)
         if known and len(known) == len(decodes):
             found = any(sequence.drafts and sequence.drafter is not Drafter.EAGLE for sequence in known)
             self._lead = 0 if found else min(2 * self._lead + 1, _LONGEST_LEAD)
             self._num_ahead = 0
-        if self._on_device and kind.cost.knows(num_tokens) and not (promised or self._offered):
+        if self._on_device and not (promised or self._offered) and kind.cost.knows(num_tokens):
             # The host's drafts are looked for when the device's lead is over.
             most = _LONGEST_LEAD if self._source is None else self._lead - self._num_ahead
             self._num_resting = kind.device.rest(most)
 
-    def _want(self, decodes: list[Sequence], base: Base) -> None:
+    def _want(self, decodes: list[Sequence], prospects: list[Prospect], base: Base) -> None:
         """Sets how many drafts the device is to make of what follows each sequence's next token."""
-        takers = []
-        for sequence in decodes:
+        takers, rates, second_rates = [], [], []
+        for sequence, prospect in zip(decodes, prospects, strict=True):
             sequence.num_wanted = 0
             # Not where another drafter's are there and better.
             if sequence.drafter is Drafter.EAGLE or not sequence.drafts:
                 takers.append(sequence)
+                rates.append(prospect.rates[Drafter.EAGLE])
+                second_rates.append(self._second.rate * prospect.branches)
         if not takers:
             return
-        prospects = [self._prospects[sequence.key] for sequence in takers]
-        rates = [prospect.rates[Drafter.EAGLE] for prospect in prospects]
-        second_rates = [self._second.rate * prospect.branches for prospect in prospects]
         wanted = self._kinds.next.device.decide(rates, second_rates, base)
         for sequence in takers:
             sequence.num_wanted = wanted
@@ -217,22 +222,24 @@ class Speculator:
         prospect = self._prospect(sequence)
         if drafter is not None and num_verified:
             self._verified[drafter, num_verified, len(token_ids) - 1] += 1
-        num_tokens = len(sequence.token_ids) + len(token_ids)
-        for one, offer in tuple(prospect.offers.items()):
-            self._judge(prospect, one, offer, token_ids, num_tokens)
+        offers = prospect.offers
+        if offers:
+            num_tokens = len(sequence.token_ids) + len(token_ids)
+            for one, offer in tuple(offers.items()):
+                self._judge(prospect, one, offer, token_ids, num_tokens)
         # Forced tokens follow the drafts: they are of use if all of those were kept and the next token is the first.
         if forced and len(token_ids) == num_verified + 1 and forced[0] == token_ids[-1] and len(forced) > 1:
             self._offer(prospect, Drafter.FORCED, forced[1:])
         if drafted:
             self._offer(prospect, Drafter.EAGLE, drafted)
             prospect.siblings = siblings
-        if prospect.offers:
+        if offers:
             self._offered.add(sequence.key)
         else:
             self._offered.discard(sequence.key)
-        if Drafter.FORCED in prospect.offers:
+        if Drafter.FORCED in offers:
             self._forced.add(sequence.key)
-        else:
+        elif self._forced:
             self._forced.discard(sequence.key)
 
     def _offer(self, prospect: Prospect, drafter: Drafter, token_ids: tuple[int, ...]) -> None:
@@ -249,27 +256,31 @@ class Speculator:
     ) -> None:
         """Compares what a drafter offered with what was drawn, whether or not it was verified; with that the sequence
         has `num_tokens`."""
-        most, right = min(len(offer), len(token_ids)), 0
-        while right < most and offer[right] == token_ids[right]:
+        right, wrong = 0, False
+        for offered, token in zip(offer, token_ids, strict=False):
+            if offered != token:
+                wrong = True
+                break
             right += 1
-        wrong = right < most
         self._judged.append((prospect, drafter, right, wrong))
-        if drafter is Drafter.EAGLE:
+        if drafter is Drafter.EAGLE and prospect.siblings:
             if wrong and right < len(prospect.siblings):
                 self._seconds.append(prospect.siblings[right] == token_ids[right])
             prospect.siblings = () if wrong else prospect.siblings[right:]
-        left = () if wrong else offer[right:]
-        if left:
-            prospect.offers[drafter] = left
+        if not wrong and right < len(offer):
+            prospect.offers[drafter] = offer[right:]
         else:
             del prospect.offers[drafter]
-        if right:
-            prospect.last_pauses[drafter] = 0
-        elif wrong:
-            prospect.leave_alone(drafter, num_tokens)
+        if drafter is Drafter.SUFFIX:
+            if right:
+                prospect.last_pause = 0
+            elif wrong:
+                prospect.leave_alone(num_tokens)
 
     def learn(self) -> None:
         """Takes what was observed into account; to be called when the device has its next step: it takes a while."""
+        if not (self._judged or self._verified):
+            return
         for prospect, drafter, right, wrong in self._judged:
             prospect.rates.record(drafter, right, wrong)
             self._rates.record(drafter, right, wrong)
@@ -317,10 +328,10 @@ class Speculator:
                 self._offer(prospect, Drafter.SUFFIX, offer)
                 self._offered.add(sequence.key)
             else:
-                prospect.leave_alone(Drafter.SUFFIX, len(sequence.token_ids))
+                prospect.leave_alone(len(sequence.token_ids))
 
     def _is_due(self, sequence: Sequence, prospect: Prospect) -> bool:
-        return Drafter.SUFFIX not in prospect.offers and prospect.may_ask(Drafter.SUFFIX, len(sequence.token_ids))
+        return Drafter.SUFFIX not in prospect.offers and len(sequence.token_ids) >= prospect.paused_to
 
     def _prospect(self, sequence: Sequence) -> Prospect:
         prospect = self._prospects.get(sequence.key)
