@@ -89,8 +89,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.stats = EngineStats()
         self._runner = runner
-        max_forced = speculator.max_forced if speculator is not None else 0
-        self._masking = Masking(masks, vocab_size, max_forced) if masks is not None else None
+        self._masking = Masking(masks, vocab_size) if masks is not None else None
         self._vocab_size = vocab_size
         self._clock = clock
         self._run_ahead = run_ahead
@@ -208,7 +207,7 @@ class EngineCore:
                 if work.sample and sequence.request.constraint is not None
             )
             # Where all tokens are known the sidecar works while the forward pass does.
-            masks = self._masking.ask(schedule, constrained) if self._in_flight is None else None
+            masks = self._ask(schedule, constrained, self._masking) if self._in_flight is None else None
         pending = self._runner.launch(schedule.plan, masked=bool(constrained))
         return _Step(schedule, constrained, pending, masks, began, self._in_flight is not None)
 
@@ -217,7 +216,7 @@ class EngineCore:
             return
         if step.masks is None:
             constrained = tuple(index for index in step.constrained if index not in step.void)
-            step.masks = self._masking.ask(step.schedule, constrained)
+            step.masks = self._ask(step.schedule, constrained, self._masking)
         if step.constrained:
             if step.masks is not None and not step.masks.arrive(_PATIENCE_S):
                 for index in step.masks.work:
@@ -225,6 +224,10 @@ class EngineCore:
                 self.scheduler.hold_constrained = True
                 step.masks = self._masking.do_without(step.schedule, step.masks)
             step.pending.draw(step.masks)
+
+    def _ask(self, schedule: Schedule, constrained: tuple[int, ...], masking: Masking) -> StepMasks | None:
+        max_forced = self._speculator.forced_to_ask() if constrained and self._speculator is not None else 0
+        return masking.ask(schedule, constrained, max_forced)
 
     def _retract(self, step: _Step, index: int) -> None:
         """What work `index` of the step that was launched last draws is void."""

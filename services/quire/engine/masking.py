@@ -39,18 +39,17 @@ class _LateMasks:
 
 
 class Masking:
-    """Asks `source`, also for up to `max_forced` tokens that a grammar forces. `released` are keys of sequences with
-    grammars that have ended since it was asked last."""
+    """Asks `source`. `released` are keys of sequences with grammars that have ended since it was asked last."""
 
-    def __init__(self, source: MaskSource, vocab_size: int, max_forced: int) -> None:
+    def __init__(self, source: MaskSource, vocab_size: int) -> None:
         self.released: list[int] = []
         self._source = source
         self._vocab_size = vocab_size
-        self._max_forced = max_forced
         self._late: _LateMasks | None = None
 
-    def ask(self, schedule: Schedule, constrained: tuple[int, ...]) -> StepMasks | None:
-        """For these indexes of the step's work; all tokens and drafts before them must be known."""
+    def ask(self, schedule: Schedule, constrained: tuple[int, ...], max_forced: int) -> StepMasks | None:
+        """For these indexes of the step's work, and for up to `max_forced` tokens that each grammar forces; all tokens
+        and drafts before them must be known."""
         if not (constrained or self.released):
             return None
         work, requests = [], []
@@ -65,9 +64,7 @@ class Masking:
             tenant, start = request.cache_key.salt, sequence.num_prompt_tokens
             work.append(index)
             requests.append(
-                MaskRequest(
-                    sequence.key, request.constraint, sequence.token_ids, tenant, drafts, self._max_forced, start
-                )
+                MaskRequest(sequence.key, request.constraint, sequence.token_ids, tenant, drafts, max_forced, start)
             )
         ticket = self._source.begin(requests, self.released)
         self.released = []

@@ -19,6 +19,7 @@ from quire.engine.speculation.acceptance import Rates, SecondRate
 from quire.engine.speculation.budget import Base, Offer, choose
 from quire.engine.speculation.cost import StepCost
 from quire.engine.speculation.drafts import Drafter, DraftRequest, DraftSource
+from quire.engine.speculation.forced_asks import ForcedAsks
 from quire.engine.speculation.prospect import Prospect
 from quire.engine.speculation.stats import SpeculationStats
 from quire.engine.speculation.step_kinds import StepKinds
@@ -68,6 +69,7 @@ class Speculator:
         # steps before anything is decided again.
         self._offered: set[int] = set()
         self._forced: set[int] = set()
+        self._forced_asks = ForcedAsks(config.num_forced)
         self._num_resting = 0
         self._released: list[int] = []
         # What is to be learned: whose drafts were how often right, and then wrong; what was verified of them.
@@ -77,10 +79,9 @@ class Speculator:
         # Steps that the device may run ahead before the host's drafts are looked for, and those that it has.
         self._lead = self._num_ahead = 0
 
-    @property
-    def max_forced(self) -> int:
-        """How many forced tokens to ask grammars for."""
-        return self._config.num_forced
+    def forced_to_ask(self) -> int:
+        """How many forced tokens to ask grammars for with a step's masks; to be called once for each."""
+        return self._forced_asks.next()
 
     @property
     def num_wanted(self) -> int:
@@ -164,10 +165,15 @@ class Speculator:
                 offers.append(Offer(count, prospect.rates[drafter], beside, self._second.rate))
                 takers.append((sequence, tokens, siblings))
         chosen = choose(offers, base, kind.cost)
+        forced: list[bool] = []
         for (sequence, tokens, siblings), choice in zip(takers, chosen, strict=True):
             sequence.drafts = tokens[: choice.num_drafts]
+            if sequence.drafter is Drafter.FORCED:
+                forced.append(choice.num_drafts > 0)
             if choice.num_siblings:
                 sequence.siblings = siblings[: choice.num_siblings]
+        if forced:
+            self._forced_asks.observe(used=any(forced))
         if self._on_device:
             self._want(decodes, prospects, base)
         if known and len(known) == len(decodes):

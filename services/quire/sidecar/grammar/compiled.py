@@ -17,7 +17,7 @@ from quire.sidecar.grammar.cores import num_cores
 
 # A grammar has up to so many lexers for each core: of a few slow masks two in one lexer are what a step waits for. It
 # has one if to make it takes longer than this, in seconds of CPU time; the first is made with cold caches.
-_LEXERS_A_CORE, _QUICK_S, _FIRST_S = 4, 0.02, 0.1
+_LEXERS_A_CORE, _QUICK_S, _FIRST_S = 16, 0.02, 0.1
 
 
 class Lexer:
