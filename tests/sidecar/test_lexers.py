@@ -12,7 +12,7 @@ from quire.service.checkpoint import TextModel
 from quire.sidecar.config import MaskLimits
 from quire.sidecar.grammar.batch import MaskRow
 from quire.sidecar.grammar.compile import build_tokenizer
-from quire.sidecar.grammar.compiled import CompiledGrammar
+from quire.sidecar.grammar.compiled import CompiledGrammar, most_lexers
 from quire.sidecar.grammar.fill import MaskFiller
 from quire.sidecar.grammar.matcher import SequenceMatcher
 
@@ -29,8 +29,7 @@ PERSON = json_schema(
 
 @pytest.fixture
 def grammar(smollm: TextModel, monkeypatch: pytest.MonkeyPatch) -> CompiledGrammar:
-    monkeypatch.setattr("quire.sidecar.grammar.compiled.num_cores", lambda: 3)
-    monkeypatch.setattr("quire.sidecar.grammar.compiled._LEXERS_A_CORE", 1)
+    monkeypatch.setattr("quire.sidecar.grammar.compiled.most_lexers", lambda num_cores: 3)
     monkeypatch.setattr("quire.sidecar.grammar.compiled._FIRST_S", 60.0)
     return CompiledGrammar(build_tokenizer(smollm), PERSON)
 
@@ -51,6 +50,11 @@ def test_many_sequences_share_a_few_lexers(grammar: CompiledGrammar) -> None:
     few.clear()
     new = [SequenceMatcher(grammar, LIMITS) for _ in range(8)]
     assert {matcher.lexer for matcher in new} == {ended}
+
+
+def test_many_cores_have_more_lexers_each() -> None:
+    """256 masks of a grammar would take half as long again on 16 cores, and twice as much memory on 2."""
+    assert [most_lexers(cores) for cores in (1, 2, 4, 16)] == [4, 8, 16, 256]
 
 
 def test_a_grammar_that_is_slow_to_compile_has_one_lexer(smollm: TextModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,9 +15,10 @@ from quire.service.request import Constraint
 from quire.sidecar.grammar.compile import compile_constraint
 from quire.sidecar.grammar.cores import num_cores
 
-# A grammar has up to so many lexers for each core: of a few slow masks two in one lexer are what a step waits for. It
-# has one if to make it takes longer than this, in seconds of CPU time; the first is made with cold caches.
-_LEXERS_A_CORE, _QUICK_S, _FIRST_S = 16, 0.02, 0.1
+# A grammar has up to so many lexers for each core, or as many as there are cores: of a few slow masks two in one lexer
+# are what a step waits for, and many cores get into each other's way more often. It has one if to make it takes longer
+# than this, in seconds of CPU time; the first is made with cold caches.
+_LEXERS_A_CORE, _QUICK_S, _FIRST_S = 4, 0.02, 0.1
 
 
 class Lexer:
@@ -79,7 +80,7 @@ class CompiledGrammar:
         self.end_mask = self.end_mask.view(np.int32)
         self._compile = partial(compile_constraint, tokenizer, constraint)
         self._lock = threading.Lock()
-        self._most_lexers = _LEXERS_A_CORE * num_cores()
+        self._most_lexers = most_lexers(num_cores())
         self._lexers = [Lexer(self._make, self._make(_FIRST_S))]
         self.seconds = time.perf_counter() - begin
 
@@ -100,3 +101,8 @@ class CompiledGrammar:
                 self._lexers.append(lexer)
             lexer.sequences.add(sequence)
             return lexer
+
+
+def most_lexers(num_cores: int) -> int:
+    """Of one grammar, beside so many cores."""
+    return max(_LEXERS_A_CORE, num_cores) * num_cores
