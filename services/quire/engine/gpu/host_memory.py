@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,12 @@ class HostMemory:
         # Held, as another array may else come to lie there.
         self._last: npt.NDArray[np.generic] | None = None
         self._registered: npt.NDArray[np.generic] | None = None
+        self._may_register = True
 
     def readable(self, rows: _Rows) -> Tensor:
         """The rows where the GPU can read them, on the host."""
         memory = _memory(rows)
-        if memory is self._last and memory is not self._registered:
+        if self._may_register and memory is self._last and memory is not self._registered:
             self._register(memory)
         self._last = memory
         if memory is self._registered:
@@ -47,8 +49,13 @@ class HostMemory:
 
     def _register(self, memory: npt.NDArray[np.generic]) -> None:
         self.close()
-        failed = int(_runtime().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
-        self._registered = None if failed else memory
+        if int(_runtime().cudaHostRegister(memory.ctypes.data, memory.nbytes, 0)):
+            self._may_register = False
+            # Else the next launch would be told of it.
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
+        else:
+            self._registered = memory
 
 
 def _runtime() -> Any:
