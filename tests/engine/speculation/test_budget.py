@@ -542,6 +542,23 @@ def test_what_drafts_of_few_took_is_no_cost_of_many_without() -> None:
     assert not cost.was_measured(16) and cost.knows(128) and not StepCost().knows(128)
 
 
+@given(
+    steps=st.lists(st.tuples(st.sampled_from([0, 1, 8, 9, 40, 64]), st.booleans(), st.integers(1, 1500)), max_size=40),
+    size=st.integers(1, 80),
+)
+def test_what_is_known_can_be_told_however_old_it_is(steps: list[tuple[int, bool, int]], size: int) -> None:
+    """What was measured seldom is forgotten: an engine that asks for it all the same would stop."""
+    cost = StepCost()
+    for num_tokens, has_drafts, rested in steps:
+        if num_tokens:
+            cost.record(num_tokens, 0.001 * num_tokens, num_tokens * 100, has_drafts=has_drafts)
+        else:
+            cost.grow_older(rested)
+        if cost.knows(size):
+            assert cost.seconds_without(size, 100 * size) > 0
+            assert np.isfinite(cost.seconds(np.arange(1, 100), 100 * size)).all()
+
+
 def test_noise_is_no_price_of_context() -> None:
     """One short sequence says nothing of contexts: without it a noisy machine's drafts seem to cost any number."""
     for seed in range(20):
